@@ -1,0 +1,1 @@
+"""The command line: `probefleet` on one machine, `kubectl probefleet` on a cluster."""

@@ -1,0 +1,1 @@
+"""What a policy means and what a report says: pure functions over values."""

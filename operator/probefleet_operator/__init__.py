@@ -1,0 +1,1 @@
+"""The operator: watches policies, drives agents over gRPC, writes reports."""

@@ -1,0 +1,1 @@
+"""The language between operator and agents: messages, columns and merges."""
