@@ -14,3 +14,8 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	$(PYTHON) -m pip install --quiet --require-hashes --requirement requirements.lock
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+.PHONY: protos
+protos: $(VENV)/.done ## generate the wire's code from protos/
+	$(PYTHON) -m grpc_tools.protoc --proto_path=protos --python_out=protos --mypy_out=protos --grpc_python_out=protos \
+		protos/probefleet_wire/v1/*.proto
