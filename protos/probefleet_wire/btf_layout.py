@@ -161,24 +161,34 @@ def _members(
             continue
         size = size_of(btf, member.type)
         _inside(record, member.name, member.offset_bytes, size)
-        if not size or member.name in names:  # a flexible array or group marker; a name twice, as in a union's flavours
+        name = member.name or f"_{at}"
+        if not size or name in names:  # a flexible array or group marker; a name that an anonymous part had already
             continue
-        names.append(member.name or f"_{at}")
+        names.append(name)
         formats.append(_dtype(btf, member.type, depth, counted))
         offsets.append(at)
 
 
 def layout_of(btf: Btf, type_id: int) -> tuple[Field, ...]:
     """Every scalar and array of scalars in a type, in the order of the source; padding is what no field covers."""
-    fields: list[Field] = []
-    _flatten(btf, type_id, "", 0, 0, False, fields)
-    return tuple(fields)
+    flat = _Flat([])
+    _flatten(btf, type_id, "", 0, 0, False, flat)
+    return tuple(flat.fields)
 
 
-def _flatten(
-    btf: Btf, type_id: int, name: str, base: int, depth: int, in_union: bool, fields: list[Field]
-) -> None:
+@dataclass(slots=True)
+class _Flat:
+    """What was found so far, and how many types were visited for it (empty unions can nest without end)."""
+
+    fields: list[Field]
+    visited: int = 0
+
+
+def _flatten(btf: Btf, type_id: int, name: str, base: int, depth: int, in_union: bool, flat: _Flat) -> None:
     depth = _deeper(depth, type_id)
+    flat.visited += 1
+    if flat.visited > MAX_FIELDS:
+        raise BtfError(f"more than {MAX_FIELDS} fields, at {name!r}")
     shape: list[int] = []
     element = type_id
     found = btf.type(btf.resolve(type_id))
@@ -197,14 +207,13 @@ def _flatten(
                 dotted = ".".join(part for part in (name + index, member.name) if part)
                 overlaps = in_union or isinstance(found, Union)
                 if member.bitfield_bits:
-                    _add_bitfield(btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, fields)
+                    _add_bitfield(btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, flat)
                     continue
                 _inside(found, member.name, member.offset_bytes, size_of(btf, member.type))
-                _flatten(btf, member.type, dotted, here + member.offset_bytes, depth, overlaps, fields)
+                _flatten(btf, member.type, dotted, here + member.offset_bytes, depth, overlaps, flat)
         return
     scalar = _scalar(btf, element)
-    _append(
-        fields,
+    flat.fields.append(
         Field(
             name=name,
             offset_bytes=base,
@@ -216,7 +225,7 @@ def _flatten(
             shape=tuple(shape),
             enum_names=scalar.enum_names,
             in_union=in_union,
-        ),
+        )
     )
 
 
@@ -229,12 +238,12 @@ def _indices(shape: list[int]) -> list[str]:
     return names
 
 
-def _add_bitfield(btf: Btf, type_id: int, name: str, bit: int, bits: int, fields: list[Field]) -> None:
+def _add_bitfield(btf: Btf, type_id: int, name: str, bit: int, bits: int, flat: _Flat) -> None:
     scalar = _scalar(btf, type_id)
     if bits > scalar.size_bytes * 8:
         raise BtfError(f"bit-field {name!r} has {bits} bits in a type of {scalar.size_bytes} bytes")
-    _append(
-        fields,
+    flat.visited += 1
+    flat.fields.append(
         Field(
             name=name,
             offset_bytes=bit // 8,
@@ -246,14 +255,8 @@ def _add_bitfield(btf: Btf, type_id: int, name: str, bit: int, bits: int, fields
             enum_names=scalar.enum_names,
             bit_offset=bit,
             bits=bits,
-        ),
+        )
     )
-
-
-def _append(fields: list[Field], field: Field) -> None:
-    if len(fields) >= MAX_FIELDS:
-        raise BtfError(f"more than {MAX_FIELDS} fields, at {field.name!r}")
-    fields.append(field)
 
 
 def _scalar(btf: Btf, type_id: int) -> _Scalar:

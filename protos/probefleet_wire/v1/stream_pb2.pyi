@@ -141,6 +141,7 @@ class Push(_message.Message):
     PROBE_MAPS_FIELD_NUMBER: _builtins.int
     SELECTIONS_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
+    KNOWN_POD_UIDS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """grows with each operator that takes over; a lower one is refused"""
     version: _builtins.int
@@ -155,6 +156,12 @@ class Push(_message.Message):
     def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
         """those of the plans' objects that this stream has not carried yet"""
 
+    @_builtins.property
+    def known_pod_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every pod of this node that the operator knows. A cgroup of a pod that stands neither here nor in a selection is
+        *unknown*, not refused: its events are kept until a later push decides.
+        """
+
     def __init__(
         self,
         *,
@@ -164,10 +171,11 @@ class Push(_message.Message):
         probe_maps: _abc.Iterable[_plan_pb2.ProbeMap] | None = ...,
         selections: _abc.Iterable[Global___Selection] | None = ...,
         blobs: _abc.Iterable[Global___Blob] | None = ...,
+        known_pod_uids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "plans", b"plans", "probe_maps", b"probe_maps", "selections", b"selections", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "known_pod_uids", b"known_pod_uids", "plans", b"plans", "probe_maps", b"probe_maps", "selections", b"selections", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,297 @@
+"""What a compiled CO-RE object holds: programs, maps, parameters, licence and source lines. Pure.
+
+``BpfObject.parse(bytes)`` is used by the operator (which maps and programs has the policy?), by the agent (what may be
+set, how are maps decoded, which source line does the verifier mean?) and by ``probefleet explain``. Loading is not
+done here: that is libbpf's, or the agent's executor's.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+from probefleet_wire.btf import Btf
+from probefleet_wire.btf_types import Array, BtfError, Kind, Ptr, Struct, TypeId, Var
+from probefleet_wire.elf import EM_BPF, STB_GLOBAL, STB_WEAK, STT_FUNC, Elf, ElfError, Section
+
+INSTRUCTION_BYTES = 8
+MAX_INNER_DEPTH = 1  # the kernel has no maps in maps in maps
+_EXT_HEADER = struct.Struct("<HBBIIIII")
+_LINE = struct.Struct("<IIII")
+
+
+@dataclass(frozen=True, slots=True)
+class MapDef:
+    """A map as its definition in ``.maps`` asks for it; sizes and type ids are 0 where it does not say."""
+
+    name: str
+    type: int
+    key_bytes: int = 0
+    value_bytes: int = 0
+    key_type: TypeId = TypeId(0)
+    value_type: TypeId = TypeId(0)
+    max_entries: int = 0
+    flags: int = 0
+    pinning: int = 0
+    numa_node: int = 0
+    map_extra: int = 0
+    inner: MapDef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A global variable: a parameter where it is in ``.rodata`` (``const volatile`` in C)."""
+
+    name: str
+    section: str
+    type: TypeId
+    offset_bytes: int
+    size_bytes: int
+    initial: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramDef:
+    """A program: ``section`` is what its SEC() says, ``name`` its function."""
+
+    name: str
+    section: str
+    offset_bytes: int
+    instructions: bytes
+
+    @property
+    def instruction_count(self) -> int:
+        """How many eight-byte instructions."""
+        return len(self.instructions) // INSTRUCTION_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLine:
+    """The C line from which an instruction comes."""
+
+    instruction: int  #: number within the program
+    file: str
+    line: int
+    column: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BpfObject:
+    """One object file; ``btf`` is None for an object compiled without ``-g``."""
+
+    licence: str
+    programs: tuple[ProgramDef, ...]
+    maps: tuple[MapDef, ...]
+    variables: tuple[Variable, ...]
+    btf: Btf | None
+    lines: dict[str, tuple[SourceLine, ...]]
+
+    @classmethod
+    def parse(cls, data: bytes) -> BpfObject:
+        """Read an object; raises ``ElfError`` or ``BtfError`` with the reason."""
+        elf = Elf.parse(data)
+        if elf.machine != EM_BPF:
+            raise ElfError(f"ELF file is for machine {elf.machine}, not BPF ({EM_BPF}): compile with -target bpf")
+        licence = elf.section("license")
+        btf_section, ext = elf.section(".BTF"), elf.section(".BTF.ext")
+        btf = Btf.parse(btf_section.data) if btf_section else None
+        programs = _programs(elf)
+        return cls(
+            licence=licence.data.split(b"\0")[0].decode("utf-8", "backslashreplace") if licence else "",
+            programs=programs,
+            maps=map_definitions(btf) if btf else (),
+            variables=_variables(elf, btf) if btf else (),
+            btf=btf,
+            lines=_lines(ext.data, btf, elf, programs) if btf and ext else {},
+        )
+
+    def program(self, name: str) -> ProgramDef:
+        """The program of that name; raises ``ElfError`` where there is none."""
+        for program in self.programs:
+            if program.name == name:
+                return program
+        there = ", ".join(each.name for each in self.programs) or "none"
+        raise ElfError(f"there is no program {name!r} in this object; there is: {there}")
+
+    def parameters(self) -> tuple[Variable, ...]:
+        """The variables that may be set before loading: those in ``.rodata`` that have a name of their own."""
+        return tuple(each for each in self.variables if each.section == ".rodata")
+
+    def line_of(self, program: str, instruction: int) -> SourceLine | None:
+        """The source line of a program's instruction: the last one noted at or before it."""
+        lines = self.lines.get(program, ())
+        at = bisect_right(lines, instruction, key=lambda each: each.instruction)
+        return lines[at - 1] if at else None
+
+
+def map_definitions(btf: Btf) -> tuple[MapDef, ...]:
+    """The maps that a CO-RE object defines by ``SEC(".maps")``, in the order of the source."""
+    section = btf.datasec(".maps")
+    if section is None:
+        return ()
+    found = []
+    for each in section.variables:
+        variable = btf.type(each.type)
+        if not isinstance(variable, Var):
+            raise BtfError(f".maps holds type {each.type}, which is no variable")
+        found.append(_map(btf, variable.name, variable.type, 0))
+    return tuple(found)
+
+
+def _map(btf: Btf, name: str, type_id: int, depth: int) -> MapDef:
+    record = btf.struct(type_id)
+    made = MapDef(name, 0)
+    for member in record.members:
+        word = member.name
+        if word in ("key", "value"):
+            target = _pointed(btf, name, word, member.type)
+            size = btf.size_of(target)
+            sizes = (made.key_bytes if word == "key" else made.value_bytes, size)
+            if sizes[0] not in (0, size):
+                raise BtfError(f"map {name!r}: {word}_size says {sizes[0]} bytes, its type has {size}")
+            if word == "key":
+                made = replace(made, key_type=target, key_bytes=size)
+            else:
+                made = replace(made, value_type=target, value_bytes=size)
+        elif word == "values":
+            made = replace(made, inner=_inner(btf, name, member.type, depth), value_bytes=4)
+        elif word in _NUMBERS:
+            made = replace(made, **{_NUMBERS[word]: _number(btf, name, word, member.type)})
+        else:
+            raise BtfError(f"map {name!r}: {word!r} is not a known part of a definition")
+    if not made.type:
+        raise BtfError(f"map {name!r} does not say its type: __uint(type, BPF_MAP_TYPE_…)")
+    return made
+
+
+_NUMBERS = {
+    "type": "type",
+    "max_entries": "max_entries",
+    "map_flags": "flags",
+    "numa_node": "numa_node",
+    "key_size": "key_bytes",
+    "value_size": "value_bytes",
+    "pinning": "pinning",
+    "map_extra": "map_extra",
+}
+
+
+def _pointed(btf: Btf, name: str, word: str, type_id: int) -> TypeId:
+    pointer = btf.type(btf.resolve(type_id))
+    if not isinstance(pointer, Ptr):
+        raise BtfError(f"map {name!r}: {word!r} is no pointer; write __type({word}, …)")
+    return pointer.target
+
+
+def _number(btf: Btf, name: str, word: str, type_id: int) -> int:
+    """``__uint(word, n)`` is ``int (*word)[n]``: the number is an array's length."""
+    array = btf.type(btf.resolve(_pointed(btf, name, word, type_id)))
+    if not isinstance(array, Array):
+        raise BtfError(f"map {name!r}: {word!r} is not written as __uint({word}, …)")
+    return array.count
+
+
+def _inner(btf: Btf, name: str, type_id: int, depth: int) -> MapDef | None:
+    """``__array(values, struct …)``: the inner map's definition, or None for an array of programs."""
+    array = btf.type(btf.resolve(type_id))
+    pointer = btf.type(btf.resolve(array.element)) if isinstance(array, Array) else None
+    if not isinstance(pointer, Ptr):
+        raise BtfError(f"map {name!r}: values is not written as __array(values, …)")
+    if not isinstance(btf.type(btf.resolve(pointer.target)), Struct):
+        return None
+    if depth >= MAX_INNER_DEPTH:
+        raise BtfError(f"map {name!r} lies in a map in a map; the kernel knows one level")
+    return _map(btf, f"{name}.inner", pointer.target, depth + 1)
+
+
+def _programs(elf: Elf) -> tuple[ProgramDef, ...]:
+    found = []
+    for section in elf.sections:
+        if not section.executable or section.name == ".text":
+            continue
+        if section.size_bytes % INSTRUCTION_BYTES:
+            raise ElfError(f"section {section.name!r} has {section.size_bytes} bytes, no multiple of 8")
+        for symbol in elf.symbols:
+            inside = symbol.section == section.index and symbol.type == STT_FUNC
+            if not inside or symbol.binding not in (STB_GLOBAL, STB_WEAK):
+                continue
+            if symbol.value % INSTRUCTION_BYTES or symbol.value + symbol.size_bytes > section.size_bytes:
+                raise ElfError(f"function {symbol.name!r} lies outside its section {section.name!r}")
+            code = section.data[symbol.value : symbol.value + symbol.size_bytes]
+            found.append(ProgramDef(symbol.name, section.name, symbol.value, code))
+    return tuple(found)
+
+
+def _variables(elf: Elf, btf: Btf) -> tuple[Variable, ...]:
+    """Variables by section. BTF's own offsets are 0 for globals until an object is linked: the symbols know."""
+    found = []
+    for section in elf.sections:
+        if not section.name.startswith((".rodata", ".data", ".bss")):
+            continue
+        datasec = btf.datasec(section.name)
+        for each in datasec.variables if datasec else ():
+            variable = btf.type(each.type)
+            if not isinstance(variable, Var):
+                raise BtfError(f"{section.name} holds type {each.type}, which is no variable")
+            offset = _symbol_offset(elf, section, variable.name, each.offset_bytes)
+            size = btf.size_of(variable.type)
+            if offset + size > section.size_bytes:
+                raise ElfError(f"variable {variable.name!r} ends past its section {section.name!r}")
+            initial = section.data[offset : offset + size] if section.data else bytes(min(size, section.size_bytes))
+            found.append(Variable(variable.name, section.name, variable.type, offset, size, initial))
+    return tuple(found)
+
+
+def _symbol_offset(elf: Elf, section: Section, name: str, otherwise: int) -> int:
+    for symbol in elf.symbols:
+        if symbol.section == section.index and symbol.name == name:
+            return symbol.value
+    return otherwise
+
+
+def _lines(data: bytes, btf: Btf, elf: Elf, programs: tuple[ProgramDef, ...]) -> dict[str, tuple[SourceLine, ...]]:
+    """Read .BTF.ext's line information and sort it by program."""
+    if len(data) < _EXT_HEADER.size:
+        raise BtfError(f".BTF.ext ends within its header: {len(data)} bytes of {_EXT_HEADER.size}")
+    magic, version, _, header_bytes, _, _, line_offset, line_bytes = _EXT_HEADER.unpack_from(data)
+    if magic != 0xEB9F or version != 1:
+        raise BtfError(".BTF.ext does not start with BTF's magic number and version 1")
+    at, end = header_bytes + line_offset, header_bytes + line_offset + line_bytes
+    if end > len(data):
+        raise BtfError(f".BTF.ext's lines end at byte {end} of {len(data)}")
+    if line_bytes < 4:
+        return {}
+    (record_bytes,) = struct.unpack_from("<I", data, at)
+    if record_bytes < _LINE.size:
+        raise BtfError(f".BTF.ext's line records have {record_bytes} bytes; they have at least {_LINE.size}")
+    at += 4
+    by_section: dict[str, list[tuple[int, int, int, int]]] = {}
+    while at + 8 <= end:
+        name_offset, count = struct.unpack_from("<II", data, at)
+        at += 8
+        if at + count * record_bytes > end:
+            raise BtfError(f".BTF.ext says {count} lines, more than its bytes can hold")
+        rows = by_section.setdefault(btf.string(name_offset), [])
+        rows += [_LINE.unpack_from(data, at + index * record_bytes) for index in range(count)]
+        at += count * record_bytes
+    starts = {name: sorted(rows) for name, rows in by_section.items()}
+    return {each.name: _program_lines(each, starts.get(each.section, []), btf) for each in programs}
+
+
+def _program_lines(
+    program: ProgramDef, rows: list[tuple[int, int, int, int]], btf: Btf
+) -> tuple[SourceLine, ...]:
+    first, last = program.offset_bytes, program.offset_bytes + len(program.instructions)
+    return tuple(
+        SourceLine(
+            instruction=(offset - first) // INSTRUCTION_BYTES,
+            file=btf.string(file),
+            line=place >> 10,
+            column=place & 0x3FF,
+            text=btf.string(text).strip(),
+        )
+        for offset, file, text, place in rows
+        if first <= offset < last
+    )
