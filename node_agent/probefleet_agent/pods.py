@@ -1,0 +1,123 @@
+"""Whose cgroup is it? From cgroup ids to pods and containers, and from selections to the answer of the filter. Pure.
+
+In: paths of cgroups, as ``kernel.cgroups`` scans them and the pinned map ``cgroups`` remembers them (also of those that
+are gone), and the pods that a push names. Out: for each cgroup an ``Identity``, and for each policy which cgroups count.
+The engine calls this before it reads maps. Three answers, never two: *selected*, *refused*, and *unknown*, which is kept
+until identity comes (a pod may run before the operator has told this node about it).
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NewType
+
+CgroupId = NewType("CgroupId", int)
+PodUid = NewType("PodUid", str)
+PolicyUid = NewType("PolicyUid", str)
+
+#: What stands in the column ``pod_uid`` for processes outside any pod, and for cgroups that nobody knows (yet).
+HOST = PodUid("")
+UNKNOWN = PodUid("?")
+
+# cgroupfs: …/kubepods/burstable/pod<uid>/<container>; systemd: …-pod<uid with _>.slice/cri-containerd-<container>.scope
+_POD = re.compile(
+    r"(?:^|/)(?:[a-z0-9-]+-)?pod(?P<uid>[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?(?:/(?P<rest>.*))?$"
+)
+_CONTAINER = re.compile(r"^(?:[a-z-]+-)?(?P<id>[0-9a-f]{64})(?:\.scope)?(?:/|$)")
+
+
+class Answer(enum.IntEnum):
+    """What the filter says of a cgroup; the numbers are those of ``probefleet_filter``."""
+
+    UNKNOWN = 0
+    SELECTED = 1
+    REFUSED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose a cgroup is. ``pod`` is ``HOST`` outside pods; ``inside`` is false outside this node's own cgroup root."""
+
+    pod: PodUid
+    container: str
+    inside: bool = True
+
+
+OUTSIDE = Identity(HOST, "", inside=False)
+
+
+def identify(path: str, *, root: str = "/") -> Identity:
+    """Read an identity off a cgroup's path (from the hierarchy's root, as ``/proc/PID/cgroup`` shows it)."""
+    base = root.rstrip("/")
+    if base and path != base and not path.startswith(base + "/"):
+        return OUTSIDE
+    found = _POD.search(path)
+    if not found:
+        return Identity(HOST, "")
+    container = _CONTAINER.match(found["rest"] or "")
+    return Identity(PodUid(found["uid"].replace("_", "-")), container["id"] if container else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """One policy's pods on this node."""
+
+    everything: bool
+    pods: frozenset[PodUid]
+
+
+@dataclass(slots=True)
+class Book:
+    """Every cgroup that this node has seen since the identity program was pinned, and whom the policies select."""
+
+    root: str = "/"
+    identities: dict[CgroupId, Identity] = field(default_factory=dict)
+    selections: dict[PolicyUid, Selected] = field(default_factory=dict)
+    known_pods: frozenset[PodUid] = frozenset()
+    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true.
+    _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
+
+    def learn(self, paths: Mapping[CgroupId, str]) -> int:
+        """Take in cgroups; returns how many were new. An id never changes its meaning within a boot."""
+        new = [cgroup for cgroup in paths if cgroup not in self.identities]
+        for cgroup in new:
+            self.identities[cgroup] = identify(paths[cgroup], root=self.root)
+        return len(new)
+
+    def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
+        """Take in the selections of a push."""
+        self.selections = dict(selections)
+        self.known_pods = frozenset(known_pods)
+        for policy in list(self._ever):
+            if policy not in self.selections:
+                del self._ever[policy]
+        for policy, selected in self.selections.items():
+            self._ever.setdefault(policy, set()).update(selected.pods)
+
+    def answer(self, policy: PolicyUid, cgroup: CgroupId) -> Answer:
+        """Does an event of this cgroup count for this policy?"""
+        selected = self.selections.get(policy)
+        identity = self.identities.get(cgroup)
+        if selected is None or identity is None:
+            return Answer.UNKNOWN
+        if not identity.inside:
+            return Answer.REFUSED
+        if selected.everything:
+            return Answer.SELECTED
+        if identity.pod == HOST:
+            return Answer.REFUSED
+        if identity.pod in self._ever[policy]:
+            return Answer.SELECTED
+        return Answer.REFUSED if identity.pod in self.known_pods else Answer.UNKNOWN
+
+    def joint_answer(self, policies: Iterable[PolicyUid], cgroup: CgroupId) -> Answer:
+        """What the filter in the kernel may say for an instance of several policies: refused only if all refuse."""
+        answers = {self.answer(policy, cgroup) for policy in policies}
+        if Answer.SELECTED in answers:
+            return Answer.SELECTED
+        if Answer.UNKNOWN in answers or not answers:
+            return Answer.UNKNOWN
+        return Answer.REFUSED
