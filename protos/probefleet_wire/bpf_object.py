@@ -1,21 +1,23 @@
 """What a compiled CO-RE object holds: programs, maps, parameters, licence and source lines. Pure.
 
-``BpfObject.parse(bytes)`` is used by the operator (which maps and programs has the policy?), by the agent (what may be
-set, how are maps decoded, which source line does the verifier mean?) and by ``probefleet explain``. Loading is not
-done here: that is libbpf's, or the agent's executor's.
+``BpfObject.parse(bytes)`` is used by the operator (which maps and programs has the policy?), by the agent
+(what may be set, how are maps decoded, which source line does the verifier mean?) and by ``probefleet
+explain``. Loading is not done here: that is libbpf's, or the agent's executor's.
 """
 
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from probefleet_wire.btf import Btf
-from probefleet_wire.btf_types import Array, BtfError, Kind, Ptr, Struct, TypeId, Var
-from probefleet_wire.elf import EM_BPF, STB_GLOBAL, STB_WEAK, STT_FUNC, Elf, ElfError, Section
+from probefleet_wire.btf import MAGIC, MAX_TEXT_BYTES, Btf
+from probefleet_wire.btf_types import VOID, Array, BtfError, Ptr, Struct, TypeId, Var
+from probefleet_wire.elf import EM_BPF, STB_GLOBAL, STB_WEAK, STT_FUNC, Elf, ElfError, Symbol
 
 INSTRUCTION_BYTES = 8
+MAX_DATA_BYTES = 32 << 20
 MAX_INNER_DEPTH = 1  # the kernel has no maps in maps in maps
 _EXT_HEADER = struct.Struct("<HBBIIIII")
 _LINE = struct.Struct("<IIII")
@@ -29,8 +31,8 @@ class MapDef:
     type: int
     key_bytes: int = 0
     value_bytes: int = 0
-    key_type: TypeId = TypeId(0)
-    value_type: TypeId = TypeId(0)
+    key_type: TypeId = VOID
+    value_type: TypeId = VOID
     max_entries: int = 0
     flags: int = 0
     pinning: int = 0
@@ -70,11 +72,19 @@ class ProgramDef:
 class SourceLine:
     """The C line from which an instruction comes."""
 
-    instruction: int  #: number within the program
     file: str
     line: int
     column: int
     text: str
+
+
+class LineRecord(NamedTuple):
+    """A source line as .BTF.ext has it: offsets of strings, so that only lines asked for become text."""
+
+    instruction: int  #: number within the program
+    file: int
+    text: int
+    place: int  #: line << 10 | column
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +96,16 @@ class BpfObject:
     maps: tuple[MapDef, ...]
     variables: tuple[Variable, ...]
     btf: Btf | None
-    lines: dict[str, tuple[SourceLine, ...]]
+    lines: dict[str, tuple[LineRecord, ...]]
 
     @classmethod
     def parse(cls, data: bytes) -> BpfObject:
         """Read an object; raises ``ElfError`` or ``BtfError`` with the reason."""
         elf = Elf.parse(data)
         if elf.machine != EM_BPF:
-            raise ElfError(f"ELF file is for machine {elf.machine}, not BPF ({EM_BPF}): compile with -target bpf")
+            raise ElfError(
+                f"ELF file is for machine {elf.machine}, not BPF ({EM_BPF}): compile with -target bpf"
+            )
         licence = elf.section("license")
         btf_section, ext = elf.section(".BTF"), elf.section(".BTF.ext")
         btf = Btf.parse(btf_section.data) if btf_section else None
@@ -104,7 +116,7 @@ class BpfObject:
             maps=map_definitions(btf) if btf else (),
             variables=_variables(elf, btf) if btf else (),
             btf=btf,
-            lines=_lines(ext.data, btf, elf, programs) if btf and ext else {},
+            lines=_lines(ext.data, btf, programs) if btf and ext else {},
         )
 
     def program(self, name: str) -> ProgramDef:
@@ -116,14 +128,22 @@ class BpfObject:
         raise ElfError(f"there is no program {name!r} in this object; there is: {there}")
 
     def parameters(self) -> tuple[Variable, ...]:
-        """The variables that may be set before loading: those in ``.rodata`` that have a name of their own."""
+        """The variables that may be set before loading: those in ``.rodata``."""
         return tuple(each for each in self.variables if each.section == ".rodata")
 
     def line_of(self, program: str, instruction: int) -> SourceLine | None:
         """The source line of a program's instruction: the last one noted at or before it."""
         lines = self.lines.get(program, ())
         at = bisect_right(lines, instruction, key=lambda each: each.instruction)
-        return lines[at - 1] if at else None
+        if not at or self.btf is None:
+            return None
+        record = lines[at - 1]
+        return SourceLine(
+            file=self.btf.string(record.file, MAX_TEXT_BYTES),
+            line=record.place >> 10,
+            column=record.place & 0x3FF,
+            text=self.btf.string(record.text, MAX_TEXT_BYTES).strip(),
+        )
 
 
 def map_definitions(btf: Btf) -> tuple[MapDef, ...]:
@@ -158,7 +178,8 @@ def _map(btf: Btf, name: str, type_id: int, depth: int) -> MapDef:
         elif word == "values":
             made = replace(made, inner=_inner(btf, name, member.type, depth), value_bytes=4)
         elif word in _NUMBERS:
-            made = replace(made, **{_NUMBERS[word]: _number(btf, name, word, member.type)})
+            change: dict[str, Any] = {_NUMBERS[word]: _number(btf, name, word, member.type)}
+            made = replace(made, **change)
         else:
             raise BtfError(f"map {name!r}: {word!r} is not a known part of a definition")
     if not made.type:
@@ -207,56 +228,75 @@ def _inner(btf: Btf, name: str, type_id: int, depth: int) -> MapDef | None:
 
 
 def _programs(elf: Elf) -> tuple[ProgramDef, ...]:
-    found = []
+    by_section: dict[int, list[Symbol]] = {}
+    for symbol in elf.symbols:
+        if symbol.type == STT_FUNC and symbol.binding in (STB_GLOBAL, STB_WEAK):
+            by_section.setdefault(symbol.section, []).append(symbol)
+    found: list[ProgramDef] = []
     for section in elf.sections:
         if not section.executable or section.name == ".text":
             continue
         if section.size_bytes % INSTRUCTION_BYTES:
             raise ElfError(f"section {section.name!r} has {section.size_bytes} bytes, no multiple of 8")
-        for symbol in elf.symbols:
-            inside = symbol.section == section.index and symbol.type == STT_FUNC
-            if not inside or symbol.binding not in (STB_GLOBAL, STB_WEAK):
-                continue
-            if symbol.value % INSTRUCTION_BYTES or symbol.value + symbol.size_bytes > section.size_bytes:
+        end = 0
+        for symbol in sorted(by_section.get(section.index, ()), key=lambda each: each.value):
+            if symbol.value % INSTRUCTION_BYTES or symbol.size_bytes % INSTRUCTION_BYTES:
+                raise ElfError(f"function {symbol.name!r} does not start and end at an instruction")
+            if symbol.value < end:
+                raise ElfError(f"function {symbol.name!r} overlaps the one before it in {section.name!r}")
+            end = symbol.value + symbol.size_bytes
+            if end > section.size_bytes:
                 raise ElfError(f"function {symbol.name!r} lies outside its section {section.name!r}")
-            code = section.data[symbol.value : symbol.value + symbol.size_bytes]
-            found.append(ProgramDef(symbol.name, section.name, symbol.value, code))
+            found.append(
+                ProgramDef(symbol.name, section.name, symbol.value, section.data[symbol.value : end])
+            )
     return tuple(found)
 
 
 def _variables(elf: Elf, btf: Btf) -> tuple[Variable, ...]:
-    """Variables by section. BTF's own offsets are 0 for globals until an object is linked: the symbols know."""
+    """Variables by section. BTF's own offsets are 0 for globals until an object is linked: the symbols
+    know.
+    """
+    offsets = {(symbol.section, symbol.name): symbol.value for symbol in elf.symbols}
     found = []
     for section in elf.sections:
         if not section.name.startswith((".rodata", ".data", ".bss")):
             continue
+        if section.size_bytes > MAX_DATA_BYTES:
+            raise ElfError(
+                f"section {section.name!r} has {section.size_bytes} bytes; at most {MAX_DATA_BYTES}"
+            )
         datasec = btf.datasec(section.name)
+        initial = section.data or bytes(section.size_bytes)
+        taken = 0
         for each in datasec.variables if datasec else ():
             variable = btf.type(each.type)
             if not isinstance(variable, Var):
                 raise BtfError(f"{section.name} holds type {each.type}, which is no variable")
-            offset = _symbol_offset(elf, section, variable.name, each.offset_bytes)
+            offset = offsets.get((section.index, variable.name), each.offset_bytes)
             size = btf.size_of(variable.type)
-            if offset + size > section.size_bytes:
+            taken += size
+            if offset + size > section.size_bytes or taken > section.size_bytes:
                 raise ElfError(f"variable {variable.name!r} ends past its section {section.name!r}")
-            initial = section.data[offset : offset + size] if section.data else bytes(min(size, section.size_bytes))
-            found.append(Variable(variable.name, section.name, variable.type, offset, size, initial))
+            found.append(
+                Variable(
+                    name=variable.name,
+                    section=section.name,
+                    type=variable.type,
+                    offset_bytes=offset,
+                    size_bytes=size,
+                    initial=initial[offset : offset + size],
+                )
+            )
     return tuple(found)
 
 
-def _symbol_offset(elf: Elf, section: Section, name: str, otherwise: int) -> int:
-    for symbol in elf.symbols:
-        if symbol.section == section.index and symbol.name == name:
-            return symbol.value
-    return otherwise
-
-
-def _lines(data: bytes, btf: Btf, elf: Elf, programs: tuple[ProgramDef, ...]) -> dict[str, tuple[SourceLine, ...]]:
+def _lines(data: bytes, btf: Btf, programs: tuple[ProgramDef, ...]) -> dict[str, tuple[LineRecord, ...]]:
     """Read .BTF.ext's line information and sort it by program."""
     if len(data) < _EXT_HEADER.size:
         raise BtfError(f".BTF.ext ends within its header: {len(data)} bytes of {_EXT_HEADER.size}")
     magic, version, _, header_bytes, _, _, line_offset, line_bytes = _EXT_HEADER.unpack_from(data)
-    if magic != 0xEB9F or version != 1:
+    if magic != MAGIC or version != 1:
         raise BtfError(".BTF.ext does not start with BTF's magic number and version 1")
     at, end = header_bytes + line_offset, header_bytes + line_offset + line_bytes
     if end > len(data):
@@ -276,22 +316,15 @@ def _lines(data: bytes, btf: Btf, elf: Elf, programs: tuple[ProgramDef, ...]) ->
         rows = by_section.setdefault(btf.string(name_offset), [])
         rows += [_LINE.unpack_from(data, at + index * record_bytes) for index in range(count)]
         at += count * record_bytes
-    starts = {name: sorted(rows) for name, rows in by_section.items()}
-    return {each.name: _program_lines(each, starts.get(each.section, []), btf) for each in programs}
+    for rows in by_section.values():
+        rows.sort()
+    return {each.name: _program_lines(each, by_section.get(each.section, [])) for each in programs}
 
 
-def _program_lines(
-    program: ProgramDef, rows: list[tuple[int, int, int, int]], btf: Btf
-) -> tuple[SourceLine, ...]:
-    first, last = program.offset_bytes, program.offset_bytes + len(program.instructions)
+def _program_lines(program: ProgramDef, rows: list[tuple[int, int, int, int]]) -> tuple[LineRecord, ...]:
+    first = program.offset_bytes
+    start, end = bisect_left(rows, (first,)), bisect_left(rows, (first + len(program.instructions),))
     return tuple(
-        SourceLine(
-            instruction=(offset - first) // INSTRUCTION_BYTES,
-            file=btf.string(file),
-            line=place >> 10,
-            column=place & 0x3FF,
-            text=btf.string(text).strip(),
-        )
-        for offset, file, text, place in rows
-        if first <= offset < last
+        LineRecord((offset - first) // INSTRUCTION_BYTES, file, text, place)
+        for offset, file, text, place in rows[start:end]
     )

@@ -1,10 +1,11 @@
 """BTF: bytes in, C types out. Pure: no files, no ctypes.
 
-The bytes are the ``.BTF`` section of a compiled object, ``/sys/kernel/btf/vmlinux``, or what the kernel returns for a
-map or program. Decoders read columns with the layout found here, the C emitter makes a header of it, the planner reads
-map definitions from it. The kernel's own BTF has some 130,000 types, so ``Btf.parse`` only finds where each type
-starts (about 0.1 s); a type becomes an object when it is asked for. Bytes may come from a user's object: everything is
-bounded and checked, and what does not hold raises ``BtfError``.
+The bytes are the ``.BTF`` section of a compiled object, ``/sys/kernel/btf/vmlinux``, or what the kernel
+returns for a map or program. Decoders read columns with the layout found here, the C emitter makes a header
+of it, the planner reads map definitions from it. The kernel's own BTF has some 130,000 types, so
+``Btf.parse`` only finds where each type starts (about 0.1 s); a type becomes an object when it is asked
+for. Bytes may come from a user's object: everything is bounded and checked, and what does not hold raises
+``BtfError``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ HEADER = struct.Struct("<HBBIIIII")
 MAX_BYTES = 64 << 20
 # No type in a kernel is wrapped more than a dozen times; a longer chain is a cycle.
 MAX_CHAIN = 64
-MAX_NAME_BYTES = 4096
+# The kernel's own limit for a symbol is 512; source lines (.BTF.ext) are longer.
+MAX_NAME_BYTES = 512
+MAX_TEXT_BYTES = 4096
 _MODIFIERS = frozenset({Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG})
 _TRANSPARENT = _MODIFIERS | {Kind.TYPEDEF}
 # How many 32-bit words a type takes, and each of its ``vlen`` elements more, by kind.
@@ -61,7 +64,9 @@ _WORDS_EACH = (0, 0, 0, 0, 3, 3, 2, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0, 0, 0, 3)
 
 
 class Btf:
-    """The types of one BTF blob, numbered from 1; with a ``base`` (a module's BTF) numbers go on where it ends."""
+    """The types of one BTF blob, numbered from 1; with a ``base`` (a module's BTF) numbers go on where it
+    ends.
+    """
 
     __slots__ = (
         "_base",
@@ -82,7 +87,7 @@ class Btf:
         self._string_base = base.strings_bytes if base else 0
         self._strings = strings
         #: The type section as native 32-bit words, for readers that must be quick (the C emitter).
-        self.words: memoryview = memoryview(np.ascontiguousarray(words))
+        self.words: memoryview = np.ascontiguousarray(words).data
         starts = _scan(self.words)
         self._starts = np.frombuffer(starts, np.uint32) if len(starts) else np.zeros(0, np.uint32)
         self._name_offsets = words[self._starts]
@@ -143,18 +148,16 @@ class Btf:
     def __len__(self) -> int:
         return self.type_count
 
-    def string(self, offset: int) -> str:
+    def string(self, offset: int, max_bytes: int = MAX_NAME_BYTES) -> str:
         """The string at an offset of the string section."""
-        if offset < self._string_base:
-            if self._base is None:
-                raise BtfError(f"string offset {offset} is negative")
-            return self._base.string(offset)
+        if offset < self._string_base and self._base is not None:
+            return self._base.string(offset, max_bytes)
         start = offset - self._string_base
         if start >= len(self._strings):
             raise BtfError(f"string offset {offset} is past the end of {self.strings_bytes} bytes of strings")
-        end = self._strings.find(b"\0", start, start + MAX_NAME_BYTES)
+        end = self._strings.find(b"\0", start, start + max_bytes)
         if end < 0:
-            raise BtfError(f"string at offset {offset} is longer than {MAX_NAME_BYTES} bytes")
+            raise BtfError(f"string at offset {offset} is longer than {max_bytes} bytes")
         return self._strings[start:end].decode("utf-8", "backslashreplace")
 
     def kinds(self) -> npt.NDArray[np.uint8]:
@@ -227,7 +230,9 @@ class Btf:
         return self._walk(type_id, _MODIFIERS)[0]
 
     def typedef_chain(self, type_id: int) -> tuple[str, ...]:
-        """The typedef names passed on the way to ``resolve(type_id)``, outermost first: ``('pid_t', '__kernel_pid_t')``."""
+        """The typedef names passed on the way to ``resolve(type_id)``, outermost first: ``('pid_t',
+        '__kernel_pid_t')``.
+        """
         return self._walk(type_id, _TRANSPARENT)[1]
 
     def struct(self, type_id: int) -> Struct | Union:
@@ -271,7 +276,9 @@ class Btf:
         return index
 
     def _offsets_of(self, name: str) -> Sequence[int]:
-        """Every offset at which the strings hold this name, also as the end of a longer one (linkers share tails)."""
+        """Every offset at which the strings hold this name, also as the end of a longer one (linkers share
+        tails).
+        """
         needle = name.encode() + b"\0"
         offsets: list[int] = []
         at = self._strings.find(needle)
@@ -326,7 +333,9 @@ class Btf:
             )
             return Enum(name, word, flag, values)
         if kind == Kind.ENUM64:
-            wide = ((each, words[each + 1] | words[each + 2] << 32) for each in range(body, body + 3 * vlen, 3))
+            wide = (
+                (each, words[each + 1] | words[each + 2] << 32) for each in range(body, body + 3 * vlen, 3)
+            )
             return Enum(
                 name,
                 word,
@@ -347,7 +356,8 @@ class Btf:
     def _function_type(self, body: int, vlen: int, returns: TypeId) -> FuncProto:
         words = self.words
         parameters = [
-            Parameter(self.string(words[each]), TypeId(words[each + 1])) for each in range(body, body + 2 * vlen, 2)
+            Parameter(self.string(words[each]), TypeId(words[each + 1]))
+            for each in range(body, body + 2 * vlen, 2)
         ]
         # A last parameter of type void is how BTF writes `...`.
         variadic = bool(parameters) and parameters[-1].type == VOID

@@ -1,14 +1,17 @@
-"""Where every scalar of a C type lies: sizes, NumPy dtypes and the flat list of fields that decoders work from.
+"""Where every scalar of a C type lies: sizes, NumPy dtypes and the flat list of fields that decoders work
+from.
 
 Called through the methods of ``btf.Btf``. The rules, once:
 
-- A ``char`` array is text: ``is_char_array``, dtype ``S``*n* (NumPy cuts trailing zero bytes off; view as ``u1`` where
-  every byte counts). ``unsigned char`` (``u8``) arrays are numbers: a ``u1`` sub-array.
-- Pointers are ``u8``, bool is ``u1`` (a BPF program may store other values than 0 and 1), integers of 16 bytes ``V16``.
+- A ``char`` array is text: ``is_char_array``, dtype ``S``*n* (NumPy cuts trailing zero bytes off; view as
+  ``u1`` where every byte counts). ``unsigned char`` (``u8``) arrays are numbers: a ``u1`` sub-array.
+- Pointers are ``u8``, bool is ``u1`` (a BPF program may store other values than 0 and 1), integers of 16
+  bytes ``V16``.
 - Anonymous structs and unions lend their members to the struct around them, as in C.
-- Arrays of scalars stay one field with a ``shape``; arrays of structs become ``name[0].member``, ``name[1].member``, …
-- A bit-field has ``bits`` > 0 and its bit position; a dtype cannot express it and leaves it out (itemsize and the other
-  offsets stay right).
+- Arrays of scalars stay one field with a ``shape``; arrays of structs become ``name[0].member``,
+  ``name[1].member``, …
+- A bit-field has ``bits`` > 0 and its bit position; a dtype cannot express it and leaves it out (itemsize
+  and the other offsets stay right).
 """
 
 from __future__ import annotations
@@ -109,11 +112,13 @@ def size_of(btf: Btf, type_id: int, depth: int = 0) -> int:
 
 
 def dtype_of(btf: Btf, type_id: int) -> np.dtype[np.void] | np.dtype[np.generic]:
-    """The dtype of a type; structs come with explicit offsets and itemsize, unions with overlapping fields."""
+    """The dtype of a type; structs with explicit offsets and itemsize, unions with overlapping fields."""
     return _dtype(btf, type_id, 0, [0])
 
 
-def _dtype(btf: Btf, type_id: int, depth: int, counted: list[int]) -> np.dtype[np.void] | np.dtype[np.generic]:
+def _dtype(
+    btf: Btf, type_id: int, depth: int, counted: list[int]
+) -> np.dtype[np.void] | np.dtype[np.generic]:
     depth = _deeper(depth, type_id)
     found = btf.type(btf.resolve(type_id))
     if isinstance(found, Array):
@@ -133,7 +138,9 @@ def _dtype(btf: Btf, type_id: int, depth: int, counted: list[int]) -> np.dtype[n
             raise BtfError(f"struct {found.name!r} is too large for NumPy")
         if not names:
             return np.dtype(f"V{found.size_bytes}")
-        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": found.size_bytes})
+        return np.dtype(
+            {"names": names, "formats": formats, "offsets": offsets, "itemsize": found.size_bytes}
+        )
     scalar = _scalar(btf, type_id)
     return _scalar_dtype(scalar)
 
@@ -162,7 +169,9 @@ def _members(
         size = size_of(btf, member.type)
         _inside(record, member.name, member.offset_bytes, size)
         name = member.name or f"_{at}"
-        if not size or name in names:  # a flexible array or group marker; a name that an anonymous part had already
+        if (
+            not size or name in names
+        ):  # a flexible array or group marker; a name that an anonymous part had already
             continue
         names.append(name)
         formats.append(_dtype(btf, member.type, depth, counted))
@@ -170,7 +179,9 @@ def _members(
 
 
 def layout_of(btf: Btf, type_id: int) -> tuple[Field, ...]:
-    """Every scalar and array of scalars in a type, in the order of the source; padding is what no field covers."""
+    """Every scalar and array of scalars in a type, in the order of the source; padding is what no field
+    covers.
+    """
     flat = _Flat([])
     _flatten(btf, type_id, "", 0, 0, False, flat)
     return tuple(flat.fields)
@@ -207,7 +218,9 @@ def _flatten(btf: Btf, type_id: int, name: str, base: int, depth: int, in_union:
                 dotted = ".".join(part for part in (name + index, member.name) if part)
                 overlaps = in_union or isinstance(found, Union)
                 if member.bitfield_bits:
-                    _add_bitfield(btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, flat)
+                    _add_bitfield(
+                        btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, flat
+                    )
                     continue
                 _inside(found, member.name, member.offset_bytes, size_of(btf, member.type))
                 _flatten(btf, member.type, dotted, here + member.offset_bytes, depth, overlaps, flat)
@@ -274,7 +287,9 @@ def _scalar(btf: Btf, type_id: int) -> _Scalar:
             return _Scalar("bytes", found.size_bytes, found.signed)
         if found.is_bool:
             return _Scalar("bool", found.size_bytes, False)
-        return _Scalar("char" if found.is_char and found.size_bytes == 1 else "int", found.size_bytes, found.signed)
+        return _Scalar(
+            "char" if found.is_char and found.size_bytes == 1 else "int", found.size_bytes, found.signed
+        )
     raise BtfError(f"type {type_id} ({c_name_of(btf, type_id)}) is no number and cannot be decoded")
 
 

@@ -1,7 +1,7 @@
 """What BTF can say, as frozen values: one class a kind, named as the kernel's documentation names them.
 
-``btf.Btf.type(type_id)`` makes these; ``btf_layout`` and the C emitter read them. Type ids are ``TypeId``: 0 is void.
-The numbers are ABI: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
+``btf.Btf.type(type_id)`` makes these; ``btf_layout`` and the C emitter read them. Type ids are ``TypeId``:
+0 is void. The numbers are ABI: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ class TypeTag:
 
 @dataclass(frozen=True, slots=True)
 class DeclTag:
-    """``__attribute__((btf_decl_tag))`` of a type, or of its member or parameter number ``component`` (else -1)."""
+    """``__attribute__((btf_decl_tag))`` of a type, or of its member or parameter number ``component`` (else
+    -1).
+    """
 
     name: str
     target: TypeId
@@ -206,7 +208,9 @@ class Var:
 
 @dataclass(frozen=True, slots=True)
 class SectionVariable:
-    """Where a variable lies in its section. In an object not linked yet, clang leaves offsets of globals at 0."""
+    """Where a variable lies in its section. In an object not linked yet, clang leaves offsets of globals at
+    0.
+    """
 
     type: TypeId
     offset_bytes: int

@@ -1,8 +1,9 @@
 """Reads ELF: the sections, symbols and relocations of a compiled BPF object. Pure and bounds-checked.
 
-In goes the file's bytes (from a compiler's child, a ConfigMap, an image), out come views of them; ``bpf_object`` says
-what they mean to BPF. Only what BPF objects are is read: 64 bits, little-endian, relocatable. The bytes may come from
-a user: what does not hold raises ``ElfError``, and nothing is read past the end.
+In goes the file's bytes (from a compiler's child, a ConfigMap, an image), out come views of them;
+``bpf_object`` says what they mean to BPF. Only what BPF objects are is read: 64 bits, little-endian,
+relocatable. The bytes may come from a user: what does not hold raises ``ElfError``, and nothing is read
+past the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK = 0, 1, 2
 # A catalog probe has 30 KB, Tetragon's largest object 2 MB.
 MAX_BYTES = 32 << 20
 MAX_NAME_BYTES = 1024
+MAX_SYMBOLS = 1 << 16
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
@@ -32,7 +34,9 @@ class ElfError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section; ``data`` is empty for one without bytes in the file (``.bss``), ``size_bytes`` says how long it is."""
+    """A section; ``data`` is empty for one without bytes in the file (``.bss``), ``size_bytes`` says how
+    long it is.
+    """
 
     index: int
     name: str
@@ -95,6 +99,9 @@ class Elf:
         if table + count * each > len(data):
             raise ElfError(f"section headers end at byte {table + count * each} of {len(data)}")
         headers = [_SECTION.unpack_from(data, table + index * each) for index in range(count)]
+        total = sum(header[5] for header in headers if header[1] not in (0, SHT_NOBITS))
+        if total > len(data):
+            raise ElfError(f"sections overlap: together they have {total} bytes, the file {len(data)}")
         strings = _bytes_of(data, headers, names, "section names") if count else b""
         sections = tuple(
             Section(
@@ -123,7 +130,9 @@ class Elf:
                 continue
             layout = _REL if table.type == SHT_REL else _RELA
             if len(table.data) % layout.size:
-                raise ElfError(f"section {table.name!r} has {len(table.data)} bytes, no multiple of {layout.size}")
+                raise ElfError(
+                    f"section {table.name!r} has {len(table.data)} bytes, no multiple of {layout.size}"
+                )
             for entry in layout.iter_unpack(table.data):
                 offset, info = entry[0], entry[1]
                 if info >> 32 >= len(self.symbols):
@@ -163,6 +172,8 @@ def _symbols(sections: tuple[Section, ...]) -> tuple[Symbol, ...]:
         raise ElfError(f"symbol table takes its names from section {table.link} of {len(sections)}")
     if len(table.data) % _SYMBOL.size:
         raise ElfError(f"symbol table has {len(table.data)} bytes, no multiple of {_SYMBOL.size}")
+    if len(table.data) > MAX_SYMBOLS * _SYMBOL.size:
+        raise ElfError(f"{len(table.data) // _SYMBOL.size} symbols; at most {MAX_SYMBOLS} are read")
     strings = sections[table.link].data
     return tuple(
         Symbol(
