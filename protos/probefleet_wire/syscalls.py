@@ -1,8 +1,9 @@
 """Numbers and names of system calls, by machine, and of errors. Pure.
 
-Decoders name numbers with it, the planner turns a parameter such as ``syscalls: [openat]`` into numbers. The numbers are
-Linux's ABI and never change; the source is the kernel's own ``unistd.h`` (x86: ``asm/unistd_64.h``; arm64:
-``asm-generic/unistd.h``), and for what is newer than Linux 6.1 ``scripts/syscall.tbl``.
+Decoders name numbers with it, the planner turns a parameter such as ``syscalls: [openat]`` into numbers. The
+numbers are Linux's ABI and never change; the source is the kernel's own ``unistd.h`` (x86: ``asm/unistd_64.h``;
+arm64: ``asm-generic/unistd.h``), and for what is newer than Linux 6.1 ``scripts/syscall.tbl``.
+
 """
 
 from __future__ import annotations
@@ -130,9 +131,7 @@ AARCH64 = _table("""
 """)
 
 _BY_MACHINE: Mapping[str, Mapping[int, str]] = {"x86_64": X86_64, "aarch64": AARCH64}
-_NUMBERS = {
-    machine: {name: number for number, name in table.items()} for machine, table in _BY_MACHINE.items()
-}
+_NUMBERS = {machine: {name: number for number, name in table.items()} for machine, table in _BY_MACHINE.items()}
 
 
 def names(machine: str) -> Mapping[int, str]:

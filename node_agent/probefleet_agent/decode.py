@@ -1,0 +1,249 @@
+"""From bytes of maps and rings to columns with names: what a field means is said by its type. Pure.
+
+In: keys, values and records as ``uint8`` arrays (``kernel.maps``, ``kernel.rings``) and their ``Layout`` (from BTF, or
+BCC's own description). Out: NumPy columns of integers and strings. The decoder of a field is chosen by the name of its
+typedef, which BTF keeps (``bpf/include/probefleet.h``), or by the policy's ``decode`` where there is none. Strings are
+made once per *distinct* value; nothing here loops over entries. What needs the machine (a process's command, a user's
+name, symbols) is asked of ``Lookups``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from probefleet_wire import syscalls
+from probefleet_wire.btf_layout import Field
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Integers: TypeAlias = npt.NDArray[np.uint64] | npt.NDArray[np.int64]
+Column: TypeAlias = Integers | npt.NDArray[np.float64] | npt.NDArray[np.object_]
+
+
+class DecodeError(ValueError):
+    """A layout, a field or an output that cannot be read: which, and what would."""
+
+
+class Lookups(Protocol):
+    """What decoding asks of the machine; every answer is a name, or ``""`` where there is none."""
+
+    machine: str
+    #: Wall clock minus ktime (CLOCK_MONOTONIC), nanoseconds.
+    wall_minus_ktime_ns: int
+
+    def command(self, pid: int) -> str:
+        """The command of a process."""
+
+    def user(self, uid: int) -> str:
+        """The name of a user."""
+
+    def device(self, number: int) -> str:
+        """The name of a block device by the kernel's dev_t (major << 20 | minor)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the bytes of one map, or of one ring's records, are to be read."""
+
+    key: tuple[Field, ...]
+    key_bytes: int
+    value: tuple[Field, ...]  # of a ring: the record
+    value_bytes: int
+
+    def to_json(self) -> str:
+        """For the manifest: an adopted instance is read without its object."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """The inverse of ``to_json``."""
+        data = json.loads(text)
+
+        def fields(name: str) -> tuple[Field, ...]:
+            return tuple(
+                Field(
+                    **{
+                        **item,
+                        "typedefs": tuple(item["typedefs"]),
+                        "shape": tuple(item["shape"]),
+                        "enum_names": tuple((n, v) for n, v in item["enum_names"]),
+                    }
+                )
+                for item in data[name]
+            )
+
+        return cls(fields("key"), data["key_bytes"], fields("value"), data["value_bytes"])
+
+
+def find(fields: Sequence[Field], name: str, what: str) -> Field:
+    """The field of that name; the only one, where the name is empty."""
+    for field in fields:
+        if field.name == name:
+            return field
+    if not name and len(fields) == 1:
+        return fields[0]
+    names = ", ".join(field.name or "(the whole)" for field in fields) or "none"
+    raise DecodeError(f"{what} has no field {name!r}; its fields are: {names}")
+
+
+def with_typedef(fields: Sequence[Field], *names: str) -> Field | None:
+    """The first field whose C type went through one of these typedefs."""
+    return next((field for field in fields if set(field.typedefs) & set(names)), None)
+
+
+def raw(buffer: Bytes, field: Field) -> npt.NDArray[Any]:
+    """One field of every entry: ``n`` values, or ``(n, *shape)`` for an array; text as ``S``."""
+    at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
+    if field.bits:
+        word = np.zeros((len(buffer), 16), np.uint8)
+        word[:, : at.shape[1]] = at
+        low = word[:, :8].copy().view("<u8").reshape(-1)
+        value = (low >> np.uint64(field.bit_offset % 8)) & np.uint64((1 << field.bits) - 1)
+        if field.signed and field.bits < 64:
+            sign = np.uint64(1 << (field.bits - 1))
+            return (value ^ sign).astype(np.int64) - np.int64(sign)
+        return value
+    if field.is_char_array:
+        return at.view(f"S{field.size_bytes}").reshape(-1)
+    element = field.element_bytes
+    if field.kind == "bytes" or element not in (1, 2, 4, 8):
+        return at
+    letter = "f" if field.kind == "float" else "i" if field.signed else "u"
+    values = at.view(f"<{letter}{element}")
+    return values.reshape((len(buffer), *field.shape)) if field.shape else values.reshape(-1)
+
+
+def _text(value: bytes) -> str:
+    return value.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _address(data: bytes) -> str:
+    if len(data) == 4:
+        return str(ipaddress.IPv4Address(data))
+    if len(data) != 16:
+        return data.hex()
+    address = ipaddress.IPv6Address(data)
+    return str(address.ipv4_mapped or address)
+
+
+def _pid(value: int, lookups: Lookups) -> str:
+    command = lookups.command(value)
+    return f"{command}[{value}]" if command else str(value)
+
+
+#: Decoders from one distinct number to its name.
+_NAMES: Mapping[str, Callable[[int, Lookups], str]] = {
+    "pid": _pid,
+    "uid": lambda value, lookups: lookups.user(value) or str(value),
+    "syscall": lambda value, lookups: syscalls.name(value, lookups.machine),
+    "errno": lambda value, _: syscalls.error_name(value) if value <= 0 else str(value),
+    "device": lambda value, lookups: lookups.device(value) or f"{value >> 20}:{value & 0xFFFFF}",
+}
+
+#: typedef → decoder. The right-hand words are also those of a policy's ``decode``.
+TYPEDEFS: Mapping[str, str] = {
+    "pid_nr_t": "pid",
+    "tid_nr_t": "integer",
+    "user_id_t": "uid",
+    "ipv4_t": "ip",
+    "ipv6_t": "ip",
+    "ip_t": "ip",
+    "port_t": "integer",
+    "be_port_t": "big_endian",
+    "__be16": "big_endian",
+    "__be32": "big_endian",
+    "syscall_t": "syscall",
+    "errno_t": "errno",
+    "ktime_t_ns": "ktime",
+    "device_t": "device",
+    "comm_t": "text",
+}
+DECODERS = frozenset({*_NAMES, "integer", "ip", "big_endian", "ktime", "text", "hex"})
+CGROUP = ("cgroup_id_t",)
+
+
+def decoder_of(field: Field, decode: Mapping[str, str], name: str) -> str:
+    """Which decoder reads a field: the policy's word, else the typedef's, else what the C type says."""
+    said = decode.get(name) or decode.get(field.name)
+    if said:
+        if said not in DECODERS and said != "cgroup":
+            raise DecodeError(f"no decoder {said!r} for {name}; there are: {', '.join(sorted(DECODERS))}")
+        return said
+    for typedef in field.typedefs:
+        if typedef in TYPEDEFS:
+            return TYPEDEFS[typedef]
+    if field.is_char_array:
+        return "text"
+    if field.enum_names:
+        return "enum"
+    if field.kind == "bool":
+        return "bool"
+    if field.kind == "float":
+        return "float"
+    return "hex" if field.shape or field.kind == "bytes" else "integer"
+
+
+def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Column:
+    """One decoded column: integers and floats as arrays, everything else as strings (dtype object), ``n`` long."""
+    if decoder in ("ip", "hex"):
+        at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
+        render = _address if decoder == "ip" else bytes.hex
+        return _each(at.view(f"V{field.size_bytes}").reshape(-1), lambda value: render(bytes(value)))
+    values = raw(buffer, field)
+    if decoder == "text":
+        if field.kind != "char":
+            values = np.ascontiguousarray(values).view(np.uint8).reshape(len(buffer), -1)
+            values = values.view(f"S{values.shape[1]}").reshape(-1)
+        return _each(values, lambda value: _text(bytes(value)))
+    if decoder == "float":
+        return values.astype(np.float64)
+    if decoder == "big_endian":
+        return values.view(values.dtype.newbyteorder(">")).astype(np.uint64)
+    if decoder == "ktime":
+        known = values.astype(np.int64)
+        return np.where(known > 0, known + np.int64(lookups.wall_minus_ktime_ns), 0)
+    if decoder == "enum":
+        names = {number: text for text, number in field.enum_names}
+        return _each(values, lambda value: names.get(int(value), str(int(value))))
+    if decoder == "bool":
+        return _each(values, lambda value: "true" if value else "false")
+    if decoder in _NAMES:
+        name = _NAMES[decoder]
+        return _each(values, lambda value: name(int(value), lookups))
+    return values.astype(np.int64 if field.signed else np.uint64)
+
+
+def _each(values: npt.NDArray[Any], name: Callable[[Any], str]) -> npt.NDArray[np.object_]:
+    distinct, index = np.unique(values, return_inverse=True)
+    return np.array([name(value) for value in distinct.tolist()] or [""], dtype=object)[index]
+
+
+def numbers(values: Bytes | npt.NDArray[np.uint8], layout: Layout, name: str) -> npt.NDArray[np.uint64]:
+    """The counting field of every entry, summed over CPUs: ``(n,)``, or ``(n, w)`` for an array of counters.
+
+    ``values`` is ``(n, value_bytes)``, or ``(n, cpus, value_bytes rounded up to 8)`` for per-CPU maps. Narrow counters
+    are widened before they are summed.
+    """
+    field = find(layout.value, name, "the map's value")
+    if field.is_char_array or field.kind in ("bytes", "pointer", "float") or len(field.shape) > 1:
+        raise DecodeError(f"value field {name or '(the whole)'} is {field.type_name}, which cannot be counted")
+    if values.ndim == 2:
+        return raw(values, field).astype(np.uint64)
+    n, cpus = values.shape[:2]
+    each = raw(values.reshape(n * cpus, -1), field)
+    return each.astype(np.uint64).reshape(n, cpus, *field.shape).sum(axis=1, dtype=np.uint64)
+
+
+def folded(values: npt.NDArray[np.uint8], layout: Layout, name: str, how: str) -> npt.NDArray[np.uint64]:
+    """As ``numbers``, for a gauge: CPUs are folded by ``max``, ``min`` or ``sum`` (``latest`` is the largest, too)."""
+    field = find(layout.value, name, "the map's value")
+    if values.ndim == 2 or how == "sum":
+        return numbers(values, layout, name)
+    n, cpus = values.shape[:2]
+    each = raw(values.reshape(n * cpus, -1), field).astype(np.uint64).reshape(n, cpus, *field.shape)
+    return np.asarray(each.min(axis=1) if how == "min" else each.max(axis=1), dtype=np.uint64)

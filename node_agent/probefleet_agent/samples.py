@@ -1,0 +1,191 @@
+"""What goes to the operator, and what of it is already there: rows, sequence numbers, acknowledgements. Pure.
+
+``collect`` reads a map and hands its keys and values to a ``Rows``, which knows every raw key it has seen: which row of the
+output it adds to, or that it does not count. So only *new* keys are decoded and looped over; known ones are found by binary
+search and summed by NumPy. ``Stream`` numbers the batches of one session, keeps what is not acknowledged yet, and says
+which ring positions may be given back to the kernel.
+
+Values are cumulative within an epoch, so a batch that comes twice changes nothing; a new stream starts with every key.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from probefleet_wire import columns
+from probefleet_wire.v1 import stream_pb2
+
+GroupKey: TypeAlias = tuple[str | int | float, ...]
+
+#: Instead of a row number: the key is another's, or nobody knows yet whose it is (asked again at the next reading).
+REFUSED = -1
+PENDING = -2
+
+#: Groups a node sends of one output; what comes after that goes into the row of ``OVERFLOW``.
+MAX_ROWS = 10_000
+#: Unacknowledged batches; more would only queue up in memory.
+WINDOW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """What new raw keys are: a group for each that counts, else ``None``; and the answers and histogram slots."""
+
+    groups: Sequence[GroupKey | None]
+    pending: npt.NDArray[np.bool_]
+    slots: npt.NDArray[np.int64]
+
+
+Classify: TypeAlias = Callable[[npt.NDArray[np.uint8]], Classified]
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of one output of one policy within one epoch."""
+
+    width: int
+    names: tuple[str, ...]  # of the group's columns
+    fold: str = "sum"  # how raw keys of one group come together: sum, max or min
+    pending_count: int = 0
+    overflowed: bool = False
+    _rows: dict[GroupKey, int] = field(default_factory=dict)
+    _keys: list[GroupKey] = field(default_factory=list)
+    _raw: npt.NDArray[Any] | None = None  # sorted, as void
+    _row_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _slot_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _totals: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    _sent: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    _sent_keys: int = 0
+
+    def update(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint64], classify: Classify) -> None:
+        """Take in one whole reading of the map: ``keys`` ``(n, key_bytes)``, ``values`` ``(n,)`` or ``(n, width)``."""
+        row, slot = self._locate(keys, classify)
+        counted = row >= 0
+        self.pending_count = int((row == PENDING).sum())
+        totals = np.zeros((len(self._keys), self.width), np.uint64)
+        if self.fold == "min":
+            totals[:] = np.iinfo(np.uint64).max
+        target = {"sum": np.add, "max": np.maximum, "min": np.minimum}[self.fold]
+        if values.ndim == 2:
+            target.at(totals, row[counted], values[counted][:, : self.width])
+        elif self.width == 1:
+            target.at(totals[:, 0], row[counted], values[counted])
+        else:
+            at = np.clip(slot[counted], 0, self.width - 1)
+            target.at(totals, (row[counted], at), values[counted])
+        # A key that is gone from the map (nothing deletes today) must not make a total fall back.
+        before = self._totals
+        if self.fold == "sum" and len(before):
+            totals[: len(before)] = np.maximum(totals[: len(before)], before)
+        self._totals = totals
+
+    def restart_stream(self) -> None:
+        """A new stream knows nothing: all keys and values are due again."""
+        self._sent_keys = 0
+        self._sent = np.zeros((0, self.width), np.uint64)
+
+    def table(self) -> stream_pb2.Table | None:
+        """New keys and changed rows since the last call; ``None`` where nothing changed."""
+        total = len(self._keys)
+        changed = np.ones(total, bool)
+        seen = len(self._sent)
+        changed[:seen] = (self._totals[:seen] != self._sent).any(axis=1)
+        rows = np.flatnonzero(changed)
+        if not len(rows) and self._sent_keys == total:
+            return None
+        new = self._keys[self._sent_keys :]
+        table = stream_pb2.Table(first_new_row=self._sent_keys, new_rows=len(new), width=self.width)
+        if new:
+            for index, name in enumerate(self.names):
+                table.keys.append(columns.column(name, [key[index] for key in new]))
+        table.rows = columns.pack(rows.astype(np.uint32))
+        table.values = columns.pack(self._totals[rows])
+        self._sent, self._sent_keys = self._totals, total
+        return table
+
+    def _locate(
+        self, keys: npt.NDArray[np.uint8], classify: Classify
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        void = np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)
+        if self._raw is None:
+            self._raw = void[:0]
+        place, known = self._search(void)
+        unknown = np.flatnonzero(~known)
+        pending = np.zeros(len(keys), bool)
+        if len(unknown):
+            found = classify(keys[unknown])
+            row = np.full(len(unknown), REFUSED, np.int64)
+            for index, group in enumerate(found.groups):
+                if group is not None:
+                    row[index] = self._row(group)
+            pending[unknown] = found.pending
+            decided = ~found.pending
+            self._insert(void[unknown][decided], row[decided], found.slots[decided])
+            place, known = self._search(void)
+        result = np.full(len(keys), PENDING, np.int64)
+        slots = np.zeros(len(keys), np.int64)
+        result[known] = self._row_of[place[known]]
+        slots[known] = self._slot_of[place[known]]
+        return result, slots
+
+    def _search(self, void: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        raw = self._raw
+        if raw is None or not len(raw):
+            return np.zeros(len(void), np.int64), np.zeros(len(void), bool)
+        place = np.minimum(np.searchsorted(raw, void), len(raw) - 1)
+        return place, raw[place] == void
+
+    def _insert(self, void: npt.NDArray[Any], row: npt.NDArray[np.int64], slot: npt.NDArray[np.int64]) -> None:
+        raw = void if self._raw is None else np.concatenate([self._raw, void])
+        rows, slots = np.concatenate([self._row_of, row]), np.concatenate([self._slot_of, slot])
+        # A hash batch can show a key twice while the table is written to: the first decides.
+        self._raw, first = np.unique(raw, return_index=True)
+        self._row_of, self._slot_of = rows[first], slots[first]
+
+    def _row(self, group: GroupKey) -> int:
+        row = self._rows.get(group)
+        if row is None:
+            if len(self._keys) >= MAX_ROWS:
+                self.overflowed = True
+                group = tuple("(other)" if isinstance(part, str) else -1 for part in group)
+                if group in self._rows:
+                    return self._rows[group]
+            row = self._rows[group] = len(self._keys)
+            self._keys.append(group)
+        return row
+
+
+@dataclass(slots=True)
+class Stream:
+    """The batches of one session: numbered, at most ``WINDOW`` of them unacknowledged."""
+
+    sequence: int = 0
+    acknowledged: int = 0
+    _commits: deque[tuple[int, tuple[tuple[object, int], ...]]] = field(default_factory=deque)
+
+    @property
+    def open(self) -> bool:
+        """May another batch be sent?"""
+        return self.sequence - self.acknowledged < WINDOW
+
+    def number(self, commits: Sequence[tuple[object, int]]) -> int:
+        """The next batch's number; ``commits`` are the (ring, end position) pairs it carries."""
+        self.sequence += 1
+        self._commits.append((self.sequence, tuple(commits)))
+        return self.sequence
+
+    def acknowledge(self, sequence: int) -> dict[object, int]:
+        """All batches up to ``sequence`` are merged: how far each ring may now be given back."""
+        if sequence > self.sequence:
+            raise ValueError(f"acknowledged batch {sequence}, but only {self.sequence} were sent")
+        self.acknowledged = max(self.acknowledged, sequence)
+        done: dict[object, int] = {}
+        while self._commits and self._commits[0][0] <= sequence:
+            for ring, position in self._commits.popleft()[1]:
+                done[ring] = max(done.get(ring, 0), position)
+        return done
