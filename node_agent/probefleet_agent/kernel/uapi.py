@@ -106,8 +106,8 @@ ProgLoad = _attr(
     ("prog_type", _u32), ("insn_cnt", _u32), ("insns", _u64), ("license", _u64), ("log_level", _u32),
     ("log_size", _u32), ("log_buf", _u64), ("kern_version", _u32), ("prog_flags", _u32), ("prog_name", _name),
     ("prog_ifindex", _u32), ("expected_attach_type", _u32), ("prog_btf_fd", _u32), ("func_info_rec_size", _u32),
-    ("func_info", _u64), ("func_info_cnt", _u32), ("line_info_rec_size", _u32), ("line_info", _u64), ("line_info_cnt", _u32),
-    ("attach_btf_id", _u32), ("attach_prog_fd", _u32), ("pad", _u32), ("fd_array", _u64),
+    ("func_info", _u64), ("func_info_cnt", _u32), ("line_info_rec_size", _u32), ("line_info", _u64),
+    ("line_info_cnt", _u32), ("attach_btf_id", _u32), ("attach_prog_fd", _u32), ("pad", _u32), ("fd_array", _u64),
 )  # fmt: skip
 Object = _attr(("pathname", _u64), ("bpf_fd", _u32), ("file_flags", _u32))
 Info = _attr(("bpf_fd", _u32), ("info_len", _u32), ("info", _u64))

@@ -187,7 +187,8 @@ def _last_words(log: str) -> tuple[str, str, str, int]:
             said, last = rows[at], at
             break
     for at in range(last, -1, -1):
-        if rows[at].startswith(";") and (found := _SOURCE.match(rows[at])):
+        found = _SOURCE.match(rows[at]) if rows[at].startswith(";") else None
+        if found and found["text"].strip():  # code that the compiler made up has no text
             return said, found["text"].strip(), found["file"] or "", int(found["line"] or 0)
     return said, "", "", 0
 

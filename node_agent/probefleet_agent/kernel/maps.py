@@ -1,0 +1,253 @@
+"""Maps in bulk: a descriptor in, NumPy arrays of raw keys and values out; and back.
+
+``collect`` reads with ``read`` every interval; ``execute`` fills filters and parameters with ``update_many``. The kernel
+copies thousands of entries a call (BPF_MAP_LOOKUP_BATCH, Linux 5.6; per-CPU arrays 5.13); kernels and types without
+that are read entry by entry. What the bytes mean is ``decode``'s business.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from probefleet_agent.errors import KernelError, ProbefleetError
+from probefleet_agent.kernel import syscall, uapi
+from probefleet_agent.kernel.syscall import MapInfo as MapInfo
+from probefleet_agent.kernel.uapi import HASH_TYPES, PER_CPU_TYPES, Command, MapType
+
+Bytes = npt.NDArray[np.uint8]
+# A batch of at most this many bytes of values: bounds memory while a large map is read.
+CHUNK_BYTES = 16 << 20
+_NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, 524})  # 524: ENOTSUPP, which is no errno of user space
+_BATCHED = frozenset({MapType.ARRAY, MapType.PERCPU_ARRAY, *HASH_TYPES})
+
+
+def info(fd: SupportsIndex) -> MapInfo:
+    """What the map is."""
+    return syscall.map_info(fd)
+
+
+def cpu_list(text: str) -> list[int]:
+    """``0-3,8`` as the kernel writes sets of CPUs."""
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        if found := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            cpus.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return cpus
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """How many values a per-CPU entry has: CPUs that could ever be plugged in."""
+    return cpu_list(Path("/sys/devices/system/cpu/possible").read_text())[-1] + 1
+
+
+def online_cpus() -> list[int]:
+    """The CPUs that run now."""
+    return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
+
+
+def value_bytes(info: MapInfo) -> int:
+    """What the kernel copies for one entry."""
+    if info.type in PER_CPU_TYPES:
+        return round_up(info.value_size, 8) * possible_cpus()
+    return info.value_size
+
+
+def round_up(number: int, to: int) -> int:
+    """The next multiple of ``to``."""
+    return (number + to - 1) // to * to
+
+
+def read(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
+    """All entries: keys ``u1[n, key_size]``; values ``u1[n, value_size]``, per-CPU ``u1[n, cpus, value_size_rounded_8]``.
+
+    While programs write, a hash's key that stays is seen exactly once, words do not tear, fields of one value may be
+    of different moments. Raises KernelError.
+    """
+    if info.type == MapType.STACK_TRACE or info.type not in _BATCHED:
+        keys, values = _read_each(fd, info)
+    else:
+        batched = _read_batches(fd, info)
+        keys, values = batched if batched is not None else _read_each(fd, info)
+    if info.type in PER_CPU_TYPES:
+        values = values.reshape(len(values), possible_cpus(), round_up(info.value_size, 8))
+    return keys, values
+
+
+def lookup_many(fd: SupportsIndex, info: MapInfo, keys: Bytes) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+    """Values of these keys as ``u1[n, bytes]`` and which were there; for stack traces, a handful of ids."""
+    _check_shape("keys", keys, info.key_size)
+    size = value_bytes(info)
+    values, there = np.zeros((len(keys), size), np.uint8), np.zeros(len(keys), np.bool_)
+    for row, key in enumerate(keys):
+        value = syscall.map_lookup(fd, key.tobytes(), size)
+        if value is not None:
+            values[row], there[row] = np.frombuffer(value, np.uint8), True
+    return values, there
+
+
+def _read_batches(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes] | None:
+    """By BPF_MAP_LOOKUP_BATCH; None where the kernel has none for this type."""
+    size = value_bytes(info)
+    count = max(min(info.max_entries, max(CHUNK_BYTES // (size + info.key_size), 64)), 1)
+    # The kernel's position: a bucket's number for hashes, a key for arrays.
+    position = np.zeros(max(info.key_size, 8), np.uint8)
+    keys: list[Bytes] = []
+    values: list[Bytes] = []
+    started = False
+    while True:
+        some_keys, some_values = np.empty((count, info.key_size), np.uint8), np.empty((count, size), np.uint8)
+        done, error = syscall.map_batch(
+            Command.MAP_LOOKUP_BATCH, fd, keys=some_keys.ctypes.data, values=some_values.ctypes.data, count=count,
+            in_batch=position.ctypes.data if started else 0, out_batch=position.ctypes.data,
+        )  # fmt: skip
+        if error == errno.ENOSPC:  # a bucket with more entries than asked for: ask for more
+            if count > 4 * max(info.max_entries, 64):
+                raise KernelError(error, f"read map {info.name}")
+            count *= 2
+            continue
+        if error in _NO_BATCH and not started:
+            return None
+        if error not in (0, errno.ENOENT):
+            raise KernelError(error, f"read map {info.name}")
+        done = min(done, count)
+        if done:
+            # Keeping a view of a chunk that is nearly empty would hold the whole of it.
+            whole = done * 4 >= count
+            keys.append(some_keys[:done] if whole else some_keys[:done].copy())
+            values.append(some_values[:done] if whole else some_values[:done].copy())
+        if error == errno.ENOENT:
+            break
+        started = True
+    if len(keys) == 1:
+        return keys[0], values[0]
+    empty_keys, empty_values = np.empty((0, info.key_size), np.uint8), np.empty((0, size), np.uint8)
+    return np.concatenate([empty_keys, *keys]), np.concatenate([empty_values, *values])
+
+
+def _read_each(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
+    """Key by key. After a delete the kernel starts again at the first key, hence ``seen`` and the bound."""
+    seen: dict[bytes, bytes] = {}
+    size, key = value_bytes(info), None
+    for _ in range(4 * info.max_entries + 64):
+        key = syscall.map_get_next_key(fd, key, info.key_size)
+        if key is None:
+            break
+        value = syscall.map_lookup(fd, key, size)
+        if value is not None:  # it may have been deleted in between
+            seen[key] = value
+    keys = np.frombuffer(b"".join(seen), np.uint8).reshape(len(seen), info.key_size)
+    return keys, np.frombuffer(b"".join(seen.values()), np.uint8).reshape(len(seen), size)
+
+
+def update_many(fd: SupportsIndex, keys: Bytes, values: Bytes) -> None:
+    """Set entries: keys ``u1[n, key_size]``, values ``u1[n, bytes]`` or ``u1[n, cpus, bytes]``. E2BIG: it is full."""
+    told = info(fd)
+    _check_shape("keys", keys, told.key_size)
+    flat = np.ascontiguousarray(values).reshape(len(values), -1)
+    _check_shape("values", flat, value_bytes(told))
+    if len(keys) != len(flat):
+        raise ProbefleetError(f"{len(keys)} keys and {len(flat)} values for map {told.name}")
+    done, error = _batch(Command.MAP_UPDATE_BATCH, fd, np.ascontiguousarray(keys), flat)
+    if error in _NO_BATCH and not done:
+        try:
+            for key, value in zip(keys, flat, strict=True):
+                syscall.map_update(fd, key.tobytes(), value.tobytes())
+        except KernelError as failure:
+            error = failure.errno
+        else:
+            error = 0
+    if error:
+        advice = f"It has room for {told.max_entries} entries: give it more." if error == errno.E2BIG else ""
+        raise KernelError(error, f"write {len(keys)} entries to map {told.name}", advice)
+
+
+def delete_many(fd: SupportsIndex, keys: Bytes) -> int:
+    """Delete entries; how many were there. Hash maps only."""
+    told = info(fd)
+    _check_shape("keys", keys, told.key_size)
+    keys = np.ascontiguousarray(keys)
+    at = deleted = 0
+    while at < len(keys):
+        done, error = _batch(Command.MAP_DELETE_BATCH, fd, keys[at:], None)
+        if error in _NO_BATCH and not done:
+            return deleted + sum(syscall.map_delete(fd, key.tobytes()) for key in keys[at:])
+        if error not in (0, errno.ENOENT):
+            raise KernelError(error, f"delete {len(keys)} entries of map {told.name}")
+        deleted += done
+        at += done + (error == errno.ENOENT)  # it stops at a key that is not there: go on behind it
+    return deleted
+
+
+def _batch(command: Command, fd: SupportsIndex, keys: Bytes, values: Bytes | None) -> tuple[int, int]:
+    if not len(keys):
+        return 0, 0
+    return syscall.map_batch(
+        command, fd, keys=keys.ctypes.data, values=values.ctypes.data if values is not None else 0, count=len(keys)
+    )
+
+
+def _check_shape(what: str, array: Bytes, width: int) -> None:
+    if array.dtype != np.uint8 or array.ndim != 2 or array.shape[1] != width:
+        raise ProbefleetError(f"{what} have shape {array.shape} of {array.dtype}; the map wants (n, {width}) bytes")
+
+
+def sum_lost(fd: SupportsIndex) -> npt.NDArray[np.uint64]:
+    """A ``probefleet_lost`` map over all CPUs: u64[4] = failed updates, ring full, records submitted, other."""
+    told = info(fd)
+    if told.value_size != 8 or told.key_size != 4 or told.type not in (MapType.PERCPU_ARRAY, MapType.ARRAY):
+        raise ProbefleetError(f"map {told.name} is not an array of 64-bit counters")
+    _, values = read(fd, told)
+    counts: npt.NDArray[np.uint64] = np.ascontiguousarray(values).view(np.uint64).reshape(len(values), -1).sum(axis=1)
+    return counts
+
+
+def memory_bytes(info: MapInfo) -> int:
+    """Kernel memory that a map of these sizes takes when it is full: an estimate, before it is made.
+
+    Follows ``map_mem_usage`` of kernel/bpf/{arraymap,hashtab,ringbuf,stackmap}.c (Linux 6.4 and later).
+    """
+    value, key, entries, cpus = (
+        round_up(info.value_size, 8),
+        round_up(info.key_size, 8),
+        info.max_entries,
+        possible_cpus(),
+    )
+    fixed = 512
+    if info.type == MapType.ARRAY:
+        return fixed + entries * value
+    if info.type == MapType.PERCPU_ARRAY:
+        return fixed + entries * (8 + value * cpus)
+    if info.type in HASH_TYPES:
+        buckets = 1 << max(entries - 1, 0).bit_length()
+        element = 48 + key + (8 + value * cpus if info.type in PER_CPU_TYPES else value)
+        spare = (
+            0
+            if info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH) or info.flags & uapi.BPF_F_NO_PREALLOC
+            else cpus
+        )
+        return fixed + buckets * 16 + (entries + spare) * element
+    if info.type == MapType.RINGBUF:
+        return fixed + entries + 3 * os.sysconf("SC_PAGESIZE")
+    if info.type == MapType.STACK_TRACE:
+        buckets = 1 << max(entries - 1, 0).bit_length()
+        return fixed + buckets * 8 + entries * (24 + value)
+    if info.type in (MapType.PERF_EVENT_ARRAY, MapType.PROG_ARRAY, MapType.ARRAY_OF_MAPS):
+        return fixed + entries * 8
+    return fixed + entries * (48 + key + value)
+
+
+def memory_used_bytes(fd: SupportsIndex) -> int:
+    """What the kernel says a map takes (``memlock`` of its fdinfo; exact from Linux 6.4, an estimate before)."""
+    for line in Path(f"/proc/self/fdinfo/{int(fd)}").read_text().splitlines():
+        if line.startswith("memlock:"):
+            return int(line.split()[1])
+    return 0

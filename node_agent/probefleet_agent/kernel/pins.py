@@ -1,0 +1,298 @@
+"""Pins: what goes on counting while the agent is replaced. A tree in bpffs, adopted or removed as a whole.
+
+    <bpffs>/probefleet/
+    ├── instances/
+    │   ├── <digest>/            an instance: adopted at start, all of it or nothing
+    │   │   ├── map_<name>  prog_<name>  link_<n>_<program>
+    │   │   └── manifest         an array map of one entry: our own bytes, which live exactly as long as the pins
+    │   ├── new-<digest>/        being built; swept away at start
+    │   └── gone-<digest>/       being removed; swept away at start
+    ├── maps/<probe map uid>/    map, manifest
+    └── identity/…               the agent's own: cgroup id → path
+
+``execute`` builds and removes, ``engine`` adopts at start. bpffs refuses regular files (hence the manifest map) and
+names with a dot (written as ``%``); renaming a folder of pins is atomic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import SupportsIndex
+
+from probefleet_agent.errors import KernelError, ProbefleetError
+from probefleet_agent.kernel import mounts, syscall
+from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.kernel.uapi import MapType
+
+_NEW, _GONE = "new-", "gone-"
+_MANIFEST = "manifest"
+_HEADER = struct.Struct("<8sQ32s")  # magic, length, sha256 of what follows
+_MAGIC = b"probefl1"
+MAX_MANIFEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """An instance's (or probe map's) pins, opened: the owner closes it."""
+
+    digest: str
+    manifest: bytes
+    maps: dict[str, Fd] = field(default_factory=dict)
+    programs: dict[str, Fd] = field(default_factory=dict)
+    links: dict[str, list[Fd]] = field(default_factory=dict)  # program → its links, in order
+
+    def close(self) -> None:
+        """Close the descriptors; the pins stay."""
+        for fd in (*self.maps.values(), *self.programs.values(), *(fd for fds in self.links.values() for fd in fds)):
+            fd.close()
+
+    def __enter__(self) -> Pinned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of pins while it is built."""
+
+    path: Path
+
+    def pin_map(self, name: str, fd: SupportsIndex) -> None:
+        """Pin a map under its own name."""
+        syscall.obj_pin(fd, str(self.path / f"map_{_escaped(name)}"))
+
+    def pin_program(self, name: str, fd: SupportsIndex) -> None:
+        """Pin a program: needed by program arrays, and to ask an adopted one for its cost without CAP_SYS_ADMIN."""
+        syscall.obj_pin(fd, str(self.path / f"prog_{_escaped(name)}"))
+
+    def pin_link(self, number: int, program: str, fd: SupportsIndex) -> None:
+        """Pin a link; ``number`` tells apart several of one program (one a CPU, one an attachment)."""
+        syscall.obj_pin(fd, str(self.path / f"link_{number}_{_escaped(program)}"))
+
+    def write_manifest(self, data: bytes) -> None:
+        """Keep bytes beside the pins; a second call replaces the first at once."""
+        _write_manifest(self.path, data)
+
+
+class Root:
+    """The tree under one bpffs."""
+
+    def __init__(self, bpffs: Path) -> None:
+        self.path = bpffs / "probefleet"
+        self.instances = self.path / "instances"
+        self.maps = self.path / "maps"
+        self.identity = self.path / "identity"
+
+    def create(self) -> None:
+        """Mount bpffs where it is missing, make the folders, sweep away what a dead agent left half done."""
+        mounts.mount_bpffs(self.path.parent)
+        for folder in (self.instances, self.maps, self.identity):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.sweep()
+
+    def sweep(self) -> list[str]:
+        """Remove half-built and half-removed folders; their names. Only while no other agent works on this tree."""
+        swept = []
+        for parent in (self.instances, self.maps):
+            for path in _folders(parent):
+                if path.name.startswith((_NEW, _GONE)):
+                    _remove_tree(path)
+                    swept.append(path.name)
+        return swept
+
+    def list_instances(self) -> list[str]:
+        """Digests of complete instances."""
+        return [path.name for path in _folders(self.instances) if not path.name.startswith((_NEW, _GONE))]
+
+    def list_maps(self) -> list[str]:
+        """Uids of complete probe maps."""
+        return [path.name for path in _folders(self.maps) if not path.name.startswith((_NEW, _GONE))]
+
+    def staging(self, digest: str) -> contextlib.AbstractContextManager[Folder]:
+        """Build an instance: pinned in the ``with`` block, there as a whole after it, or not at all."""
+        return _staging(self.instances, digest)
+
+    def staging_map(self, uid: str) -> contextlib.AbstractContextManager[Folder]:
+        """Build a probe map: pin it with ``pin_map("map", fd)`` and write its manifest."""
+        return _staging(self.maps, uid)
+
+    def open_instance(self, digest: str) -> Pinned:
+        """Open all pins of an instance. KernelError ENOENT where it, or its manifest, is not there."""
+        return _open(self.instances / _checked(digest))
+
+    def open_map(self, uid: str) -> Pinned:
+        """Open a probe map: ``.maps["map"]``."""
+        return _open(self.maps / _checked(uid))
+
+    def remove(self, digest: str) -> bool:
+        """Detach and forget an instance, as a whole: whether there was one."""
+        return _remove(self.instances, digest)
+
+    def remove_map(self, uid: str) -> bool:
+        """Forget a probe map; it lives on in programs that use it."""
+        return _remove(self.maps, uid)
+
+    def read_manifest(self, digest: str) -> bytes:
+        """An instance's manifest, without opening the rest."""
+        return _read_manifest(self.instances / _checked(digest))
+
+    def write_manifest(self, digest: str, data: bytes) -> None:
+        """Replace an instance's manifest at once: a reader sees the old one or the new one."""
+        _write_manifest(self.instances / _checked(digest), data)
+
+    def identity_map(self, name: str) -> Fd | None:
+        """The agent's own map of that name, where it is pinned."""
+        try:
+            return syscall.obj_get(str(self.identity / _escaped(name)))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+
+    def pin_identity(self, name: str, fd: SupportsIndex) -> None:
+        """Pin one of the agent's own maps, programs or links."""
+        syscall.obj_pin(fd, str(self.identity / _escaped(name)))
+
+    def remove_identity(self) -> None:
+        """Forget all that is the agent's own."""
+        _remove_tree(self.identity)
+
+    def purge(self) -> None:
+        """Remove the whole tree: every instance, map and identity of ours on this node."""
+        for digest in self.list_instances():
+            self.remove(digest)
+        for uid in self.list_maps():
+            self.remove_map(uid)
+        if self.path.exists():
+            self.sweep()
+            _remove_tree(self.path)
+
+
+def root(bpffs: Path = mounts.BPFFS) -> Root:
+    """The tree under that bpffs; nothing is made before ``create``."""
+    return Root(bpffs)
+
+
+def _escaped(name: str) -> str:
+    if not name or "/" in name or "%" in name or len(name) > 200:
+        raise ProbefleetError(f"{name!r} cannot be the name of a pin")
+    return name.replace(".", "%")
+
+
+def _checked(digest: str) -> str:
+    if (
+        not digest
+        or digest.startswith((_NEW, _GONE))
+        or not all(c.isascii() and (c.isalnum() or c in "-_") for c in digest)
+    ):
+        raise ProbefleetError(f"{digest!r} cannot be the name of a folder of pins")
+    return digest
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return sorted(path for path in parent.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+@contextlib.contextmanager
+def _staging(parent: Path, digest: str) -> Iterator[Folder]:
+    path, final = parent / f"{_NEW}{_checked(digest)}", parent / digest
+    if final.exists():
+        raise KernelError(errno.EEXIST, f"make {final}")
+    _remove_tree(path)
+    path.mkdir(mode=0o700, parents=True)
+    try:
+        yield Folder(path)
+        path.rename(final)
+    except BaseException:
+        _remove_tree(path)
+        raise
+
+
+def _remove(parent: Path, digest: str) -> bool:
+    """First the name, then the contents: who looks in between sees nothing rather than half."""
+    path, gone = parent / _checked(digest), parent / f"{_GONE}{digest}"
+    _remove_tree(gone)
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return False
+    _remove_tree(gone)
+    return True
+
+
+def _remove_tree(path: Path) -> None:
+    """Links first (so that counting stops at one moment), then the rest. What is gone already is fine."""
+    try:
+        entries = sorted(path.iterdir(), key=lambda each: (not each.name.startswith("link_"), each.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            _remove_tree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rmdir()
+
+
+def _open(path: Path) -> Pinned:
+    pinned = Pinned(path.name, _read_manifest(path))
+    links: dict[str, list[tuple[int, Fd]]] = {}
+    try:
+        for entry in sorted(path.iterdir()):
+            kind, _, name = entry.name.replace("%", ".").partition("_")
+            if kind == "map":
+                pinned.maps[name] = syscall.obj_get(str(entry))
+            elif kind == "prog":
+                pinned.programs[name] = syscall.obj_get(str(entry))
+            elif kind == "link":
+                number, _, program = name.partition("_")
+                links.setdefault(program, []).append((int(number), syscall.obj_get(str(entry))))
+    except BaseException:
+        pinned.close()
+        for pairs in links.values():
+            for _, fd in pairs:
+                fd.close()
+        raise
+    for program, pairs in links.items():
+        pinned.links[program] = [fd for _, fd in sorted(pairs, key=lambda pair: pair[0])]
+    return pinned
+
+
+def _write_manifest(path: Path, data: bytes) -> None:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ProbefleetError(f"a manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are kept")
+    value = _HEADER.pack(_MAGIC, len(data), hashlib.sha256(data).digest()) + data
+    with syscall.map_create(
+        MapType.ARRAY, key_size=4, value_size=len(value), max_entries=1, name="pf_manifest"
+    ) as fd:  # fmt: skip
+        syscall.map_update(fd, bytes(4), value)
+        fresh = path / f"{_NEW}{_MANIFEST}"
+        fresh.unlink(missing_ok=True)
+        syscall.obj_pin(fd, str(fresh))
+    os.replace(fresh, path / _MANIFEST)
+
+
+def _read_manifest(path: Path) -> bytes:
+    with syscall.obj_get(str(path / _MANIFEST)) as fd:
+        info = syscall.map_info(fd)
+        if info.type != MapType.ARRAY or info.key_size != 4 or info.value_size < _HEADER.size:
+            raise ProbefleetError(f"{path / _MANIFEST} is not a manifest of ours")
+        value = syscall.map_lookup(fd, bytes(4), info.value_size) or b""
+    magic, length, digest = _HEADER.unpack_from(value)
+    data = value[_HEADER.size : _HEADER.size + length]
+    if magic != _MAGIC or len(data) != length or hashlib.sha256(data).digest() != digest:
+        raise ProbefleetError(f"{path / _MANIFEST} is damaged: remove the folder with `probefleet purge`")
+    return data
