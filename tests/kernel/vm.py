@@ -30,7 +30,7 @@ from typing import BinaryIO
 if not __package__:  # started as a program, by a python3 that does not know where the project lies
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.kernel import vm_kernels  # noqa: E402  (needs the line above)
+from tests.kernel import vm_kernels
 
 VmError = vm_kernels.VmError
 
@@ -269,9 +269,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     start.add_argument("--memory", default="4G", help="the guest's memory (%(default)s)")
     start.add_argument("argv", nargs="*", metavar="-- CMD", help="the command, run in the current folder")
     # Split by hand: what follows the first "--" is the guest's, whatever it looks like.
-    ours = list(argv)
-    command = ours[ours.index("--") + 1 :] if "--" in ours else []
-    arguments = parser.parse_args(ours[: len(ours) - len(command)])
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    command = argv[end + 1 :]
+    arguments = parser.parse_args(argv[:end])
     if arguments.command == "run":
         arguments.argv = [*arguments.argv, *command]
         if not arguments.argv:
