@@ -1,0 +1,167 @@
+"""One agent's open session: what it said, what it is to be told, and the two slots through which it is told.
+
+stream.py reads and writes the wire; controller.py sets `desire` and reads `running`. Nothing queues up for a slow
+agent: a Push is the whole desired state and an Ack is cumulative, so one slot each suffices and a newer one replaces
+the older.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+from probefleet_core import placement, values
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_operator import errors, identity
+
+MAX_MESSAGE_BYTES = 16 << 20
+# A Push stays well below the limit; blobs that do not fit come with the next one.
+MAX_PUSH_BLOB_BYTES = 12 << 20
+
+BlobOf = Callable[[str], bytes | None]
+"""sha256 (hex) → the object as a zstd frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desire:
+    """What a node is to run, and the pods that it may take for known."""
+
+    state: placement.NodeState
+    known_pods: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """Why a session is to end."""
+
+    code: grpc.StatusCode
+    reason: str
+
+
+class Session:
+    """The operator's side of one stream. Belongs to the main loop."""
+
+    def __init__(self, hello: stream_pb2.Hello, who: identity.Identity, *, term: int, blob_of: BlobOf) -> None:
+        self.node = values.NodeName(hello.node)
+        self.hello = hello
+        self.identity = who
+        self.opened_at = time.time()
+        self.version = hello.applied_version if hello.applied_term == term else 0
+        # An agent that never applied anything runs nothing; others say in their first Status what they run.
+        self.running: Mapping[values.PolicyUid, stream_pb2.PolicyStatus] | None = (
+            {} if hello.applied_term == 0 and hello.applied_version == 0 else None
+        )
+        self.probe_maps: Sequence[stream_pb2.MapStatus] = ()
+        self.answered_version = 0
+        self.last_batch_at: float = 0.0  # wall clock
+        self.closing: asyncio.Future[Closing] = asyncio.get_running_loop().create_future()
+        self._term = term
+        self._blob_of = blob_of
+        self._carried: set[str] = set()
+        self._desire: Desire | None = None
+        self._ack: int | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def kernel(self) -> placement.KernelClass:
+        """The class within which one node's verdict on a program holds for all."""
+        return placement.KernelClass(self.hello.kernel_release, self.hello.kernel_build, self.hello.machine)
+
+    def desire(self, desire: Desire) -> None:
+        """Have this pushed, instead of whatever was not sent yet."""
+        self._desire = desire
+        self._wake.set()
+
+    def acknowledge(self, sequence: int) -> None:
+        """Have this batch and all before it acknowledged."""
+        self._ack = sequence
+        self._wake.set()
+
+    def take_status(self, status: stream_pb2.Status) -> None:
+        """Remember what the node runs."""
+        self.running = {values.PolicyUid(each.policy_uid): each for each in status.policies}
+        self.probe_maps = tuple(status.probe_maps)
+        if status.term == self._term:
+            self.answered_version = max(self.answered_version, status.version)
+
+    def close(self, code: grpc.StatusCode, reason: str) -> None:
+        """End the session; the agent reads the reason."""
+        if not self.closing.done():
+            self.closing.set_result(Closing(code, reason))
+
+    async def outgoing(self) -> stream_pb2.FromOperator:
+        """The next message to write; acks go first, because agents hold memory until then."""
+        while True:
+            if self._ack is not None:
+                sequence, self._ack = self._ack, None
+                return stream_pb2.FromOperator(ack=stream_pb2.Ack(sequence=sequence))
+            if self._desire is not None:
+                desire, self._desire = self._desire, None
+                push, complete = self._push(desire)
+                if not complete and self._desire is None:
+                    self._desire = desire
+                return stream_pb2.FromOperator(push=push)
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _push(self, desire: Desire) -> tuple[stream_pb2.Push, bool]:
+        """The message, and whether it says everything: what finds no room is kept as it is and comes with the next."""
+        self.version += 1
+        push = stream_pb2.Push(
+            term=self._term,
+            version=self.version,
+            selections=desire.state.selections,
+            known_pod_uids=desire.known_pods,
+        )
+        room, complete = MAX_PUSH_BLOB_BYTES, True
+        for plan in desire.state.plans:
+            needed, fits = self._blobs_for(needed_objects(plan), room)
+            if fits:
+                room -= self._add(push, needed)
+                push.plans.append(plan)
+            else:
+                complete = False
+                push.plans.append(kept(plan))
+        for probe_map in desire.state.probe_maps:
+            needed, fits = self._blobs_for([probe_map.sha256], room)
+            if not fits:
+                complete = False
+                continue
+            room -= self._add(push, needed)
+            push.probe_maps.append(probe_map)
+        return push, complete
+
+    def _blobs_for(self, wanted: Iterator[str] | Sequence[str], room: int) -> tuple[list[stream_pb2.Blob], bool]:
+        blobs = []
+        for sha256 in wanted:
+            if sha256 in self._carried:
+                continue
+            data = self._blob_of(sha256)
+            if data is None:
+                raise errors.OperatorError(f"the object {sha256} of a plan is not at hand: a bug in the operator")
+            blobs.append(stream_pb2.Blob(sha256=sha256, zstd=data))
+        size = sum(len(blob.zstd) for blob in blobs)
+        # One object that is larger than the room of a whole push still goes, alone.
+        return blobs, size <= room or room == MAX_PUSH_BLOB_BYTES
+
+    def _add(self, push: stream_pb2.Push, blobs: Sequence[stream_pb2.Blob]) -> int:
+        push.blobs.extend(blobs)
+        self._carried.update(blob.sha256 for blob in blobs)
+        return sum(len(blob.zstd) for blob in blobs)
+
+
+def needed_objects(plan: plan_pb2.Plan) -> Iterator[str]:
+    """The sha256 of every object that a plan refers to."""
+    if plan.instance.WhichOneof("program") == "object":
+        yield plan.instance.object.sha256
+
+
+def kept(plan: plan_pb2.Plan) -> plan_pb2.Plan:
+    """A plan that says: keep what you have of this policy."""
+    return plan_pb2.Plan(
+        policy_uid=plan.policy_uid, namespace=plan.namespace, name=plan.name, generation=plan.generation
+    )

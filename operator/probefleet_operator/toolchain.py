@@ -1,0 +1,136 @@
+"""Objects for plans: from clang's sandbox, from ConfigMaps, and where they are kept afterwards.
+
+planning.py asks with a source or a reference and gets ELF bytes, or a ToolchainError that says what the user wrote
+wrong. Compilers run in probefleet_wire.clang's sandboxed child, never in this process, which holds the CA's key; here
+is only the waiting: a bounded number at a time, in worker threads, each source once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import structlog
+import zstandard
+from probefleet_core import values
+
+from probefleet_operator import api, errors, metrics
+
+log = structlog.get_logger(__name__)
+
+CONCURRENT_COMPILATIONS = 2
+MAX_KEPT_BYTES = 256 << 20
+MAX_OBJECT_BYTES = 8 << 20
+
+Compile = Callable[[str, str], bytes]
+"""(source, file name) → ELF; raises ToolchainError. Blocks."""
+
+
+class Toolchain:
+    """Compilations and ConfigMap reads with a cache by digest of the source, failures of the source included."""
+
+    def __init__(self, client: api.Api, compile_source: Compile) -> None:
+        self._client, self._compile = client, compile_source
+        self._slots = asyncio.Semaphore(CONCURRENT_COMPILATIONS)
+        self._kept: OrderedDict[str, bytes | errors.ToolchainError] = OrderedDict()
+        self._kept_bytes = 0
+        self._running: dict[str, asyncio.Task[bytes]] = {}
+
+    async def compiled(self, source: str, file_name: str) -> bytes:
+        """The object of C source; raises ToolchainError."""
+        digest = hashlib.sha256(f"{file_name}\0{source}".encode()).hexdigest()
+        if (kept := self._kept.get(digest)) is not None:
+            self._kept.move_to_end(digest)
+            if isinstance(kept, errors.ToolchainError):
+                raise kept
+            return kept
+        task = self._running.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._compile_once(digest, source, file_name), name=f"compile-{digest[:12]}")
+            self._running[digest] = task
+            task.add_done_callback(lambda _: self._running.pop(digest, None))
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Let go of compilations under way."""
+        for task in list(self._running.values()):
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    async def from_config_map(self, namespace: str, reference: values.ConfigMapKey, sha256: str) -> bytes:
+        """An object from a ConfigMap's binaryData (or base64 in data), checked; raises ToolchainError or ApiError."""
+        where = f"ConfigMap {namespace}/{reference.name}, key {reference.key!r}"
+        try:
+            found = await self._client.get(f"/api/v1/namespaces/{namespace}/configmaps/{reference.name}")
+        except errors.NotFound:
+            raise errors.ToolchainUnavailable("ObjectMissing", f"{where}: there is no such ConfigMap") from None
+        encoded = (found.get("binaryData") or {}).get(reference.key) or (found.get("data") or {}).get(reference.key)
+        if encoded is None:
+            raise errors.ToolchainUnavailable("ObjectMissing", f"{where}: the ConfigMap has no such key")
+        try:
+            data = base64.b64decode(encoded, validate=False)
+        except ValueError as problem:
+            raise errors.ToolchainUnavailable("ObjectUnreadable", f"{where}: not base64: {problem}") from None
+        actual = hashlib.sha256(data).hexdigest()
+        if actual != sha256:
+            raise errors.ToolchainUnavailable(
+                "ObjectDiffers",
+                f"{where}: its bytes have sha256 {actual}, the policy asks for {sha256}. "
+                "Write the object's own sha256sum into spec.program.object.sha256, or put the right object there.",
+            )
+        return data
+
+    async def _compile_once(self, digest: str, source: str, file_name: str) -> bytes:
+        async with self._slots:
+            began = time.monotonic()
+            try:
+                elf = await asyncio.to_thread(self._compile, source, file_name)
+            except errors.ToolchainUnavailable:
+                raise
+            except errors.ToolchainError as problem:
+                self._keep(digest, problem)
+                raise
+            finally:
+                metrics.COMPILE_SECONDS.observe(time.monotonic() - began)
+            if len(elf) > MAX_OBJECT_BYTES:
+                raise errors.ToolchainError(
+                    "ObjectTooLarge", f"{file_name}: the object has {len(elf)} bytes, more than {MAX_OBJECT_BYTES}"
+                )
+            self._keep(digest, elf)
+            return elf
+
+    def _keep(self, digest: str, result: bytes | errors.ToolchainError) -> None:
+        self._kept[digest] = result
+        self._kept_bytes += _weight(result)
+        while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= _weight(dropped)
+
+
+def _weight(result: bytes | errors.ToolchainError) -> int:
+    return len(result) if isinstance(result, bytes) else len(str(result)) + 100
+
+
+class Blobs:
+    """Objects that plans refer to, packed once for all nodes."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+
+    def get(self, sha256: str) -> bytes | None:
+        """The zstd frame of an object."""
+        return self._packed.get(sha256)
+
+    def put(self, sha256: str, data: bytes) -> None:
+        """Keep an object."""
+        if sha256 not in self._packed:
+            self._packed[sha256] = zstandard.ZstdCompressor(level=9, write_content_size=True).compress(data)
+
+    def retain(self, wanted: set[str]) -> None:
+        """Let go of objects that no plan refers to any more."""
+        for sha256 in self._packed.keys() - wanted:
+            del self._packed[sha256]
