@@ -104,9 +104,10 @@ def down(layout: Layout) -> None:
     if layout.root.exists():
         shutil.rmtree(layout.root)
     settings.POINTER.unlink(missing_ok=True)
-    # Made as a mount point only; another program's state keeps it.
-    with contextlib.suppress(OSError):
-        node.CNI_STATE.rmdir()
+    for point in node.MOUNT_POINTS:
+        # Not empty: it holds another program's state, and is not ours to remove.
+        with contextlib.suppress(OSError):
+            point.rmdir()
 
 
 def _mounts_below(root: Path) -> list[str]:

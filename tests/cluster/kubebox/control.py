@@ -74,6 +74,7 @@ def start(layout: Layout) -> dict[Path, "subprocess.Popen[bytes]"]:
         f"--cluster-signing-cert-file={layout.pki}/ca.crt",
         f"--cluster-signing-key-file={layout.pki}/ca.key",
         "--leader-elect=false",
+        f"--flex-volume-plugin-dir={layout.root}/volume-plugins",
         f"--node-monitor-grace-period={settings.NODE_GRACE_SECONDS}s",
         "--node-monitor-period=2s",
     )

@@ -24,13 +24,15 @@ set -e
 mount --make-rshared /
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs tmpfs /var/lib/cni
+mount --bind "$1/kubelet" /var/lib/kubelet
 mount --bind "$1/log" /var/log
 mount -t bpf bpf /sys/fs/bpf
 mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 shift
 exec "$@"
 """
-CNI_STATE = Path("/var/lib/cni")
+MOUNT_POINTS = (Path("/var/lib/cni"), Path("/var/lib/kubelet"))
+"""Made on the machine where they are missing, for a node to mount its own there."""
 
 CONTAINERD_CONFIGURATION = """\
 version = 2
@@ -55,7 +57,8 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     """Start a node with every image that was loaded, and return, by log, what has to live."""
     for name in ("log", "cni-configuration", "volume-plugins", "kubelet"):
         (node.directory / name).mkdir(parents=True)
-    CNI_STATE.mkdir(exist_ok=True)
+    for point in MOUNT_POINTS:
+        point.mkdir(exist_ok=True)
     processes.make_group(node.group)
     network.make_node(node)
     hosts = (node.name, node.address)
@@ -83,7 +86,7 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
         load(node, archive)
 
     kubelet = [layout.binaries / "kubelet", f"--config={node.directory}/kubelet.json"]
-    kubelet += [f"--kubeconfig={layout.kubeconfig(node.name)}", f"--root-dir={node.directory}/kubelet"]
+    kubelet += [f"--kubeconfig={layout.kubeconfig(node.name)}"]
     kubelet += [f"--hostname-override={node.name}", f"--node-ip={node.address}"]
     watched |= _component(layout, node, "kubelet", kubelet)
     # The machine's connection tracking table belongs to the machine: 0 leaves its limits as they are.
