@@ -1,8 +1,8 @@
 """Maps in bulk: a descriptor in, NumPy arrays of raw keys and values out; and back.
 
-``collect`` reads with ``read`` every interval; ``execute`` fills filters and parameters with ``update_many``. The kernel
-copies thousands of entries a call (BPF_MAP_LOOKUP_BATCH, Linux 5.6; per-CPU arrays 5.13); kernels and types without
-that are read entry by entry. What the bytes mean is ``decode``'s business.
+``collect`` reads with ``read`` every interval; ``execute`` fills filters and parameters with ``update_many``. The
+kernel copies thousands of entries a call (BPF_MAP_LOOKUP_BATCH, Linux 5.6; per-CPU arrays 5.13); kernels and types
+without that are read entry by entry. What the bytes mean is ``decode``'s business.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def round_up(number: int, to: int) -> int:
 
 
 def read(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
-    """All entries: keys ``u1[n, key_size]``; values ``u1[n, value_size]``, per-CPU ``u1[n, cpus, value_size_rounded_8]``.
+    """All entries: keys ``u1[n, key_size]``; values ``u1[n, value_size]``, per-CPU ``u1[n, cpus, rounded up to 8]``.
 
     While programs write, a hash's key that stays is seen exactly once, words do not tear, fields of one value may be
     of different moments. Raises KernelError.
@@ -215,12 +215,8 @@ def memory_bytes(info: MapInfo) -> int:
 
     Follows ``map_mem_usage`` of kernel/bpf/{arraymap,hashtab,ringbuf,stackmap}.c (Linux 6.4 and later).
     """
-    value, key, entries, cpus = (
-        round_up(info.value_size, 8),
-        round_up(info.key_size, 8),
-        info.max_entries,
-        possible_cpus(),
-    )
+    value, key = round_up(info.value_size, 8), round_up(info.key_size, 8)
+    entries, cpus = info.max_entries, possible_cpus()
     fixed = 512
     if info.type == MapType.ARRAY:
         return fixed + entries * value
@@ -229,11 +225,8 @@ def memory_bytes(info: MapInfo) -> int:
     if info.type in HASH_TYPES:
         buckets = 1 << max(entries - 1, 0).bit_length()
         element = 48 + key + (8 + value * cpus if info.type in PER_CPU_TYPES else value)
-        spare = (
-            0
-            if info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH) or info.flags & uapi.BPF_F_NO_PREALLOC
-            else cpus
-        )
+        lru = info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH)
+        spare = 0 if lru or info.flags & uapi.BPF_F_NO_PREALLOC else cpus
         return fixed + buckets * 16 + (entries + spare) * element
     if info.type == MapType.RINGBUF:
         return fixed + entries + 3 * os.sysconf("SC_PAGESIZE")

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -189,11 +188,8 @@ def _escaped(name: str) -> str:
 
 
 def _checked(digest: str) -> str:
-    if (
-        not digest
-        or digest.startswith((_NEW, _GONE))
-        or not all(c.isascii() and (c.isalnum() or c in "-_") for c in digest)
-    ):
+    plain = all(c.isascii() and (c.isalnum() or c in "-_") for c in digest)
+    if not digest or not plain or digest.startswith((_NEW, _GONE)):
         raise ProbefleetError(f"{digest!r} cannot be the name of a folder of pins")
     return digest
 
@@ -282,7 +278,7 @@ def _write_manifest(path: Path, data: bytes) -> None:
         fresh = path / f"{_NEW}{_MANIFEST}"
         fresh.unlink(missing_ok=True)
         syscall.obj_pin(fd, str(fresh))
-    os.replace(fresh, path / _MANIFEST)
+    fresh.replace(path / _MANIFEST)
 
 
 def _read_manifest(path: Path) -> bytes:
