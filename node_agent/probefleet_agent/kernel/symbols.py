@@ -8,7 +8,6 @@ only the file is known), and counted.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ (\d+) *(
 _DEBUG = Path("/usr/lib/debug/.build-id")
 
 Addresses = npt.NDArray[np.uint64]
+_File = tuple[elf_file.Functions, npt.NDArray[np.uint64]]  # with its segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,7 @@ class Symbolizer:
     def __init__(self) -> None:
         self.resolved = 0
         self.unknown = 0
-        self._files: OrderedDict[tuple[int, int, int], tuple[elf_file.Functions, npt.NDArray[np.uint64]]] = (
-            OrderedDict()
-        )
+        self._files: OrderedDict[tuple[int, int, int], _File] = OrderedDict()
 
     def kernel(self, addresses: Addresses) -> list[str]:
         """Names of kernel addresses."""
@@ -155,14 +153,14 @@ class Symbolizer:
             names.append((functions.name_at(at) or label) if known else label)
         return names
 
-    def _functions(self, pid: int, mapping: Mapping) -> tuple[elf_file.Functions, npt.NDArray[np.uint64]]:
+    def _functions(self, pid: int, mapping: Mapping) -> _File:
         # map_files is the file itself, even deleted or hidden below a mount; it needs CAP_CHECKPOINT_RESTORE.
         path = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
         try:
-            status = os.stat(path)
+            status = path.stat()
         except OSError:
             path = Path(f"/proc/{pid}/root{mapping.path}")
-            status = os.stat(path)
+            status = path.stat()
         key = (status.st_dev, status.st_ino, status.st_mtime_ns)
         if key in self._files:
             self._files.move_to_end(key)

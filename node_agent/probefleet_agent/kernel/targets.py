@@ -102,7 +102,7 @@ def check_function(name: str) -> None:
 
 
 def near_functions(name: str) -> tuple[str, ...]:
-    """Functions of this kernel with a similar name; only those that start alike are compared: all would take a second."""
+    """Functions with a similar name; only those that start alike are compared: all would take a second."""
     names = symbols.kallsyms().functions()
     alike = [each for each in names if each[:3] == name[:3] and abs(len(each) - len(name)) < 12 and each != name]
     return near(name, alike)
@@ -120,7 +120,7 @@ def syscall_function(name: str) -> str:
 
 
 def uprobe_offset(path: str, symbol: str, offset: int) -> int:
-    """The place in the file that a uprobe is put on: the symbol's, plus ``offset``; without a symbol the offset itself."""
+    """The place in the file to put a uprobe on: the symbol's plus ``offset``; without a symbol the offset."""
     file = Path(path)
     if not file.is_absolute():
         raise NoSuchTarget(f"file {path}", why="the path of a uprobe has to be absolute", where="on this node")
