@@ -237,10 +237,26 @@ def _remove_tree(path: Path) -> None:
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
             _remove_tree(entry)
+        elif entry.name.startswith("link_"):
+            _unpin_link(entry)
         else:
             entry.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         path.rmdir()
+
+
+def _unpin_link(path: Path) -> None:
+    """Detach now: the last reference of a pin is let go by a kernel worker some ms later, that of a descriptor at once.
+
+    (Before Linux 6.9 the pin's own reference goes after RCU, so there it still takes some milliseconds.)
+    """
+    try:
+        link = syscall.obj_get(str(path))
+    except KernelError:
+        path.unlink(missing_ok=True)
+        return
+    with link:
+        path.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> Pinned:

@@ -1,0 +1,318 @@
+"""Every kind of target counts exactly what the workload made."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from probefleet_agent.errors import KernelError, NoSuchTarget, UnsupportedFeature
+from probefleet_agent.kernel import elf_file, features, links, mounts, pins, syscall
+from probefleet_wire.v1 import plan_pb2
+from tests.kernel.support import Loaded, attachment, call_getppid, needs, wait_until
+
+GETPPID = {"x86_64": 110, "aarch64": 173}[os.uname().machine]
+RAW = f"""
+SEC("raw_tracepoint/sys_enter")
+int on_it(struct bpf_raw_tracepoint_args *ctx)
+{{
+	return ours() && ctx->args[1] == {GETPPID} ? hit() : 0;
+}}
+"""
+TRACEPOINT = """
+SEC("tracepoint/syscalls/sys_enter_getppid")
+int on_it(void *ctx)
+{
+	return ours() ? hit() : 0;
+}
+"""
+TP_BTF = f"""
+SEC("tp_btf/sys_enter")
+int BPF_PROG(on_it, struct pt_regs *regs, long id)
+{{
+	return ours() && id == {GETPPID} ? hit() : 0;
+}}
+"""
+UPROBE = """
+SEC("uprobe")
+int on_it(void *ctx)
+{
+	return ours() ? hit() : 0;
+}
+"""
+PERF = """
+SEC("perf_event")
+int on_it(void *ctx)
+{
+	return hit();
+}
+"""
+KPROBE = """
+SEC("kprobe")
+int on_it(void *ctx)
+{
+	return ours() ? hit() : 0;
+}
+"""
+libc = ctypes.CDLL("libc.so.6")
+
+
+def libc_path() -> str:
+    with open("/proc/self/maps") as file:
+        return next(line.split()[-1] for line in file if "/libc.so.6" in line or "/libc-2" in line)
+
+
+def count(source: str, target: plan_pb2.Attachment, work: object, times: int) -> int:
+    """Attach, work, detach, work again: only what was made while attached may count."""
+    assert callable(work)
+    with Loaded(source) as loaded:
+        with links.attach(loaded.programs["on_it"], target, program_section=loaded.sections["on_it"]):
+            work(times)
+        work(23)
+        return loaded.hits()
+
+
+@pytest.mark.parametrize("times", [997, 23])
+def test_raw_tracepoint_counts_each_call(times: int) -> None:
+    assert count(RAW, attachment("on_it", raw_tracepoint={"name": "sys_enter"}), call_getppid, times) == times
+
+
+@pytest.mark.parametrize("times", [997, 23])
+def test_tracepoint_counts_each_call(times: int) -> None:
+    target = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
+    assert count(TRACEPOINT, target, call_getppid, times) == times
+
+
+@pytest.mark.parametrize("times", [997, 23])
+def test_tp_btf_counts_each_call(times: int) -> None:
+    needs(features.tp_btf)
+    assert count(TP_BTF, attachment("on_it", tp_btf={"name": "sys_enter"}), call_getppid, times) == times
+
+
+@pytest.mark.parametrize("on_return", [False, True])
+def test_syscall_is_its_tracepoint_for_a_tracepoint_program(on_return: bool) -> None:
+    target = attachment("on_it", syscall={"name": "getppid", "on_return": on_return})
+    assert count(TRACEPOINT, target, call_getppid, 997) == 997
+
+
+def call_labs(times: int) -> None:
+    for _ in range(times):
+        libc.labs(-1)
+
+
+@pytest.mark.parametrize("on_return", [False, True])
+def test_uprobe_by_symbol_counts_each_call(on_return: bool) -> None:
+    target = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "on_return": on_return})
+    assert count(UPROBE, target, call_labs, 997) == 997
+
+
+@pytest.mark.parametrize("on_return", [False, True])
+def test_uprobe_by_offset_counts_each_call(on_return: bool) -> None:
+    with elf_file.open_file(__import__("pathlib").Path(libc_path())) as elf:
+        offset = elf.file_offset("labs")
+    target = attachment("on_it", uprobe={"path": libc_path(), "offset": offset, "on_return": on_return})
+    assert count(UPROBE, target, call_labs, 23) == 23
+
+
+def test_uprobe_of_one_process_leaves_others_alone() -> None:
+    other = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "pid": 1})
+    mine = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "pid": os.getpid()})
+    assert count(UPROBE, other, call_labs, 23) == 0
+    assert count(UPROBE, mine, call_labs, 23) == 23
+
+
+def test_perf_event_runs_on_every_cpu_by_period() -> None:
+    """cpu-clock every million ns of CPU time: a busy loop gives about a thousand a second."""
+    with Loaded(PERF) as loaded:
+        target = attachment("on_it", perf_event={"event": "cpu-clock", "period": 1_000_000})
+        with links.attach(loaded.programs["on_it"], target) as link:
+            assert len(link.fds) == os.cpu_count() if features.perf_link() else len(link.keeps) == os.cpu_count()
+            wait_until(lambda: loaded.hits() >= 997)
+        after = loaded.hits()
+        sum(range(3_000_000))
+        assert loaded.hits() == after
+
+
+def test_page_faults_are_counted_one_by_one() -> None:
+    """A software event with period 1 is exact: one for each page that is touched for the first time."""
+    source = 'SEC("perf_event") int on_it(void *ctx) { return ours() ? hit() : 0; }'
+    import mmap
+
+    with Loaded(source) as loaded:
+        target = attachment("on_it", perf_event={"event": "page-faults", "period": 1})
+        with mmap.mmap(-1, 997 * 4096) as memory:
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            with links.attach(loaded.programs["on_it"], target):
+                for page in range(997):
+                    memory[page * 4096] = 1
+        assert 997 <= loaded.hits() <= 997 + 50  # the interpreter has faults of its own
+
+
+def test_links_are_pinnable_where_the_kernel_has_perf_links() -> None:
+    with Loaded(TRACEPOINT) as loaded:
+        target = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
+        with links.attach(loaded.programs["on_it"], target) as link:
+            assert link.pinnable == features.perf_link()
+            assert link.way == "tracepoint syscalls:sys_enter_getppid"
+            if link.pinnable:
+                assert syscall.link_info(link.fd).prog_id == syscall.program_info(loaded.programs["on_it"]).id
+
+
+def test_a_kernel_without_perf_links_falls_back_to_the_event_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "perf_link", lambda: False)
+    target = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
+    assert count(TRACEPOINT, target, call_getppid, 997) == 997
+    with Loaded(TRACEPOINT) as loaded, links.attach(loaded.programs["on_it"], target) as link:
+        assert not link.pinnable and not link.fds and len(link.keeps) == 1
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from probefleet_agent.kernel import links, pins
+from tests.kernel.support import Loaded, attachment
+which, bpffs, pid, path = sys.argv[1:5]
+sources = __import__("tests.kernel.test_links", fromlist=["x"])
+source, target = {
+    "uprobe": (sources.UPROBE, dict(uprobe=dict(path=path, symbol="labs"))),
+    "tracepoint": (sources.TRACEPOINT, dict(tracepoint=dict(category="syscalls", name="sys_enter_getppid"))),
+    "raw_tracepoint": (sources.RAW, dict(raw_tracepoint=dict(name="sys_enter"))),
+    "tp_btf": (sources.TP_BTF, dict(tp_btf=dict(name="sys_enter"))),
+    "perf_event": (sources.PERF, dict(perf_event=dict(event="cpu-clock", frequency_hz=997))),
+}[which]
+with Loaded(source, pid=int(pid)) as loaded:
+    with links.attach(loaded.programs["on_it"], attachment("on_it", **target)) as link:
+        with pins.root(Path(bpffs)).staging("d1") as folder:
+            for number, fd in enumerate(link.fds):
+                folder.pin_link(number, "on_it", fd)
+            folder.pin_map("hits", loaded.maps["hits"])
+            folder.pin_program("on_it", loaded.programs["on_it"])
+            folder.write_manifest(b"made by a process that is gone")
+"""
+
+
+@pytest.mark.parametrize("which", ["uprobe", "tracepoint", "raw_tracepoint", "tp_btf", "perf_event"])
+def test_pinned_links_outlive_the_process_that_made_them(root: pins.Root, which: str) -> None:
+    if which not in ("raw_tracepoint", "tp_btf"):
+        needs(features.perf_link)
+    if which == "tp_btf":
+        needs(features.tp_btf)
+    arguments = [which, str(root.path.parent), str(os.getpid()), libc_path()]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(CHILD), *arguments], check=True)
+    with root.open_instance("d1") as adopted:
+        from probefleet_agent.kernel import maps
+
+        assert adopted.manifest == b"made by a process that is gone"
+        before = int(maps.sum_lost(adopted.maps["hits"])[0])
+        if which == "perf_event":
+            assert len(adopted.links["on_it"]) == os.cpu_count()
+            wait_until(lambda: int(maps.sum_lost(adopted.maps["hits"])[0]) >= before + 23)
+            return
+        (call_labs if which == "uprobe" else call_getppid)(997)
+        assert int(maps.sum_lost(adopted.maps["hits"])[0]) == before + 997
+    with root.open_instance("d1") as adopted:
+        hits = adopted.maps["hits"].dup()
+    with hits:
+        assert root.remove("d1")
+        (call_labs if which == "uprobe" else call_getppid)(23)
+        assert int(maps.sum_lost(hits)[0]) == before + 997, "removing the pins detaches"
+
+
+KPROBE_TARGETS = {"function": "__do_sys_getppid"}
+
+
+@pytest.mark.parametrize("on_return", [False, True])
+def test_kprobes_count_exactly_or_are_refused_in_words(on_return: bool) -> None:
+    from probefleet_agent.kernel import symbols, targets
+
+    prefixed = {"x86_64": "__x64_sys_getppid", "aarch64": "__arm64_sys_getppid"}[os.uname().machine]
+    target = attachment("on_it", kprobe={"function": prefixed, "on_return": on_return})
+    if features.kprobes():
+        assert links.supported(target) is None
+        assert count(KPROBE, target, call_getppid, 997) == 997
+        return
+    refusal = links.supported(target)
+    assert isinstance(refusal, UnsupportedFeature)
+    assert str(refusal).startswith("this kernel has no kprobes: it was built without CONFIG_KPROBES")
+    with Loaded(KPROBE) as loaded, pytest.raises(UnsupportedFeature, match="kprobes"):
+        links.attach(loaded.programs["on_it"], target)
+    assert targets and symbols
+
+
+@pytest.mark.parametrize("on_return", [False, True])
+def test_syscall_is_a_kprobe_on_its_handler_for_a_kprobe_program(on_return: bool) -> None:
+    target = attachment("on_it", syscall={"name": "getppid", "on_return": on_return})
+    if not features.kprobes():
+        assert isinstance(links.supported(target, program_section="kprobe"), UnsupportedFeature)
+        return
+    assert count(KPROBE, target, call_getppid, 23) == 23
+
+
+def refused(target: plan_pb2.Attachment, section: str = "") -> str:
+    error = links.supported(target, program_section=section)
+    assert isinstance(error, NoSuchTarget), error
+    assert error.reason == "NoSuchAttachPoint"
+    return str(error)
+
+
+def test_a_misspelt_tracepoint_names_those_near() -> None:
+    said = refused(attachment("p", tracepoint={"category": "syscalls", "name": "sys_enter_exeve"}))
+    assert said.startswith("no tracepoint syscalls:sys_enter_exeve on this kernel; near: sys_enter_execve, sys_enter_execveat")
+
+
+def test_a_misspelt_category_names_those_near() -> None:
+    assert "sched:sched_switch" in refused(attachment("p", tracepoint={"category": "shed", "name": "sched_switch"}))
+
+
+def test_a_path_in_a_tracepoints_name_is_no_way_out_of_tracefs() -> None:
+    assert "no tracepoint" in refused(attachment("p", tracepoint={"category": "../../..", "name": "etc"}))
+
+
+def test_a_misspelt_raw_tracepoint_names_those_near() -> None:
+    with Loaded(RAW) as loaded, pytest.raises(NoSuchTarget, match="no raw tracepoint sched_swich .*near: .*sched_switch"):
+        links.attach(loaded.programs["on_it"], attachment("p", raw_tracepoint={"name": "sched_swich"}))
+
+
+def test_a_misspelt_tp_btf_is_known_before_loading() -> None:
+    needs(features.tp_btf)
+    assert "sched_switch" in refused(attachment("p", tp_btf={"name": "sched_swich"}))
+
+
+def test_a_misspelt_symbol_names_those_near() -> None:
+    said = refused(attachment("p", uprobe={"path": libc_path(), "symbol": "mallc"}))
+    assert said.startswith(f"no function mallc in {libc_path()}; near:") and "malloc" in said
+
+
+def test_a_file_that_is_not_there_and_one_that_is_no_program() -> None:
+    assert refused(attachment("p", uprobe={"path": "/nowhere", "symbol": "x"})) == "no file /nowhere on this node"
+    assert "not an ELF file" in refused(attachment("p", uprobe={"path": "/etc/passwd", "symbol": "x"}))
+    assert "absolute" in refused(attachment("p", uprobe={"path": "passwd", "symbol": "x"}))
+
+
+def test_an_offset_outside_code_is_refused() -> None:
+    assert "no code at offset 0x1" in refused(attachment("p", uprobe={"path": libc_path(), "offset": 1}))
+
+
+def test_an_unknown_event_names_those_near() -> None:
+    assert "near: cpu-clock" in refused(attachment("p", perf_event={"event": "cpu-clok", "period": 1}))
+
+
+def test_a_hardware_event_that_the_machine_lacks_is_unsupported() -> None:
+    if features.hardware_counters():
+        return
+    with Loaded(PERF) as loaded, pytest.raises(UnsupportedFeature, match="cpu-clock works everywhere"):
+        links.attach(loaded.programs["on_it"], attachment("p", perf_event={"event": "cpu-cycles", "period": 1000}))
+
+
+def test_a_program_of_the_wrong_kind_is_refused_with_advice() -> None:
+    with Loaded(PERF) as loaded, pytest.raises(KernelError, match=r"Is the program of the kind"):
+        target = attachment("p", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
+        links.attach(loaded.programs["on_it"], target)
+
+
+def test_tracefs_is_found() -> None:
+    assert mounts.tracefs() is not None
