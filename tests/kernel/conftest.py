@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from probefleet_agent.kernel import mounts, pins
+
 from tests.kernel import support
 
 

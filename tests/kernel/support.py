@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from probefleet_agent.kernel import libbpf, maps
 from probefleet_wire.v1 import plan_pb2
 

@@ -9,10 +9,10 @@ import sys
 import textwrap
 
 import pytest
-
 from probefleet_agent.errors import KernelError, NoSuchTarget, UnsupportedFeature
 from probefleet_agent.kernel import elf_file, features, links, mounts, pins, syscall
 from probefleet_wire.v1 import plan_pb2
+
 from tests.kernel.support import Loaded, attachment, call_getppid, needs, wait_until
 
 GETPPID = {"x86_64": 110, "aarch64": 173}[os.uname().machine]
@@ -261,7 +261,9 @@ def refused(target: plan_pb2.Attachment, section: str = "") -> str:
 
 def test_a_misspelt_tracepoint_names_those_near() -> None:
     said = refused(attachment("p", tracepoint={"category": "syscalls", "name": "sys_enter_exeve"}))
-    assert said.startswith("no tracepoint syscalls:sys_enter_exeve on this kernel; near: sys_enter_execve, sys_enter_execveat")
+    assert said.startswith(
+        "no tracepoint syscalls:sys_enter_exeve on this kernel; near: sys_enter_execve, sys_enter_execveat"
+    )
 
 
 def test_a_misspelt_category_names_those_near() -> None:
@@ -273,7 +275,10 @@ def test_a_path_in_a_tracepoints_name_is_no_way_out_of_tracefs() -> None:
 
 
 def test_a_misspelt_raw_tracepoint_names_those_near() -> None:
-    with Loaded(RAW) as loaded, pytest.raises(NoSuchTarget, match="no raw tracepoint sched_swich .*near: .*sched_switch"):
+    with (
+        Loaded(RAW) as loaded,
+        pytest.raises(NoSuchTarget, match="no raw tracepoint sched_swich .*near: .*sched_switch"),
+    ):
         links.attach(loaded.programs["on_it"], attachment("p", raw_tracepoint={"name": "sched_swich"}))
 
 

@@ -388,7 +388,8 @@ def btf_bytes(fd: SupportsIndex) -> bytes:
 
 def perf_event_open(
     event_type: int, config: int, *, pid: int = -1, cpu: int = -1, config1: int | bytes = 0, config2: int = 0,
-    frequency_hz: int = 0, period: int = 0, sample_type: int = 0, wakeup_events: int = 0, disabled: bool = False,
+    frequency_hz: int = 0, period: int = 0, sample_type: int = 0, wakeup_events: int = 0,
+    read_format: int = 0, disabled: bool = False,
     what: str = "event",
 ) -> Fd:  # fmt: skip
     """An event. ``config1`` may be a name or path (bytes): the kernel gets a pointer to it. KernelError otherwise."""
@@ -399,7 +400,7 @@ def perf_event_open(
         type=event_type, size=ctypes.sizeof(uapi.PerfAttr), config=config, sample=frequency_hz or period,
         sample_type=sample_type,
         flags=(uapi.PERF_FREQ if frequency_hz else 0) | (uapi.PERF_DISABLED if disabled else 0),
-        wakeup_events=wakeup_events, config2=config2,
+        wakeup_events=wakeup_events, config2=config2, read_format=read_format,
         config1=address(text) if text is not None else config1,
     )  # fmt: skip
     for _ in range(_TRIES):
