@@ -277,7 +277,7 @@ def test_a_path_in_a_tracepoints_name_is_no_way_out_of_tracefs() -> None:
 def test_a_misspelt_raw_tracepoint_names_those_near() -> None:
     with (
         Loaded(RAW) as loaded,
-        pytest.raises(NoSuchTarget, match="no raw tracepoint sched_swich .*near: .*sched_switch"),
+        pytest.raises(NoSuchTarget, match=r"no raw tracepoint sched_swich .*: sched_switch"),
     ):
         links.attach(loaded.programs["on_it"], attachment("p", raw_tracepoint={"name": "sched_swich"}))
 

@@ -1,4 +1,4 @@
-"""Ring buffers: every record once, in order, across the end of the ring; nobody passes a BUSY record; drops are counted."""
+"""Ring buffers: every record once, in order, also where the ring ends; nobody passes a BUSY record; drops count."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SIZE = 4096
 EVENT = np.dtype([("number", "<u8"), ("text", "S16")])
 SOURCE = """
 struct event { u64 number; char text[16]; };
-struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); __type(value, struct event); } ring SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); __type(value, struct event); }
+ring SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY); __uint(max_entries, 4); __type(key, u32); __type(value, u64); }
 lost SEC(".maps");
 u64 number = 0;
@@ -158,13 +159,16 @@ def test_the_position_survives_the_reader() -> None:
 
 
 def test_a_submitted_record_wakes_a_poller() -> None:
-    with Loaded(PLAIN) as loaded, links.attach(loaded.programs["on_it"], GETPPID):
-        with rings.RingReader(loaded.maps["ring"]) as reader:
-            poll = select.poll()
-            poll.register(reader.poll_fd, select.POLLIN)
-            assert poll.poll(0) == []
-            call_getppid(1)
-            assert poll.poll(5000)
+    with (
+        Loaded(PLAIN) as loaded,
+        links.attach(loaded.programs["on_it"], GETPPID),
+        rings.RingReader(loaded.maps["ring"]) as reader,
+    ):
+        poll = select.poll()
+        poll.register(reader.poll_fd, select.POLLIN)
+        assert poll.poll(0) == []
+        call_getppid(1)
+        assert poll.poll(5000)
 
 
 def heads(*lengths: int) -> np.ndarray:
@@ -197,41 +201,54 @@ def test_a_record_of_no_bytes() -> None:
     assert (starts.tolist(), lengths.tolist(), at) == ([0, 8, 16], [0, 0, 8], 4)
 
 
+SPINNING = """
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } ring SEC(".maps");
+volatile u64 go_on = 0, waiting = 0;
+static long spin(u32 i, void *ctx)
+{
+	waiting = 1;
+	return go_on ? 1 : 0;
+}
+SEC("tracepoint/syscalls/sys_enter_getppid")
+int on_it(void *ctx)
+{
+	u64 *word;
+	bool slow = !waiting;
+	if (!ours())
+		return 0;
+	word = bpf_ringbuf_reserve(&ring, 8, 0);
+	if (!word)
+		return 0;
+	*word = slow;
+	if (slow)
+		bpf_loop(1 << 23, spin, 0, 0);
+	bpf_ringbuf_submit(word, 0);
+	return 0;
+}
+"""
+
+
 def test_a_busy_record_of_a_real_program_stops_the_reader() -> None:
-    """One thread's program holds a reserved record in a long loop; meanwhile the other threads' records wait behind it."""
-    source = """
-    struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } ring SEC(".maps");
-    volatile u64 go_on = 0, waiting = 0;
-    static long spin(u32 i, void *ctx) { waiting = 1; return go_on ? 1 : 0; }
-    SEC("tracepoint/syscalls/sys_enter_getppid")
-    int on_it(void *ctx)
-    {
-    	u64 *word;
-    	bool slow = !waiting;
-    	if (!ours()) return 0;
-    	word = bpf_ringbuf_reserve(&ring, 8, 0);
-    	if (!word) return 0;
-    	*word = slow;
-    	if (slow) bpf_loop(1 << 23, spin, 0, 0);
-    	bpf_ringbuf_submit(word, 0);
-    	return 0;
-    }
-    """
-    with Loaded(source) as loaded, links.attach(loaded.programs["on_it"], GETPPID):
-        with _bss(loaded) as state, rings.RingReader(loaded.maps["ring"]) as reader:
-            libc = ctypes.CDLL(None)
-            slow = threading.Thread(target=libc.getppid)  # ctypes lets the interpreter go on meanwhile
-            slow.start()
-            while struct.unpack("<QQ", syscall.map_lookup(state, bytes(4), 16) or bytes(16)).count(1) == 0:
-                os.sched_yield()
-            call_getppid(23)
-            held = reader.read(0)
-            assert reader.producer_position() == 24 * 16
-            assert len(held) == 0 and held.end_position == 0
-            syscall.map_update(state, bytes(4), struct.pack("<QQ", 1, 1))
-            slow.join()
-            assert len(reader.read(0)) == 24
-            del held
+    """A thread's program holds a reserved record in a long loop; meanwhile the others' records wait behind it."""
+    with (
+        Loaded(SPINNING) as loaded,
+        links.attach(loaded.programs["on_it"], GETPPID),
+        _bss(loaded) as state,
+        rings.RingReader(loaded.maps["ring"]) as reader,
+    ):
+        libc = ctypes.CDLL(None)
+        slow = threading.Thread(target=libc.getppid)  # ctypes lets the interpreter go on meanwhile
+        slow.start()
+        while struct.unpack("<QQ", syscall.map_lookup(state, bytes(4), 16) or bytes(16)).count(1) == 0:
+            os.sched_yield()
+        call_getppid(23)
+        held = reader.read(0)
+        assert reader.producer_position() == 24 * 16
+        assert len(held) == 0 and held.end_position == 0
+        syscall.map_update(state, bytes(4), struct.pack("<QQ", 1, 1))
+        slow.join()
+        assert len(reader.read(0)) == 24
+        del held
 
 
 def _bss(loaded: Loaded) -> syscall.Fd:

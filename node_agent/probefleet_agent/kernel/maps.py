@@ -25,6 +25,7 @@ from probefleet_agent.kernel.uapi import HASH_TYPES, PER_CPU_TYPES, Command, Map
 Bytes = npt.NDArray[np.uint8]
 # A batch of at most this many bytes of values: bounds memory while a large map is read.
 CHUNK_BYTES = 16 << 20
+MIN_BATCH = 64
 _NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, 524})  # 524: ENOTSUPP, which is no errno of user space
 _BATCHED = frozenset({MapType.ARRAY, MapType.PERCPU_ARRAY, *HASH_TYPES})
 
@@ -97,7 +98,7 @@ def lookup_many(fd: SupportsIndex, info: MapInfo, keys: Bytes) -> tuple[Bytes, n
 def _read_batches(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes] | None:
     """By BPF_MAP_LOOKUP_BATCH; None where the kernel has none for this type."""
     size = value_bytes(info)
-    count = max(min(info.max_entries, max(CHUNK_BYTES // (size + info.key_size), 64)), 1)
+    count = max(min(info.max_entries, max(CHUNK_BYTES // (size + info.key_size), MIN_BATCH)), 1)
     # The kernel's position: a bucket's number for hashes, a key for arrays.
     position = np.zeros(max(info.key_size, 8), np.uint8)
     keys: list[Bytes] = []
