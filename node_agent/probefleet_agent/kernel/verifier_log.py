@@ -22,7 +22,7 @@ _TRAILER = re.compile(
     r"^(processed \d+ insns|verification time|stack depth|peak_states|insns processed|max_states|-- (BEGIN|END)|$)"
 )
 _STATE = re.compile(
-    r"^(R\d+(_\w+)?=|from \d+ to \d+|\d+: R\d|caller:|callee:|func#|mark_precise|last_idx|regs=|parent )"
+    r"^(R\d+(_\w+)?=|from \d+ to \d+|\d+: R\d|caller:|callee:|func#|mark_precise|last_idx|regs=|parent |cur state:|old state:)"
 )
 _POINTER = re.compile(r"([A-Za-z_]\w*(?:(?:->|\.)\w+|\[[^\]]*\])*?)->\w+(?!\w|->|\s*\()|\*\s*([A-Za-z_]\w*)\b")
 
