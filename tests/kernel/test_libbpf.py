@@ -135,7 +135,7 @@ REFUSED = {
     "off by one": (
         "u32 k = 0; struct many *m = bpf_map_lookup_elem(&table, &k); if (!m) return 0;\n"
         "u64 i = bpf_get_prandom_u32();\nif (i > 16) return 0;\nm->a[i] = 1;\nreturn 0;",
-        "verifier refused on_it at line {3}: an access can go beyond the end",
+        "verifier refused on_it at line {3}: an access can go beyond the end \\(8 bytes at 128 of a value of 128\\)",
     ),
     "kernel memory by a plain number": (
         "u64 a = bpf_get_current_task();\nreturn *(u32 *)(a + 16);",

@@ -64,7 +64,7 @@ _RULES = (
         "Guard it with bpf_core_field_exists() or take the field's name on this kernel.",
     ),
     _rule(
-        r"invalid mem access '\w*_or_null'?|possibly NULL pointer passed|invalid mem access '\w*or_null_?'",
+        r"invalid mem access '\w*_or_null'?|possibly NULL pointer passed|null-check it first|invalid mem access '\w*or_null_?'",
         lambda _, source: f"{_pointer_in(source)} may be null",
         "Test the pointer first.",
     ),
@@ -175,17 +175,18 @@ def read(log: str, line_of: LineOf | None = None) -> Refusal:
 
 
 def _last_words(log: str) -> tuple[str, str, str, int]:
-    """The verdict (the last line before the statistics) and the source line that stands before it."""
+    """The verdict (the lines between the last instruction and the statistics) and the source line before it."""
     rows = [row.rstrip() for row in log.splitlines()]
     last = len(rows) - 1
     while last >= 0 and _TRAILER.match(rows[last]):
         last -= 1
-    said = rows[last] if last >= 0 else ""
-    # A verdict can be followed by register states; take the last line that is neither state, source nor instruction.
-    for at in range(last, max(last - 12, -1), -1):
-        if not (_STATE.match(rows[at]) or _INSTRUCTION.match(rows[at]) or rows[at].startswith(";")):
-            said, last = rows[at], at
-            break
+    # The verdict can be several lines, with the registers' states between and behind them.
+    verdict: list[str] = []
+    while last >= 0 and not (_INSTRUCTION.match(rows[last]) or rows[last].startswith(";")):
+        if not _STATE.match(rows[last]):
+            verdict.insert(0, rows[last])
+        last -= 1
+    said = "; ".join(verdict[-4:])
     for at in range(last, -1, -1):
         found = _SOURCE.match(rows[at]) if rows[at].startswith(";") else None
         if found and found["text"].strip():  # code that the compiler made up has no text

@@ -1,0 +1,185 @@
+"""Stacks get names: the kernel's, and a process's through its own files. What has none is counted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from probefleet_agent.kernel import elf_file, features, links, maps, symbols
+
+from tests.kernel.support import Loaded, attachment, call_getppid, wait_until
+
+SOURCE = """
+struct pair { s32 kernel; s32 user; };
+struct { __uint(type, BPF_MAP_TYPE_STACK_TRACE); __uint(max_entries, 1024); __uint(key_size, 4);
+	__uint(value_size, 127 * 8); } stacks SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 1024); __type(key, struct pair); __type(value, u64); }
+counts SEC(".maps");
+static __always_inline int take(void *ctx)
+{
+	struct pair pair = {};
+	u64 one = 1, *count;
+	if (!ours())
+		return 0;
+	pair.kernel = bpf_get_stackid(ctx, &stacks, 0);
+	pair.user = bpf_get_stackid(ctx, &stacks, BPF_F_USER_STACK);
+	count = bpf_map_lookup_elem(&counts, &pair);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	else
+		bpf_map_update_elem(&counts, &pair, &one, BPF_ANY);
+	return 0;
+}
+"""
+BY_TRACEPOINT = SOURCE + 'SEC("raw_tracepoint/sys_enter") int on_it(void *ctx) { return take(ctx); }'
+BY_CLOCK = SOURCE + 'SEC("perf_event") int on_it(void *ctx) { return take(ctx); }'
+BUSY_PROGRAM = """
+#include <unistd.h>
+volatile unsigned long turns;
+__attribute__((noinline)) void probefleet_innermost(void) { for (int i = 0; i < 1000; i++) turns++; }
+__attribute__((noinline)) void probefleet_middle(void) { probefleet_innermost(); turns++; }
+int main(void) { for (;;) probefleet_middle(); }
+"""
+
+
+def stacks(loaded: Loaded) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(count, kernel addresses, user addresses) of every pair of stacks."""
+    info = maps.info(loaded.maps["stacks"])
+    keys, values = loaded.rows("counts")
+    pairs = np.ascontiguousarray(keys).view("<i4").reshape(-1, 2)
+    counts = np.ascontiguousarray(values).view("<u8").ravel().tolist()
+    result = []
+    for (kernel, user), count in zip(pairs.tolist(), counts, strict=True):
+        found = []
+        for number in (kernel, user):
+            if number < 0:
+                found.append(np.empty(0, np.uint64))
+                continue
+            rows, there = maps.lookup_many(
+                loaded.maps["stacks"], info, np.array([number], "<u4").view(np.uint8).reshape(1, 4)
+            )
+            assert there.all()
+            addresses = rows.view("<u8").ravel()
+            found.append(addresses[addresses != 0])
+        result.append((count, *found))
+    return result
+
+
+def test_stacks_of_a_busy_program_name_its_functions_and_their_order(tmp_path: Path) -> None:
+    """Compiled with frame pointers: innermost, middle, main, and libc's start beneath them."""
+    binary = tmp_path / "busy"
+    command = ["clang", "-O1", "-fno-omit-frame-pointer", "-fno-inline", "-x", "c", "-", "-o", str(binary)]
+    subprocess.run(command, input=BUSY_PROGRAM, text=True, check=True)
+    with subprocess.Popen([str(binary)]) as process:
+        try:
+            target = attachment("on_it", perf_event={"event": "cpu-clock", "frequency_hz": 997})
+            with Loaded(BY_CLOCK, pid=process.pid) as loaded, links.attach(loaded.programs["on_it"], target):
+                wait_until(lambda: sum(count for count, _, _ in stacks(loaded)) >= 23)
+                found = stacks(loaded)
+            symbolizer = symbols.Symbolizer()
+            named = [(count, symbolizer.user(process.pid, user)) for count, _, user in found if len(user)]
+        finally:
+            process.kill()
+    innermost = ["probefleet_innermost", "probefleet_middle", "main"]
+    assert any(names[:3] == innermost for _, names in named), named
+    assert all("main" in names for _, names in named), named
+    assert symbolizer.resolved > 0
+
+
+def test_kernel_stacks_begin_where_the_program_was_called() -> None:
+    with Loaded(BY_TRACEPOINT) as loaded:
+        with links.attach(loaded.programs["on_it"], attachment("on_it", raw_tracepoint={"name": "sys_enter"})):
+            call_getppid(23)
+        names = [name for _, kernel, _ in stacks(loaded) for name in symbols.Symbolizer().kernel(kernel)]
+    assert any(name.startswith("do_syscall_64") or "invoke_syscall" in name for name in names), names
+    assert any("entry_SYSCALL_64" in name or "el0" in name for name in names), names
+
+
+def test_a_librarys_function_is_named_by_its_address() -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    address = ctypes.cast(libc.labs, ctypes.c_void_p).value or 0
+    symbolizer = symbols.Symbolizer()
+    assert symbolizer.user(os.getpid(), np.array([address, address + 1], np.uint64))[0] in ("labs", "imaxabs", "llabs")
+    assert (symbolizer.resolved, symbolizer.unknown) == (2, 0)
+
+
+def test_what_cannot_be_named_is_counted() -> None:
+    symbolizer = symbols.Symbolizer()
+    assert symbolizer.user(os.getpid(), np.array([1, 2], np.uint64)) == [symbols.UNKNOWN] * 2
+    assert symbolizer.user(2**22 + 1, np.array([1], np.uint64)) == [symbols.UNKNOWN]
+    assert symbolizer.kernel(np.array([5], np.uint64)) == [symbols.UNKNOWN]
+    assert (symbolizer.resolved, symbolizer.unknown) == (0, 4)
+
+
+def test_a_deleted_program_is_still_named(tmp_path: Path) -> None:
+    """Its file is reached through /proc/PID/map_files."""
+    binary = tmp_path / "gone"
+    command = ["clang", "-O1", "-fno-inline", "-x", "c", "-", "-o", str(binary)]
+    subprocess.run(command, input=BUSY_PROGRAM, text=True, check=True)
+    with elf_file.open_file(binary) as elf:
+        offset = elf.file_offset("probefleet_middle")
+    assert offset is not None
+    with subprocess.Popen([str(binary)]) as process:
+        try:
+            binary.unlink()
+            text = Path(f"/proc/{process.pid}/maps").read_text()
+            mapping = next(each for each in symbols.executable_mappings(text) if "gone" in each.path)
+            address = mapping.start + offset - mapping.offset
+            assert symbols.Symbolizer().user(process.pid, np.array([address], np.uint64)) == ["probefleet_middle"]
+        finally:
+            process.kill()
+
+
+def test_symbols_of_a_file_come_with_its_offsets(tmp_path: Path) -> None:
+    with elf_file.open_file(Path(sys.executable).resolve()) as elf:
+        names = elf.function_names()
+        assert "main" in names or "_start" in names or "Py_Main" in names
+        assert elf.file_offset("no_such_function_at_all") is None
+    assert len(symbols.build_id(Path("/proc/self/exe"))) in (0, 40)
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    with pytest.raises(elf_file.NotElf, match="empty"), elf_file.open_file(empty):
+        pass
+
+
+@pytest.mark.parametrize("cut", [4, 40, 64, 1000, 5000])
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
+    whole = Path("/bin/true").resolve().read_bytes()
+    path = tmp_path / "cut"
+    path.write_bytes(whole[:cut])
+    with pytest.raises(elf_file.NotElf), elf_file.open_file(path) as elf:
+        elf.functions()
+
+
+def test_kallsyms_know_functions_and_aliases() -> None:
+    parsed = symbols.parse_kallsyms(
+        b"ffffffff81000000 T _text\nffffffff81000000 T _stext\nffffffff81000010 t helper.isra.0\n"
+        b"ffffffff81000020 D data\nffffffffc0000000 t in_module\t[nf]\n"
+    )
+    assert parsed.functions() == {"_text", "_stext", "helper.isra.0", "in_module"}
+    addresses = np.array([0xFFFFFFFF81000008, 0xFFFFFFFF81000010, 0xFFFFFFFFC0000004, 0x10], np.uint64)
+    assert parsed.resolve(addresses) == ["_text", "helper.isra.0", "in_module", symbols.UNKNOWN]
+    assert symbols.parse_kallsyms(b"0000000000000000 T _text\n").resolve(addresses) == [symbols.UNKNOWN] * 4
+
+
+def test_a_function_that_was_inlined_says_so() -> None:
+    from probefleet_agent.errors import NoSuchTarget
+    from probefleet_agent.kernel import btf_kernel, targets
+
+    names = symbols.kallsyms().functions()
+    clone = next(name for name in sorted(names) if ".isra." in name and name.split(".")[0] not in names)
+    with pytest.raises(NoSuchTarget, match="inlined") as caught:
+        targets.check_function(clone.split(".")[0])
+    assert clone in caught.value.near_matches
+    if features.btf():
+        gone = next((name for name in sorted(btf_kernel.functions()) if name not in names), None)
+        if gone:
+            with pytest.raises(NoSuchTarget, match="inlined"):
+                targets.check_function(gone)
+    with pytest.raises(NoSuchTarget, match=r"near: .*tcp_sendmsg"):
+        targets.check_function("tcp_sendmsgs")
