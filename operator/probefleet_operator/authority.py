@@ -17,6 +17,7 @@ import datetime
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import structlog
 from cryptography import x509
@@ -272,18 +273,55 @@ class AuthorityStore:
         return authorities
 
     async def _publish(self, bundle: bytes) -> None:
-        if bundle == self._published:
-            return
-        await self._client.apply(
-            f"/api/v1/namespaces/{self._namespace}/configmaps/{self._bundle}",
-            {
-                "apiVersion": "v1",
-                "kind": "ConfigMap",
-                "metadata": {"name": self._bundle, "namespace": self._namespace, "labels": LABELS},
-                "data": {"ca.crt": bundle.decode()},
-            },
-        )
-        self._published = bundle
+        if bundle != self._published:
+            await publish_bundle(self._client, self._namespace, self._bundle, bundle)
+            self._published = bundle
+
+
+class GivenCertificate:
+    """A certificate that somebody else makes and renews (cert-manager): read from files, again when they change."""
+
+    def __init__(
+        self, client: api.Api, *, namespace: str, bundle: str, certificate: Path, key: Path, ca: Path | None
+    ) -> None:
+        self._client, self._namespace, self._bundle = client, namespace, bundle
+        self._certificate, self._key, self._ca = certificate, key, ca
+        self._server: ServerCertificate | None = None
+        self._published = b""
+
+    def certificate(self) -> ServerCertificate:
+        """The server certificate of the moment; `refresh` has run before."""
+        assert self._server is not None
+        return self._server
+
+    async def refresh(self) -> bool:
+        """Read the files; True where the certificate is a new one."""
+        try:
+            chain, key = self._certificate.read_bytes(), self._key.read_bytes()
+            bundle = self._ca.read_bytes() if self._ca else b""
+            current = ServerCertificate(chain, key, renew_at=not_after(chain))
+        except (OSError, ValueError) as problem:
+            raise errors.SettingsError(f"--tls-cert, --tls-key or --tls-ca cannot be read: {problem}") from problem
+        if bundle and bundle != self._published:
+            await publish_bundle(self._client, self._namespace, self._bundle, bundle)
+            self._published = bundle
+        if current == self._server:
+            return False
+        self._server = current
+        return True
+
+
+async def publish_bundle(client: api.Api, namespace: str, name: str, bundle: bytes) -> None:
+    """Put the CA bundle where agents mount it from."""
+    await client.apply(
+        f"/api/v1/namespaces/{namespace}/configmaps/{name}",
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": name, "namespace": namespace, "labels": LABELS},
+            "data": {"ca.crt": bundle.decode()},
+        },
+    )
 
 
 LABELS = {"app.kubernetes.io/name": "probefleet", "app.kubernetes.io/managed-by": "probefleet-operator"}

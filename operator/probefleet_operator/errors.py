@@ -9,6 +9,7 @@ OperatorError
 │   └── Gone               410: a watch must start again from a list
 ├── IdentityRefused        a stream's token does not prove what its Hello claims
 ├── ProtocolViolation      a stream said what an agent never says; it is closed with this text
+├── StreamOutdated         a stream builds on what this operator never saw: the agent has to begin a new one
 ├── LeadershipLost         another replica holds the Lease: this process has to end
 └── ToolchainError         a compiler or an object's source gave no object
     └── ToolchainUnavailable   not the source's fault; trying again may help
@@ -56,6 +57,10 @@ class IdentityRefused(OperatorError):
 
 class ProtocolViolation(OperatorError):
     """A stream broke the contract of stream.proto."""
+
+
+class StreamOutdated(OperatorError):
+    """The agent has to begin a new stream."""
 
 
 class LeadershipLost(OperatorError):

@@ -61,7 +61,7 @@ def identity_from(review: api.Json, *, audience: str, account: str, token: str, 
     extra = user.get("extra") or {}
 
     def claim(name: str) -> str:
-        values = extra.get(EXTRA + name) or ()
+        values = extra.get(EXTRA + name) or []
         return str(values[0]) if len(values) == 1 else ""
 
     if not claim("node-name"):

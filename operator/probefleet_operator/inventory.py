@@ -241,7 +241,7 @@ class Inventory:
 
 
 def _guess(pod: Pod, owner: Owner) -> Owner:
-    """A ReplicaSet that went before we saw it: its name is the Deployment's and the template's hash, which pods carry."""
+    """The Deployment of a ReplicaSet that went before we saw it: pods carry the hash that ends its name."""
     template = pod.labels.get("pod-template-hash")
     if owner.kind == "ReplicaSet" and template and owner.name.endswith(f"-{template}"):
         return Owner("Deployment", owner.name[: -len(template) - 1], "")

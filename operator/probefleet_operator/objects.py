@@ -37,7 +37,7 @@ class ObjectStore:
         return self._objects[kind]
 
     def observe(self, kind: Kind, raw: api.Json, *, gone: bool) -> bool:
-        """One object was seen; True where that changed what is known.
+        """One object was seen; True where that changed what is asked for (a status that we wrote comes back as well).
 
         An object under deletion counts as deleted: the user said so, and what keeps it is somebody else's finalizer.
         """
@@ -51,7 +51,7 @@ class ObjectStore:
         if known is not None and _version(known) >= _version(raw):
             return False
         self._objects[kind][uid] = raw
-        return True
+        return known is None or known["metadata"].get("generation") != metadata.get("generation")
 
     def relisted(self, kind: Kind, uids: Iterable[str], *, known_before: Iterable[str]) -> bool:
         """A whole list, begun when `known_before` were known, has exactly `uids`; True where something was removed."""
@@ -69,7 +69,7 @@ class ObjectStore:
 
 
 def _version(raw: api.Json) -> int:
-    """resourceVersion as a number: opaque once, comparable by the API's contract since Kubernetes 1.35 and in etcd always."""
+    """resourceVersion as a number: comparable by contract since Kubernetes 1.35, and with etcd ever since."""
     try:
         return int(raw["metadata"]["resourceVersion"])
     except (KeyError, ValueError):

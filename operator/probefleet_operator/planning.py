@@ -90,10 +90,13 @@ class Planning:
         *,
         on_change: Callable[[], None],
         cluster_size: Callable[[], tuple[int, int]],
+        pushed_objects: Callable[[], set[str]],
     ) -> None:
-        """`on_change()` is called when an entry has changed; `cluster_size()` gives nodes and CPUs of the largest."""
+        """`on_change()` is called when an entry has changed; `cluster_size()` gives nodes and CPUs of the largest;
+        `pushed_objects()` the objects that nodes were last told to have."""
         self._store, self._tools, self._blobs, self._catalog = store, tools, blobs, catalog
         self._on_change, self._cluster_size = on_change, cluster_size
+        self._pushed_objects = pushed_objects
         self.entries: dict[values.PolicyUid, Entry] = {}
         self.maps: dict[str, MapEntry] = {}
         self._work: dict[str, _Work] = {}
@@ -269,11 +272,7 @@ class Planning:
         wanted = {sha256 for entry in self.entries.values() if entry.planned for sha256 in entry.planned.objects}
         # A changed policy's old plan may still be pushed until the new one is there.
         if self.idle:
-            self._blobs.retain(wanted | self.pushed_objects())
-
-    def pushed_objects(self) -> set[str]:
-        """Objects of plans that nodes were last told; the controller replaces this."""
-        return set()
+            self._blobs.retain(wanted | self._pushed_objects())
 
 
 def _generation(raw: api.Json) -> int:
@@ -298,3 +297,12 @@ def used_maps(entries: Iterable[Entry]) -> dict[str, list[str]]:
         for probe_map in entry.planned.probe_maps if entry.planned else ():
             users.setdefault(probe_map.uid, []).append(entry.name)
     return users
+
+
+def program_title(entry: Entry) -> str:
+    """ "catalog/runqlat", "c/slow": for the PROGRAM column, readable from the manifest even where the plan failed."""
+    program = (entry.raw.get("spec") or {}).get("program") or {}
+    for kind in ("catalog", "bcc", "c", "object"):
+        if kind in program:
+            return f"{kind}/{program[kind].get('name', entry.name) if kind == 'catalog' else entry.name}"
+    return "-"

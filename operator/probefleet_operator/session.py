@@ -45,7 +45,11 @@ class Closing:
 class Session:
     """The operator's side of one stream. Belongs to the main loop."""
 
-    def __init__(self, hello: stream_pb2.Hello, who: identity.Identity, *, term: int, blob_of: BlobOf) -> None:
+    def __init__(
+        self, hello: stream_pb2.Hello, who: identity.Identity, *, number: int, term: int, blob_of: BlobOf
+    ) -> None:
+        """`number` is larger than that of every session before."""
+        self.number = number
         self.node = values.NodeName(hello.node)
         self.hello = hello
         self.identity = who
@@ -65,11 +69,6 @@ class Session:
         self._desire: Desire | None = None
         self._ack: int | None = None
         self._wake = asyncio.Event()
-
-    @property
-    def kernel(self) -> placement.KernelClass:
-        """The class within which one node's verdict on a program holds for all."""
-        return placement.KernelClass(self.hello.kernel_release, self.hello.kernel_build, self.hello.machine)
 
     def desire(self, desire: Desire) -> None:
         """Have this pushed, instead of whatever was not sent yet."""
@@ -152,6 +151,11 @@ class Session:
         push.blobs.extend(blobs)
         self._carried.update(blob.sha256 for blob in blobs)
         return sum(len(blob.zstd) for blob in blobs)
+
+
+def kernel_class(hello: stream_pb2.Hello) -> placement.KernelClass:
+    """The class within which one node's verdict on a program holds for all."""
+    return placement.KernelClass(hello.kernel_release, hello.kernel_build, hello.machine)
 
 
 def needed_objects(plan: plan_pb2.Plan) -> Iterator[str]:

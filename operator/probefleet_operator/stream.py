@@ -62,7 +62,10 @@ class Listener(Protocol):
         """It answered a push."""
 
     def batch_received(self, sender: session.Session, batch: stream_pb2.Batch, size_bytes: int) -> None:
-        """It sent samples; when this returns they are merged and may be acknowledged."""
+        """It sent samples; when this returns they are merged and may be acknowledged.
+
+        Raises ProtocolViolation for what cannot be, and StreamOutdated where the node has to begin a new stream.
+        """
 
 
 class _Rate:
@@ -104,6 +107,7 @@ class Fleet:
         self._term = term
         self._hello_seconds = hello_seconds
         self._unidentified = 0
+        self._opened = 0
         self.sessions: dict[str, session.Session] = {}
         self.draining = False
 
@@ -157,7 +161,8 @@ class Fleet:
             if message.WhichOneof("message") != "hello":
                 raise errors.ProtocolViolation("the first message of a stream must be Hello")
             check_hello(message.hello, who)
-            return session.Session(message.hello, who, term=self._term, blob_of=self._blob_of)
+            self._opened += 1
+            return session.Session(message.hello, who, number=self._opened, term=self._term, blob_of=self._blob_of)
         finally:
             self._unidentified -= 1
 
@@ -208,6 +213,11 @@ class Fleet:
             metrics.STREAMS_REFUSED.labels("PROTOCOL").inc()
             log.warning("stream broke the contract", node=opened.node, reason=str(violation))
             return grpc.StatusCode.INVALID_ARGUMENT, str(violation)
+        except errors.StreamOutdated as outdated:
+            return grpc.StatusCode.ABORTED, str(outdated)
+        except errors.OperatorError as problem:
+            log.exception("session failed", node=opened.node)
+            return grpc.StatusCode.INTERNAL, str(problem)
         except TimeoutError:
             return grpc.StatusCode.DEADLINE_EXCEEDED, f"the agent took nothing for {WRITE_SECONDS:.0f} s"
         except grpc.aio.UsageError as problem:  # the call ended under our hands

@@ -1,0 +1,152 @@
+"""What comes back from the nodes: the gRPC server's listener, and one aggregate for each policy.
+
+Session news and statuses go on to the controller; batches are merged here, in the main loop, before the next message of
+that stream is read. documents.py is told which policy has news and reads `result`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+from probefleet_core import aggregate, values
+from probefleet_wire import columns
+from probefleet_wire.v1 import stream_pb2
+
+from probefleet_operator import controller, errors, inventory, kube, metrics, planning, session, status
+
+log = structlog.get_logger(__name__)
+
+
+class Results:
+    """Belongs to the main loop."""
+
+    def __init__(
+        self,
+        control: controller.Controller,
+        plans: planning.Planning,
+        names: inventory.Inventory,
+        recorder: kube.Recorder,
+    ) -> None:
+        self._control, self._plans, self._names, self._recorder = control, plans, names, recorder
+        self._aggregates: dict[values.PolicyUid, aggregate.Aggregate] = {}
+        self._known_nodes: set[values.NodeName] = set()
+        self._news = asyncio.Event()
+        # Set by documents.py: a policy's samples, or what nodes say of it, have changed.
+        self.on_samples: Callable[[values.PolicyUid], None] = _nobody
+        self.on_status: Callable[[values.PolicyUid], None] = _nobody
+
+    # What sessions say.
+
+    def session_opened(self, opened: session.Session) -> None:
+        """A node's agent is there."""
+        self._control.session_opened(opened)
+
+    def session_closed(self, closed: session.Session, reason: str) -> None:
+        """A node's agent has gone; what it measured stays."""
+        self._control.session_closed(closed, reason)
+
+    def status_received(self, sender: session.Session, said: stream_pb2.Status) -> None:
+        """A node says what it runs."""
+        self._control.status_received(sender, said)
+        for each in said.policies:
+            entry = self._plans.entries.get(values.PolicyUid(each.policy_uid))
+            if entry is None:
+                continue
+            self.on_status(entry.uid)
+            if each.state in status.BROKEN:
+                self._recorder.warn(
+                    entry.raw,
+                    each.reason or "ProgramFailed",
+                    f"node {sender.node} ({sender.hello.kernel_release}): {each.message}",
+                    action="Program",
+                )
+
+    def batch_received(self, sender: session.Session, batch: stream_pb2.Batch, _: int) -> None:
+        """Merge samples; raises ProtocolViolation or StreamOutdated."""
+        received_ns = time.time_ns()
+        sender.last_batch_at = received_ns / 1e9
+        desired = self._control.desired()
+        for uid in spoken_of(batch):
+            merged = self._aggregates.get(uid)
+            if merged is None or sender.node not in desired.get(uid, ()):
+                metrics.TABLES_IGNORED.inc()
+                continue
+            try:
+                merged.apply(sender.node, sender.number, batch, received_ns)
+            except columns.ColumnsError as problem:
+                raise errors.ProtocolViolation(f"batch {batch.sequence}: {problem}") from None
+            except aggregate.ResyncNeeded as problem:
+                raise errors.StreamOutdated(f"begin a new stream: {problem}") from None
+            self.on_samples(uid)
+        metrics.BATCHES.inc()
+        self._news.set()
+
+    async def wait_news(self, seconds: float) -> None:
+        """Return when a batch came, or after that time."""
+        self._news.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+
+    # What others read.
+
+    def refresh(self) -> None:
+        """After every round of the controller: aggregates follow plans, and nodes that have left are forgotten."""
+        entries = self._plans.entries
+        for uid in self._aggregates.keys() - entries.keys():
+            del self._aggregates[uid]
+        for uid, entry in entries.items():
+            if entry.planned is None:
+                continue
+            facts = aggregate.PolicyFacts.of(entry.planned.plan)
+            if known := self._aggregates.get(uid):
+                known.update(facts)
+            else:
+                self._aggregates[uid] = aggregate.Aggregate(facts)
+        nodes = {values.NodeName(node.name) for node in self._names.nodes()}
+        for left in self._known_nodes - nodes:
+            for merged in self._aggregates.values():
+                merged.forget(left)
+        self._known_nodes = nodes
+
+    def aggregate_of(self, uid: values.PolicyUid) -> aggregate.Aggregate | None:
+        """The aggregate of a policy; None where it never had a plan."""
+        return self._aggregates.get(uid)
+
+    def result(self, uid: values.PolicyUid) -> aggregate.Result | None:
+        """The merged result of now; None where the policy never had a plan."""
+        merged = self._aggregates.get(uid)
+        if merged is None:
+            return None
+        selected = self._control.desired().get(uid, frozenset())
+        return merged.result(time.time_ns(), selected_nodes=selected, names=self.name_of)
+
+    def name_of(self, pod_uid: str) -> aggregate.PodName | None:
+        """What a pod is called; None for one that nobody has heard of in the last hour."""
+        pod = self._names.pod(pod_uid)
+        if pod is None:
+            return None
+        owner = self._names.workload(pod)
+        return aggregate.PodName(
+            namespace=pod.namespace,
+            name=pod.name,
+            workload_kind=owner.kind,
+            workload=owner.name,
+            containers=pod.containers,
+        )
+
+
+def spoken_of(batch: stream_pb2.Batch) -> set[values.PolicyUid]:
+    """The policies that a batch has anything about."""
+    named = [table.policy_uid for table in batch.tables] + [chunk.policy_uid for chunk in batch.events]
+    named += [uid for instance in batch.instances for uid in instance.policy_uids]
+    return {values.PolicyUid(uid) for uid in named}
+
+
+def _nobody(_: values.PolicyUid) -> None:
+    """Nobody listens yet."""
