@@ -126,6 +126,15 @@ def test_uprobe_of_one_process_leaves_others_alone() -> None:
     assert count(UPROBE, mine, call_labs, 23) == 23
 
 
+def test_uprobe_paths_are_the_nodes_when_a_root_is_given() -> None:
+    target = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs"})
+    with Loaded(UPROBE) as loaded, links.attach(loaded.programs["on_it"], target, root="/proc/self/root/") as link:
+        call_labs(23)
+        assert loaded.hits() == 23
+        assert link.way == f"uprobe /proc/self/root{libc_path()}:labs"
+    assert "no file /nowhere/" in str(links.supported(target, root="/nowhere"))
+
+
 def test_perf_event_runs_on_every_cpu_by_period() -> None:
     """cpu-clock every million ns of CPU time: a busy loop gives about a thousand a second."""
     with Loaded(PERF) as loaded:

@@ -11,9 +11,9 @@ import threading
 import numpy as np
 import pytest
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import links, maps, rings, syscall
+from probefleet_agent.kernel import btf_kernel, links, maps, rings, syscall
 
-from tests.kernel.support import Loaded, attachment, call_getppid
+from tests.kernel.support import Loaded, attachment, call_getppid, needs
 
 SIZE = 4096
 EVENT = np.dtype([("number", "<u8"), ("text", "S16")])
@@ -228,8 +228,14 @@ int on_it(void *ctx)
 """
 
 
+def bpf_loop() -> bool:
+    """The helper (Linux 5.17)."""
+    return "bpf_loop" in btf_kernel.functions()
+
+
 def test_a_busy_record_of_a_real_program_stops_the_reader() -> None:
     """A thread's program holds a reserved record in a long loop; meanwhile the others' records wait behind it."""
+    needs(bpf_loop)
     with (
         Loaded(SPINNING) as loaded,
         links.attach(loaded.programs["on_it"], GETPPID),

@@ -82,9 +82,10 @@ def program_type(attachment: plan_pb2.Attachment, section: str = "") -> tuple[in
 
 
 def supported(
-    attachment: plan_pb2.Attachment, *, program_section: str = ""
+    attachment: plan_pb2.Attachment, *, program_section: str = "", root: str = ""
 ) -> UnsupportedFeature | NoSuchTarget | None:
-    """Why this kernel cannot attach it, or None. Cheap enough to ask before every load."""
+    """Why this kernel cannot attach it, or None. Cheap enough to ask before every load. ``root``: see ``attach``."""
+    attachment = _rooted(attachment, root)
     asked = kind(attachment)
     kprobe_call = asked == "syscall" and program_type(attachment, program_section)[0] == ProgramType.KPROBE
     if (asked == "kprobe" or kprobe_call) and not features.kprobes():
@@ -113,9 +114,24 @@ def supported(
     return None
 
 
-def attach(prog_fd: SupportsIndex, attachment: plan_pb2.Attachment, *, program_section: str = "") -> Link:
-    """Attach. NoSuchTarget with near names, UnsupportedFeature, or KernelError."""
-    return _ATTACH[kind(attachment)](prog_fd, attachment)
+def attach(
+    prog_fd: SupportsIndex, attachment: plan_pb2.Attachment, *, program_section: str = "", root: str = ""
+) -> Link:
+    """Attach. NoSuchTarget with near names, UnsupportedFeature, or KernelError.
+
+    ``root`` stands before the paths of uprobes: "/proc/1/root" for an agent in a container, whose own files are others
+    than the node's.
+    """
+    return _ATTACH[kind(attachment)](prog_fd, _rooted(attachment, root))
+
+
+def _rooted(attachment: plan_pb2.Attachment, root: str) -> plan_pb2.Attachment:
+    if not root or kind(attachment) != "uprobe":
+        return attachment
+    moved = plan_pb2.Attachment()
+    moved.CopyFrom(attachment)
+    moved.uprobe.path = root.rstrip("/") + attachment.uprobe.path
+    return moved
 
 
 def _tracepoint(prog_fd: SupportsIndex, attachment: plan_pb2.Attachment) -> Link:

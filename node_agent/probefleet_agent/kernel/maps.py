@@ -240,8 +240,12 @@ def memory_bytes(info: MapInfo) -> int:
 
 
 def memory_used_bytes(fd: SupportsIndex) -> int:
-    """What the kernel says a map takes (``memlock`` of its fdinfo; exact from Linux 6.4, an estimate before)."""
+    """What the kernel says a map takes: ``memlock`` of its fdinfo, exact from Linux 6.4 on.
+
+    Older kernels guess from the sizes of key and value, which for a ring buffer is nothing: then our estimate counts.
+    """
+    estimate = memory_bytes(info(fd))
     for line in Path(f"/proc/self/fdinfo/{int(fd)}").read_text().splitlines():
         if line.startswith("memlock:"):
-            return int(line.split()[1])
-    return 0
+            return int(line.split()[1]) or estimate
+    return estimate

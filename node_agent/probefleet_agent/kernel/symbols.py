@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ UNKNOWN = "[unknown]"
 # Symbol tables are kept for this many bytes; the agent is to stay small.
 CACHE_BYTES = 24 << 20
 MAX_MAPS_LINES = 65536
-_TEXT = b"tTwW"
+_SYMBOL = re.compile(rb"^([0-9a-f]+) [tTwW] (\S+)", re.MULTILINE)
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ (\d+) *(.*)$")
 _DEBUG = Path("/usr/lib/debug/.build-id")
 
@@ -32,15 +33,21 @@ _File = tuple[elf_file.Functions, npt.NDArray[np.uint64]]  # with its segments
 
 @dataclass(frozen=True, slots=True)
 class KernelSymbols:
-    """Text symbols of the running kernel, sorted: addresses u64[n] and their names."""
+    """Text symbols of the running kernel, sorted by address. 120,000 of them in 4 MB: names stay in one ``bytes``."""
 
     addresses: Addresses
-    names: tuple[str, ...]
+    starts: npt.NDArray[np.uint32]  # where in ``names`` each name begins; it ends at a line feed
+    names: bytes
     hidden: bool  # kptr_restrict or missing CAP_SYSLOG: all addresses read as 0
 
     def functions(self) -> frozenset[str]:
-        """Names only."""
-        return frozenset(self.names)
+        """All names, aliases too. Made anew for each call: it is large and seldom wanted."""
+        return frozenset(self.names.decode(errors="replace").split())
+
+    def name_at(self, index: int) -> str:
+        """The name of symbol number ``index``."""
+        start = int(self.starts[index])
+        return self.names[start : self.names.index(b"\n", start)].decode(errors="replace")
 
     def resolve(self, addresses: Addresses) -> list[str]:
         """A name for each address, ``[unknown]`` for those outside."""
@@ -49,36 +56,28 @@ class KernelSymbols:
         index = np.searchsorted(self.addresses, addresses, side="right").astype(np.int64) - 1
         kernel_half = np.asarray(addresses, np.uint64) >= np.uint64(1 << 63)
         return [
-            self.names[at] if at >= 0 and inside else UNKNOWN
+            self.name_at(at) if at >= 0 and inside else UNKNOWN
             for at, inside in zip(index.tolist(), kernel_half.tolist(), strict=True)
         ]
 
 
 @functools.lru_cache(maxsize=1)
 def kallsyms() -> KernelSymbols:
-    """Read once a process (0.1 s); ``kallsyms.cache_clear()`` after modules were loaded."""
+    """Read once a process (0.2 s); ``kallsyms.cache_clear()`` after modules were loaded."""
     return parse_kallsyms(Path("/proc/kallsyms").read_bytes())
 
 
 def parse_kallsyms(text: bytes) -> KernelSymbols:
-    """``address type name [module]``, a line a symbol; only functions are kept, aliases of one address once."""
-    found: dict[int, str] = {}
-    others: list[str] = []
-    hidden = True
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) < 3 or fields[1] not in _TEXT:
-            continue
-        address, name = int(fields[0], 16), fields[2].decode(errors="replace")
-        hidden = hidden and address == 0
-        if address in found:
-            others.append(name)
-        else:
-            found[address] = name
-    addresses = np.array(sorted(found), np.uint64)
-    names = tuple(found[address] for address in sorted(found))
-    # Aliases have names too: they follow behind the addresses, for ``functions`` alone.
-    return KernelSymbols(addresses, names + tuple(others), hidden)
+    """``address type name [module]``, a line a symbol; only functions are kept. Of aliases the first gives the name."""
+    addresses, starts, names, length = array("Q"), array("I"), [], 0
+    for found in _SYMBOL.finditer(text):
+        addresses.append(int(found[1], 16))
+        starts.append(length)
+        names.append(found[2])
+        length += len(found[2]) + 1
+    numbers, first = np.unique(np.frombuffer(addresses, np.uint64), return_index=True)
+    hidden = not numbers.any()
+    return KernelSymbols(numbers, np.frombuffer(starts, np.uint32)[first], b"\n".join([*names, b""]), hidden)
 
 
 @dataclass(frozen=True, slots=True)

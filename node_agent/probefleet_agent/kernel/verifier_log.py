@@ -22,7 +22,8 @@ _TRAILER = re.compile(
     r"^(processed \d+ insns|verification time|stack depth|peak_states|insns processed|max_states|-- (BEGIN|END)|$)"
 )
 _STATE = re.compile(
-    r"^(R\d+(_\w+)?=|from \d+ to \d+|\d+: R\d|caller:|callee:|func#|mark_precise|last_idx|regs=|parent |cur state:|old state:)"
+    r"^(R\d+(_\w+)?=|from \d+ to \d+|\d+: R\d|caller:|callee:|func#|mark_precise|last_idx|regs=|parent |"
+    r"(cur|old) state:)"
 )
 _POINTER = re.compile(r"([A-Za-z_]\w*(?:(?:->|\.)\w+|\[[^\]]*\])*?)->\w+(?!\w|->|\s*\()|\*\s*([A-Za-z_]\w*)\b")
 
@@ -64,7 +65,7 @@ _RULES = (
         "Guard it with bpf_core_field_exists() or take the field's name on this kernel.",
     ),
     _rule(
-        r"invalid mem access '\w*_or_null'?|possibly NULL pointer passed|null-check it first|invalid mem access '\w*or_null_?'",
+        r"invalid mem access '\w*or_null_?'?|possibly NULL pointer passed|null-check it first",
         lambda _, source: f"{_pointer_in(source)} may be null",
         "Test the pointer first.",
     ),
