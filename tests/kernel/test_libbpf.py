@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from probefleet_agent.errors import KernelError, ObjectError, VerifierError
+from probefleet_agent.errors import KernelError, NoSuchTarget, ObjectError, VerifierError
 from probefleet_agent.kernel import libbpf, links, maps, syscall
 from probefleet_agent.kernel.uapi import AttachType, MapType, ProgramType
 
@@ -73,6 +73,15 @@ def test_a_tp_btf_program_can_be_given_another_tracepoint() -> None:
         opened.load()
         with opened.program_fd("by_tp_btf") as program:
             assert syscall.program_info(program).type == ProgramType.TRACING
+
+
+def test_a_tp_btf_tracepoint_that_is_not_there_is_no_verifiers_matter() -> None:
+    source = TWO.replace("no_such_tracepoint", "sched_swich")
+    with (
+        libbpf.open_object(compile_object(source), "two") as opened,
+        pytest.raises(NoSuchTarget, match=r"no tp_btf tracepoint sched_swich .*near: sched_switch"),
+    ):
+        opened.load()
 
 
 def test_a_map_of_another_owner_takes_the_place_of_ones_own() -> None:

@@ -24,7 +24,7 @@ from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
 
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError, UnsupportedFeature, VerifierError
-from probefleet_agent.kernel import verifier_log
+from probefleet_agent.kernel import targets, verifier_log
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType
 
@@ -34,6 +34,7 @@ MAX_SAID = 2000
 _INFO = 1
 _VA_LIST_BYTES = 32  # 24 on x86_64, 32 on aarch64: both hand the callback a pointer to it
 _FAILED = re.compile(r"prog '([^']+)': (?:BPF program load failed|failed to load)")
+_NO_TRACEPOINT = re.compile(r"failed to find kernel BTF type ID of '([^']+)'")
 _PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _said = threading.local()
 _libc = ctypes.CDLL(None)
@@ -325,6 +326,9 @@ class Object:
 
     def _failure(self, number: int) -> ProbefleetError:
         """What load()'s errno and libbpf's words mean."""
+        for line in self.said:
+            if found := _NO_TRACEPOINT.search(line):
+                return targets.no_raw_tracepoint(found[1].removeprefix("btf_trace_"), "tp_btf tracepoint")
         program = next((found[1] for line in self.said if (found := _FAILED.search(line))), "")
         log = self._read_log()
         if program and log.strip():
