@@ -204,9 +204,14 @@ def test_a_record_of_no_bytes() -> None:
 SPINNING = """
 struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } ring SEC(".maps");
 volatile u64 go_on = 0, waiting = 0;
-static long spin(u32 i, void *ctx)
+static long turn(u32 i, void *ctx)
 {
 	waiting = 1;
+	return go_on ? 1 : 0;
+}
+static long spin(u32 i, void *ctx)
+{
+	bpf_loop(1 << 16, turn, 0, 0);
 	return go_on ? 1 : 0;
 }
 SEC("tracepoint/syscalls/sys_enter_getppid")
@@ -221,7 +226,7 @@ int on_it(void *ctx)
 		return 0;
 	*word = slow;
 	if (slow)
-		bpf_loop(1 << 23, spin, 0, 0);
+		bpf_loop(1 << 14, spin, 0, 0); /* seconds, unless told to go on */
 	bpf_ringbuf_submit(word, 0);
 	return 0;
 }
@@ -245,14 +250,16 @@ def test_a_busy_record_of_a_real_program_stops_the_reader() -> None:
         libc = ctypes.CDLL(None)
         slow = threading.Thread(target=libc.getppid)  # ctypes lets the interpreter go on meanwhile
         slow.start()
-        while struct.unpack("<QQ", syscall.map_lookup(state, bytes(4), 16) or bytes(16)).count(1) == 0:
-            os.sched_yield()
-        call_getppid(23)
-        held = reader.read(0)
-        assert reader.producer_position() == 24 * 16
-        assert len(held) == 0 and held.end_position == 0
-        syscall.map_update(state, bytes(4), struct.pack("<QQ", 1, 1))
-        slow.join()
+        try:
+            while struct.unpack("<QQ", syscall.map_lookup(state, bytes(4), 16) or bytes(16)).count(1) == 0:
+                os.sched_yield()
+            call_getppid(23)
+            held = reader.read(0)
+            assert reader.producer_position() == 24 * 16
+            assert len(held) == 0 and held.end_position == 0
+        finally:
+            syscall.map_update(state, bytes(4), struct.pack("<QQ", 1, 1))
+            slow.join()
         assert len(reader.read(0)) == 24
         del held
 
