@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import btf_kernel, cgroups, features, libbpf, mounts, symbols
+from probefleet_agent.errors import KernelError, ProbefleetError
+from probefleet_agent.kernel import btf_kernel, cgroups, features, libbpf, mounts, symbols, syscall
 
 _CAPABILITIES = {
     "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24, "SYSLOG": 34, "PERFMON": 38, "BPF": 39,
@@ -136,9 +136,12 @@ def _lockdown() -> tuple[Level, str, str]:
 
 def _paranoid() -> tuple[Level, str, str]:
     level = int(Path("/proc/sys/kernel/perf_event_paranoid").read_text())
-    if level > 2 and not features.perf_link():
-        return Level.FAIL, f"perf_event_paranoid is {level}", "sysctl kernel.perf_event_paranoid=2, or give CAP_PERFMON"
-    return _ok(f"perf_event_paranoid is {level}; CAP_PERFMON or root stands above it")
+    try:
+        syscall.perf_event_open(1, 0, cpu=0, period=1 << 40, disabled=True, what="for a try").close()
+    except KernelError as error:
+        advice = "Give CAP_PERFMON (CAP_SYS_ADMIN before Linux 5.8), or: sysctl kernel.perf_event_paranoid=0"
+        return Level.FAIL, f"refused, perf_event_paranoid is {level}: {error}", advice
+    return _ok(f"allowed (perf_event_paranoid is {level})")
 
 
 def _kptr() -> tuple[Level, str, str]:

@@ -38,6 +38,7 @@ VERDICTS = [
     ("unknown func bpf_xdp_adjust_head#44", "bpf_xdp_adjust_head() is not allowed in a program of this type"),
     ("cannot call GPL-restricted function from non-GPL compatible program", "only for programs under the GPL"),
     ("Unreleased reference id=2 alloc_insn=4", "a record or reference that was taken is not given back"),
+    ("BPF_STX uses reserved fields", "an atomic operation whose result is used"),
     ("R3 !read_ok", "a variable is read before it is set"),
     ("invalid bpf_context access off=104 size=8", "the context has nothing to read at byte 104 (8 bytes)"),
     ("R2 type=scalar expected=fp, pkt, map_key", "argument 2 of the call is scalar, the helper wants fp, pkt"),

@@ -196,6 +196,8 @@ def _uprobe(prog_fd: SupportsIndex, attachment: plan_pb2.Attachment) -> Link:
     except KernelError as error:
         if error.errno == errno.ESRCH:
             raise NoSuchTarget(f"process {wanted.pid} to probe") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise KernelError(error.errno, f"attach to {way}", "Uprobes need CAP_SYS_ADMIN.") from error
         if error.errno in (errno.ENOENT, errno.EINVAL):
             raise NoSuchTarget(f"place {spot} to probe", where=f"in {wanted.path}") from error
         raise

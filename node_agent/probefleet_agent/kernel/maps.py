@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 # A batch of at most this many bytes of values: bounds memory while a large map is read.
 CHUNK_BYTES = 16 << 20
 MIN_BATCH = 64
-_NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, 524})  # 524: ENOTSUPP, which is no errno of user space
+_NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, uapi.ENOTSUPP})
 _BATCHED = frozenset({MapType.ARRAY, MapType.PERCPU_ARRAY, *HASH_TYPES})
 
 

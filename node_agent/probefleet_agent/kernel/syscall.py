@@ -168,6 +168,8 @@ def map_batch(
     result = _call(command, attr)
     if result == -errno.EFAULT:
         raise KernelError(errno.EFAULT, f"{command.name} of {count} entries")
+    if result == -uapi.ENOTSUPP:
+        attr.count = 0  # a kernel without this call leaves the number as it was asked
     return int(attr.count), -min(result, 0)
 
 

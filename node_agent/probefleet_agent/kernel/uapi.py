@@ -81,6 +81,7 @@ class AttachType(IntEnum):
 
 
 BPF_F_NO_PREALLOC = 1
+ENOTSUPP = 524  # the kernel lets it out, though user space has no such errno
 BPF_F_MMAPABLE = 1 << 10
 BPF_ANY, BPF_NOEXIST, BPF_EXIST = 0, 1, 2
 

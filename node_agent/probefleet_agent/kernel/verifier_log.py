@@ -130,6 +130,11 @@ _RULES = (
         "Call bpf_ringbuf_submit() or bpf_ringbuf_discard() before each return.",
     ),
     _rule(
+        r"BPF_STX uses reserved fields|BPF_ATOMIC uses invalid atomic opcode",
+        "an atomic operation whose result is used, or another than adding, is not known to this kernel (Linux 5.12)",
+        "Do not use the result of __sync_fetch_and_add().",
+    ),
+    _rule(
         r"R(\d+) !read_ok",
         "a variable is read before it is set",
         "Give it a value where it is declared.",
