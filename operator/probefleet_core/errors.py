@@ -7,8 +7,8 @@
         ├── PolicyRefused
         └── ProbeMapRefused
 
-``policy`` and ``planner`` raise these; the operator puts them into the condition ``Accepted`` and an Event, ``probefleet
-check`` prints them. Texts are for people and have golden tests: change them with care.
+``policy`` and ``planner`` raise these; the operator puts them into the condition ``Accepted`` and an Event, and
+``probefleet check`` prints them. Texts are for people and have golden tests: change them with care.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 class Problem:
     """One thing that is wrong, and the way out.
 
-    ``path`` is written as kubectl writes it (``spec.outputs[0].from.map``), ``what`` is what was found there, ``why`` the
-    reason that it cannot be, ``write`` what to write instead.
+    ``path`` is written as kubectl writes it (``spec.outputs[0].from.map``), ``what`` is what was found there,
+    ``why`` the reason that it cannot be, ``write`` what to write instead.
     """
 
     path: str

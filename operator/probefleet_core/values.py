@@ -220,7 +220,7 @@ class Merge(enum.StrEnum):
 
 
 class Scale(enum.StrEnum):
-    """What a histogram's slot i holds: ``log2`` [2^i, 2^(i+1)), ``log2-bcc`` [2^(i-1), 2^i), ``linear`` [i·step, (i+1)·step)."""
+    """What slot i holds: ``log2`` [2^i, 2^(i+1)), ``log2-bcc`` [2^(i-1), 2^i), ``linear`` [i·step, (i+1)·step)."""
 
     LOG2 = "log2"
     LOG2_BCC = "log2-bcc"
@@ -281,7 +281,7 @@ class ProbePolicy:
     interval_ms: int = 10_000
     ttl_ms: int = 0  #: 0: for ever
     suspend: bool = False
-    budget: Budget = Budget(cpu_millicores=10, map_memory_bytes=8 << 20)
+    budget: Budget = Budget(cpu_millicores=100, map_memory_bytes=32 << 20)
 
 
 class MapType(enum.StrEnum):

@@ -1,0 +1,532 @@
+"""The shapes of ProbePolicy and ProbeMap: every field, its type and its bounds, and the rules across fields. Pure data.
+
+``policy`` checks manifests against these. They say the same as the CRDs (``charts/probefleet``), field by field:
+``tests/unit/test_crds.py`` compares them. A new field is added here, in the CRD and in ``policy`` in one change.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+
+from probefleet_core import c_declaration, errors, quantities, values
+from probefleet_core.shape import Flag, ListOf, MapOf, Record, Text, Union, Whole, join
+
+MAX_SOURCE_CHARACTERS = 96 << 10
+MAX_INLINE_CHARACTERS = 128 << 10  # 96 KiB of object in base64
+MAX_NAME = 253
+C_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+DNS_SUBDOMAIN = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
+OUTPUT_NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
+GROUP = r"node|namespace|workload|pod|container|key(\.[A-Za-z_][A-Za-z0-9_.\[\]]*)?"
+SLOTS = r"value|key(\.[A-Za-z_][A-Za-z0-9_.]*)?"
+FIELD = r"[A-Za-z_][A-Za-z0-9_.\[\]]*"
+DECODERS = ("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "text", "hex")
+KINDS = tuple(kind.value for kind in values.Kind)
+TARGETS = (
+    "tracepoint",
+    "rawTracepoint",
+    "tpBtf",
+    "kprobe",
+    "kretprobe",
+    "uprobe",
+    "uretprobe",
+    "perfEvent",
+    "syscall",
+)
+PROGRAMS = ("catalog", "bcc", "c", "object")
+
+
+def _within(parse: Callable[[str], int], low: str, high: str) -> Callable[[str], str | None]:
+    """A check that a quantity lies within two others, written in the same way."""
+
+    def reject(text: str) -> str | None:
+        try:
+            value = parse(text)
+        except ValueError as error:
+            return str(error)
+        return None if parse(low) <= value <= parse(high) else f"it has to be from {low} to {high}"
+
+    return reject
+
+
+def _base64(text: str) -> str | None:
+    try:
+        base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return "it is not base64"
+    return None
+
+
+def _declaration(text: str) -> str | None:
+    try:
+        c_declaration.parse(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# The parts.
+
+C_IDENTIFIER = Text(max_length=128, min_length=1, pattern=C_NAME, write="Write the name as it stands in the C source.")
+KERNEL_NAME = Text(
+    max_length=128,
+    min_length=1,
+    pattern=r"[A-Za-z_][A-Za-z0-9_.]*",
+    write="Write one name, such as tcp_sendmsg; patterns are not supported.",
+)
+PATH = Text(
+    max_length=1024,
+    min_length=1,
+    pattern=r"/[^\x00-\x1f]*",
+    write="Write the file's absolute path on the node, such as /usr/lib/x86_64-linux-gnu/libc.so.6.",
+)
+SOURCE = Text(
+    max_length=MAX_SOURCE_CHARACTERS,
+    min_length=1,
+    write="Compile it and give it as program.object, or leave generated headers away: at most 96 KiB of source fit.",
+)
+LABEL_VALUE = Text(
+    max_length=63, pattern=r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?", write="Write a label's value."
+)
+LABEL_KEY = Text(
+    max_length=317,
+    min_length=1,
+    pattern=r"([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]",
+    write="Write a label's key, such as app or app.kubernetes.io/name.",
+)
+
+
+def _requirement_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    wants_values = value["operator"] in ("In", "NotIn")
+    if wants_values and not value.get("values"):
+        problems.add(
+            join(path, "values"),
+            "missing",
+            why=f"{value['operator']} compares with values",
+            write="Write values: [...].",
+        )
+    if not wants_values and value.get("values"):
+        problems.add(
+            join(path, "values"),
+            f"values with {value['operator']}",
+            why=f"{value['operator']} asks only whether the label is there",
+            write="Leave values away, or use In or NotIn.",
+        )
+
+
+REQUIREMENT = Record(
+    "a label expression",
+    {
+        "key": LABEL_KEY,
+        "operator": Text(max_length=16, choices=tuple(values.Operator)),
+        "values": ListOf(LABEL_VALUE, max_items=64),
+    },
+    required=("key", "operator"),
+    rules=(_requirement_rule,),
+)
+SELECTOR = Record(
+    "a label selector",
+    {
+        "matchLabels": MapOf(LABEL_VALUE, max_items=32, key=LABEL_KEY),
+        "matchExpressions": ListOf(REQUIREMENT, max_items=16),
+    },
+)
+
+
+def _selecting(what: str) -> Record:
+    return Record(what, {"selector": SELECTOR}, required=("selector",))
+
+
+CATALOG = Record(
+    "a catalog program",
+    {
+        "name": Text(
+            max_length=63,
+            min_length=1,
+            pattern=DNS_LABEL,
+            write="Write the name of a catalog probe; `probefleet catalog` lists them.",
+        ),
+        "parameters": MapOf(
+            Text(max_length=256, or_whole=True),
+            max_items=32,
+            key=Text(max_length=63, min_length=1, pattern=C_NAME, write="Write a parameter's name."),
+        ),
+    },
+    required=("name",),
+)
+OBJECT = Record(
+    "a compiled object",
+    {
+        "configMapKeyRef": Record(
+            "a reference to a ConfigMap",
+            {
+                "name": Text(
+                    max_length=MAX_NAME, min_length=1, pattern=DNS_SUBDOMAIN, write="Write a ConfigMap's name."
+                ),
+                "key": Text(max_length=MAX_NAME, min_length=1, pattern=r"[-._a-zA-Z0-9]+", write="Write a key of it."),
+            },
+            required=("name", "key"),
+        ),
+        "inline": Text(
+            max_length=MAX_INLINE_CHARACTERS,
+            min_length=1,
+            pattern=r"[A-Za-z0-9+/]*={0,2}",
+            write="Write the output of `base64 -w0 FILE`; an object of more than 96 KiB goes into a ConfigMap.",
+            reject=_base64,
+        ),
+        "sha256": Text(
+            max_length=64, min_length=64, pattern=r"[0-9a-f]{64}", write="Write the output of `sha256sum FILE`."
+        ),
+    },
+    required=("sha256",),
+    unions=(Union(("configMapKeyRef", "inline"), "place of the object", "the object's bytes come from one place"),),
+)
+PROGRAM = Record(
+    "a program",
+    {
+        "catalog": CATALOG,
+        "bcc": Record("a BCC program", {"source": SOURCE}, required=("source",)),
+        "c": Record("a C program", {"source": SOURCE}, required=("source",)),
+        "object": OBJECT,
+    },
+    unions=(Union(PROGRAMS, "program", "a policy runs one program"),),
+)
+
+
+def _uprobe_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    if not value.get("symbol") and not value.get("offset"):
+        problems.add(
+            path,
+            "neither symbol nor offset",
+            why="a uprobe needs a place in the file",
+            write="Write symbol (a function's name), or offset (bytes into the file).",
+        )
+
+
+OFFSET = Whole(0, (1 << 53) - 1)
+UPROBE = Record(
+    "a user-space probe",
+    {
+        "path": PATH,
+        "symbol": Text(max_length=512, min_length=1, pattern=r"[!-~]+", write="Write the function's (mangled) name."),
+        "offset": OFFSET,
+        "pid": Whole(0, (1 << 22), write="Write a process id of the node; leave it away for every process."),
+    },
+    required=("path",),
+    rules=(_uprobe_rule,),
+)
+PERF_EVENT = Record(
+    "a perf event",
+    {
+        "event": Text(
+            max_length=64,
+            min_length=1,
+            pattern=r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+            write="Write an event such as cpu-clock, page-faults or cpu-cycles.",
+        ),
+        "frequency": Whole(1, 10_000, write="Write samples a second on each CPU; 99 is usual."),
+        "period": Whole(1, (1 << 53) - 1, write="Write how many events make one sample."),
+    },
+    required=("event",),
+    unions=(Union(("frequency", "period"), "rate", "an event is sampled by time or by count"),),
+)
+TRACEPOINT_NAME = Record("a tracepoint", {"name": KERNEL_NAME}, required=("name",))
+FUNCTION = Record("a kernel function", {"function": KERNEL_NAME, "offset": OFFSET}, required=("function",))
+ATTACHMENT = Record(
+    "an attachment",
+    {
+        "program": C_IDENTIFIER,
+        "tracepoint": Record(
+            "a tracepoint", {"category": KERNEL_NAME, "name": KERNEL_NAME}, required=("category", "name")
+        ),
+        "rawTracepoint": TRACEPOINT_NAME,
+        "tpBtf": TRACEPOINT_NAME,
+        "kprobe": FUNCTION,
+        "kretprobe": Record("a kernel function's return", {"function": KERNEL_NAME}, required=("function",)),
+        "uprobe": UPROBE,
+        "uretprobe": UPROBE,
+        "perfEvent": PERF_EVENT,
+        "syscall": Record(
+            "a system call",
+            {
+                "name": Text(
+                    max_length=64,
+                    min_length=1,
+                    pattern=r"[a-z_][a-z0-9_]*",
+                    write="Write the call's own name, such as execve, without sys_.",
+                ),
+                "return": Flag(),
+            },
+            required=("name",),
+        ),
+    },
+    required=("program",),
+    unions=(Union(TARGETS, "target", "an attachment has one target"),),
+)
+
+
+def _map_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    share, entries = value.get("share") is not None, value.get("maxEntries") is not None
+    if share and entries:
+        problems.add(
+            join(path, "maxEntries"),
+            "share and maxEntries at once",
+            why="a shared map has the size that its ProbeMap says",
+            write="Leave maxEntries away, and set it in the ProbeMap.",
+        )
+    if not share and not entries:
+        problems.add(
+            path, "nothing is said of the map", why="an entry changes something", write="Write share, or maxEntries."
+        )
+
+
+MAX_ENTRIES = Whole(1, 1 << 24)
+PROBE_MAP_NAME = Text(
+    max_length=MAX_NAME, min_length=1, pattern=DNS_SUBDOMAIN, write="Write the name of a ProbeMap in this namespace."
+)
+MAP = Record(
+    "a map",
+    {
+        "name": C_IDENTIFIER,
+        "share": Record("a share", {"probeMap": PROBE_MAP_NAME}, required=("probeMap",)),
+        "maxEntries": MAX_ENTRIES,
+    },
+    required=("name",),
+    rules=(_map_rule,),
+)
+UNIT = Text(
+    max_length=16, min_length=1, pattern=r"[A-Za-zµ%][A-Za-z0-9µ/%]*", write="Write a unit such as ns, bytes or calls."
+)
+
+
+def _histogram_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    linear, step = value.get("scale") == "linear", value.get("step") is not None
+    if linear and not step:
+        problems.add(
+            join(path, "step"), "missing", why="a linear scale needs the width of a slot", write="Write step: WIDTH."
+        )
+    if step and not linear:
+        problems.add(
+            join(path, "step"),
+            "a step without scale linear",
+            why="the slots of a log2 scale double in width",
+            write="Leave step away, or write scale: linear.",
+        )
+
+
+def _output_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    histogram, events = value.get("histogram"), value.get("events") is not None
+    source = value["from"]
+    assert isinstance(source, Mapping)
+    if isinstance(histogram, Mapping) and histogram.get("unit") and value.get("unit"):
+        problems.add(
+            join(path, "unit"), "two units", why="histogram.unit says it already", write="Keep histogram.unit."
+        )
+    if events and value.get("groupBy"):
+        problems.add(
+            join(path, "groupBy"),
+            "events with groupBy",
+            why="events are listed one by one",
+            write="Leave groupBy away, or count in a map and use counter or topk.",
+        )
+    if events and source.get("value"):
+        problems.add(
+            join(path, "from.value"),
+            "events with a value",
+            why="an event's record is shown whole",
+            write="Leave it away.",
+        )
+    if not events and source.get("record"):
+        problems.add(
+            join(path, "from.record"),
+            "a record without events",
+            why="only a ring or perf buffer has records",
+            write="Leave it away, or write events: {}.",
+        )
+
+
+OUTPUT = Record(
+    "an output",
+    {
+        "name": Text(
+            max_length=63,
+            min_length=1,
+            pattern=OUTPUT_NAME,
+            write="Write letters, digits, _ and -, beginning with a letter.",
+        ),
+        "from": Record(
+            "a source",
+            {
+                "map": C_IDENTIFIER,
+                "value": Text(max_length=128, min_length=1, pattern=FIELD, write="Write a field of the map's value."),
+                "record": Text(
+                    max_length=128,
+                    min_length=1,
+                    pattern=r"(struct )?[A-Za-z_][A-Za-z0-9_]*",
+                    write="Write the C struct of a record, such as struct event.",
+                ),
+            },
+            required=("map",),
+        ),
+        "counter": Record("a counter", {}),
+        "gauge": Record("a gauge", {"merge": Text(max_length=16, choices=tuple(values.Merge))}, required=("merge",)),
+        "histogram": Record(
+            "a histogram",
+            {
+                "scale": Text(max_length=16, choices=tuple(values.Scale)),
+                "unit": UNIT,
+                "step": Whole(1, (1 << 53) - 1),
+                "slots": Text(
+                    max_length=128,
+                    min_length=1,
+                    pattern=SLOTS,
+                    write="Write value, or key.FIELD for a field of the key.",
+                ),
+            },
+            rules=(_histogram_rule,),
+        ),
+        "topk": Record("a top list", {}),
+        "stacks": Record("stacks", {}),
+        "events": Record("events", {}),
+        "groupBy": ListOf(
+            Text(
+                max_length=128,
+                min_length=1,
+                pattern=GROUP,
+                write="Write node, namespace, workload, pod, container, key, or key.FIELD.",
+            ),
+            max_items=8,
+        ),
+        "limit": Whole(1, 50, write="Write how many rows the report shows, at most 50; totals count all rows."),
+        "unit": UNIT,
+        "decode": MapOf(
+            Text(max_length=16, choices=DECODERS),
+            max_items=32,
+            key=Text(max_length=128, min_length=1, pattern=FIELD, write="Write a field's name."),
+        ),
+    },
+    required=("name", "from"),
+    unions=(Union(KINDS, "kind", "an output is read in one way"),),
+    rules=(_output_rule,),
+)
+CPU = Text(
+    max_length=16,
+    pattern=quantities.CPU,
+    or_whole=True,
+    write="Write it as 10m (a hundredth of a CPU), 0.5 or 2.",
+    reject=_within(quantities.cpu_millicores, "1m", "64"),
+)
+MEMORY = Text(
+    max_length=16,
+    pattern=quantities.MEMORY,
+    or_whole=True,
+    write="Write it as 64Ki, 8Mi or 1Gi.",
+    reject=_within(quantities.memory_bytes, "4Ki", "4Gi"),
+)
+
+
+def _duration(low: str, high: str) -> Text:
+    return Text(
+        max_length=32,
+        pattern=quantities.LONG_DURATION,
+        write=f"Write a whole number and a unit (ms, s, m, h), such as {low} or {high}.",
+        reject=_within(quantities.duration_ns, low, high),
+    )
+
+
+def _spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    program = value["program"]
+    assert isinstance(program, Mapping)
+    kind = next(name for name in PROGRAMS if program.get(name) is not None)
+    if kind != "catalog" and value.get("scope", values.Scope.NAMESPACE) != values.Scope.CLUSTER:
+        problems.add(
+            join(path, "scope"),
+            f"scope Namespace with program.{kind}",
+            why="a program of your own can read all memory of the kernel, so one namespace cannot bound it",
+            write="Write scope: Cluster (it needs the verb use-program), or use program.catalog.",
+        )
+    if kind == "catalog" and value.get("attach"):
+        problems.add(
+            join(path, "attach"),
+            "attach with program.catalog",
+            why="a catalog probe knows where it belongs",
+            write="Leave attach away.",
+        )
+
+
+SPEC = Record(
+    "a ProbePolicy's spec",
+    {
+        "scope": Text(max_length=16, choices=tuple(values.Scope)),
+        "nodes": _selecting("a choice of nodes"),
+        "pods": _selecting("a choice of pods"),
+        "program": PROGRAM,
+        "attach": ListOf(ATTACHMENT, max_items=64),
+        "maps": ListOf(MAP, max_items=32, unique="name"),
+        "outputs": ListOf(OUTPUT, max_items=16, unique="name"),
+        "interval": _duration("1s", "1h"),
+        "ttl": _duration("1s", "8760h"),
+        "suspend": Flag(),
+        "budget": Record("a budget", {"cpu": CPU, "mapMemory": MEMORY}),
+    },
+    required=("program",),
+    rules=(_spec_rule,),
+)
+
+
+def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    kind = values.MapType(str(value["type"]))
+    hashes = (values.MapType.HASH, values.MapType.PERCPU_HASH, values.MapType.LRU_HASH)
+    arrays = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
+    wanted = ("key", "value") if kind in hashes else ("value",) if kind in arrays else ()
+    for name in wanted:
+        if not value.get(name):
+            problems.add(
+                join(path, name),
+                "missing",
+                why=f"a map of type {kind} has a {name}",
+                write=f'Write it in C, such as {name}: "u32 pid" or a struct.',
+            )
+    if kind not in hashes and value.get("key"):
+        problems.add(
+            join(path, "key"), f"a key in a map of type {kind}", why="the kernel sets it", write="Leave key away."
+        )
+    if kind is values.MapType.STACK_TRACE and value.get("value"):
+        problems.add(
+            join(path, "value"), "a value in a stack trace map", why="the kernel sets it", write="Leave value away."
+        )
+    entries = value["maxEntries"]
+    assert isinstance(entries, int)
+    if kind is values.MapType.RINGBUF and (entries & (entries - 1) or entries < 4096):
+        problems.add(
+            join(path, "maxEntries"),
+            f"{entries}",
+            why="a ring buffer's size is in bytes, a power of two and at least one page",
+            write=f"Write {max(4096, 1 << (entries - 1).bit_length())}.",
+        )
+
+
+DECLARATION = Text(
+    max_length=4096,
+    min_length=1,
+    write="Write one C declaration, such as u32 pid, or struct { u32 pid; u32 uid; }.",
+    reject=_declaration,
+)
+MAP_SPEC = Record(
+    "a ProbeMap's spec",
+    {
+        "type": Text(max_length=32, choices=tuple(values.MapType)),
+        "maxEntries": MAX_ENTRIES,
+        "key": DECLARATION,
+        "value": DECLARATION,
+        "policies": ListOf(
+            Text(max_length=MAX_NAME, min_length=1, pattern=DNS_SUBDOMAIN, write="Write a ProbePolicy's name."),
+            max_items=64,
+        ),
+    },
+    required=("type", "maxEntries"),
+    rules=(_map_spec_rule,),
+)
