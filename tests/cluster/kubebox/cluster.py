@@ -144,7 +144,7 @@ def _clear_node(layout: Layout, one: NodeLayout) -> None:
 
 
 def load(layout: Layout, archives: Sequence[Path]) -> None:
-    """Bring OCI archives into every node's containerd, and remember them for nodes that join."""
+    """Bring image archives into every node's containerd, and remember them for nodes that join."""
     _require(layout)
     archives = [archive.absolute() for archive in archives]
     for archive in archives:

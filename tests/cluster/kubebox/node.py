@@ -5,6 +5,7 @@ bpf file system, so that nodes do not see each other's pins; and the cgroup `/pr
 parent of all its pods. What it shares with the machine is the kernel. Called by `cluster`.
 """
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -99,12 +100,20 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
 
 
 def load(node: NodeLayout, archive: Path) -> None:
-    """Import an OCI archive into a node's containerd; layers that are there already are not written again."""
+    """Import an image archive, OCI's or Docker's, into a node's containerd, unless it is there already."""
+    # Only the file's name, size and time are compared: reading it all would take as long as importing it.
+    stat = archive.stat()
+    stamp = node.directory / "imported" / hashlib.sha256(str(archive).encode()).hexdigest()[:16]
+    content = f"{archive} {stat.st_size} {stat.st_mtime_ns}\n"
+    if stamp.exists() and stamp.read_text() == content:
+        return
     command = ["ctr", "--address", str(node.socket), "--namespace", "k8s.io"]
     command += ["image", "import", str(archive)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise ClusterError(f"{node.name} cannot import {archive}: {result.stderr.strip()}")
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(content)
 
 
 def inside(node: NodeLayout) -> list[str]:
