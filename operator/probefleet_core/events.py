@@ -1,0 +1,261 @@
+"""The records of one ring output, of all nodes: counted exactly once, the newest kept. Pure.
+
+A record's identity is its byte position in its node's ring, so a chunk that comes twice, or overlaps the one
+before, adds only what is new. Chunks stay as columns; a record becomes a dict when someone reads it. Whoever
+follows asks with the cursor that the last page gave, and hears how many records had to go before they were
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from probefleet_wire import columns
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_core import keys, result, tables
+from probefleet_core.result import Names, Record
+
+KEEP: Final = 1_000
+KEEP_BYTES: Final = 4 << 20
+MAX_CHUNK: Final = 1 << 20
+MAX_COLUMNS: Final = 64
+#: The columns that become names, and what they become.
+_IDENTITIES: Final = ("pod_uid", "container_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Records since a cursor, oldest first; ``missed`` were already gone; ask next with ``cursor``."""
+
+    records: tuple[Record, ...]
+    cursor: int
+    missed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Records of one chunk: ``first`` is the number of the first one among all that ever came."""
+
+    first: int
+    count: int
+    node: str
+    columns: dict[str, columns.Array | columns.StringColumn]
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class NodeRing:
+    """How far one node's ring was read, and its counters."""
+
+    session: int = 0
+    epoch: str = ""
+    end_position: int = 0
+    clock: tables.Clock = field(default_factory=tables.Clock)
+    window_count: int = 0
+    received_ns: int = 0
+    submitted: int = 0
+    lost: int = 0
+    dropped: int = 0
+    uncounted: tuple[str, ...] = ()
+    gaps: tuple[tuple[int, int, str], ...] = ()
+    ended: list[str] = field(default_factory=list)
+    ended_submitted: int = 0
+    ended_lost: int = 0
+    ended_dropped: int = 0
+
+
+class EventState:
+    """One output's records of all nodes."""
+
+    __slots__ = ("_interval_ms", "_kept", "_kept_bytes", "_kept_count", "_output", "nodes", "received", "since_ns")
+
+    def __init__(self, output: plan_pb2.Output, *, interval_ms: int) -> None:
+        self._output = output
+        self._interval_ms = interval_ms
+        self._kept: deque[Kept] = deque()
+        self._kept_count = self._kept_bytes = 0
+        self.nodes: dict[str, NodeRing] = {}
+        self.received = 0
+        self.since_ns = 0
+
+    def apply(self, node: str, session: int, chunk: stream_pb2.EventChunk, *, time_ns: int, received_ns: int) -> None:
+        """Take in a chunk of the node's newest stream. Raises ColumnsError, then nothing changed."""
+        state = self.nodes.get(node) or NodeRing()
+        if chunk.epoch in state.ended:
+            return
+        fresh_epoch = chunk.epoch != state.epoch
+        positions = (
+            columns.unpack_unsigned(chunk.positions, limit=MAX_CHUNK) if chunk.positions else np.zeros(0, np.uint64)
+        )
+        if positions.size and not bool((positions[1:] > positions[:-1]).all()):
+            raise columns.ColumnsError(f"events {self._output.name!r}: positions do not ascend")
+        if positions.size and chunk.end_position <= int(positions[-1]):
+            raise columns.ColumnsError(f"events {self._output.name!r}: a record begins after the chunk's end")
+        known = 0 if fresh_epoch else state.end_position
+        start = int(np.searchsorted(positions, np.uint64(known)))
+        kept = self._decode(node, chunk, start, len(positions))
+        # From here on nothing can fail.
+        self.nodes[node] = state
+        if fresh_epoch:
+            self._end_epoch(state)
+            state.epoch = chunk.epoch
+            state.clock.begin(time_ns, chunk.since_ns, interval_ms=self._interval_ms)
+            state.window_count = 0
+        elif state.clock.advance(time_ns):
+            state.window_count = 0
+        state.session = session
+        state.end_position = max(known, chunk.end_position)
+        state.received_ns = max(state.received_ns, received_ns)
+        # Cumulative counters: a chunk that was sent again may be older than what is known.
+        state.submitted = max(state.submitted, chunk.submitted)
+        state.lost, state.dropped = max(state.lost, chunk.lost), max(state.dropped, chunk.dropped)
+        state.uncounted, state.gaps = tables.bounded_texts(chunk.uncounted), tables.bounded_gaps(chunk.gaps)
+        count = len(positions) - start
+        state.window_count += count
+        self.received += count
+        if chunk.since_ns > 0:
+            self.since_ns = min(self.since_ns or chunk.since_ns, chunk.since_ns)
+        if kept:
+            self._keep(kept)
+
+    def touch(self, node: str, *, time_ns: int, received_ns: int) -> None:
+        """The node runs the policy, and sent no chunk because nothing happened."""
+        state = self.nodes.get(node)
+        if state is None:
+            return
+        state.received_ns = max(state.received_ns, received_ns)
+        if time_ns - state.clock.time_ns >= 0.9e6 * self._interval_ms and state.clock.advance(time_ns):
+            state.window_count = 0
+
+    @property
+    def lost(self) -> int:
+        """Records that found no room in the ring, and those that agents could not keep."""
+        return sum(n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values())
+
+    def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
+        """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
+        return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Losses that nobody counts, in words."""
+        words = {text for state in self.nodes.values() for text in state.uncounted}
+        return tuple(sorted(words)[: tables.MAX_UNCOUNTED])
+
+    def since(self, cursor: int, names: Names, *, limit: int = KEEP) -> Page:
+        """Records from ``cursor`` on (0: all that are kept), at most ``limit``, oldest first."""
+        oldest = self._kept[0].first if self._kept else self.received
+        begin = max(cursor, oldest)
+        joiner = keys.Joiner(names, qualified=False)
+        records: list[Record] = []
+        for kept in self._kept:
+            low, high = max(begin, kept.first), min(kept.first + kept.count, begin + limit)
+            if low < high:
+                records += _records(kept, low - kept.first, high - kept.first, joiner)
+        # A cursor of an operator before this one may lie ahead.
+        missed = max(begin - cursor, 0) if cursor else 0
+        return Page(tuple(records), min(begin + len(records), self.received), missed)
+
+    def result(self, names: Names, *, fresh: Iterable[str], records: int) -> result.OutputResult:
+        """Counts as rows of one, and the newest ``records`` by their time."""
+        here = [self.nodes[node] for node in fresh if node in self.nodes]
+        window = sum(node.window_count for node in here if node.clock.seconds)
+        rate = sum(node.window_count / node.clock.seconds for node in here if node.clock.seconds)
+        newest = self.since(max(self.received - records, 0), names, limit=records).records
+        nodes = self.nodes.values()
+        counts = result.Events(
+            records=tuple(sorted(newest, key=lambda record: record.get("time_ns", 0))),
+            received=self.received,
+            submitted=sum(node.submitted + node.ended_submitted for node in nodes),
+            lost=sum(node.lost + node.ended_lost for node in nodes),
+            dropped=sum(node.dropped + node.ended_dropped for node in nodes),
+        )
+        return result.OutputResult(
+            output=self._output,
+            window=_one_row(window, rate),
+            total=_one_row(self.received, 0.0),
+            rate_per_second=rate,
+            since_ns=self.since_ns,
+            lost=self.lost,
+            uncounted=self.uncounted,
+            events=counts,
+        )
+
+    def _decode(self, node: str, chunk: stream_pb2.EventChunk, start: int, count: int) -> Kept | None:
+        if len(chunk.columns) > MAX_COLUMNS:
+            raise columns.ColumnsError(f"events {self._output.name!r}: {len(chunk.columns)} columns")
+        content: dict[str, columns.Array | columns.StringColumn] = {}
+        size_bytes = 0
+        first = max(start, count - KEEP)
+        for column in chunk.columns:
+            whole = columns.read_coded(column, count)
+            if isinstance(whole, columns.StringColumn):
+                # Of a large chunk only the tail is kept, so only the tail's strings are.
+                used, index = np.unique(whole.index[first:], return_inverse=True)
+                distinct = tuple(whole.distinct[i] for i in used.tolist())
+                size_bytes += sum(len(text) for text in distinct) + index.nbytes
+                content[column.name] = columns.StringColumn(distinct, index.astype(np.uint64))
+            else:
+                tail = whole[first:].copy()
+                size_bytes += tail.nbytes
+                content[column.name] = tail
+        if first >= count:
+            return None
+        return Kept(self.received + first - start, count - first, node, content, size_bytes + 512)
+
+    def _keep(self, kept: Kept) -> None:
+        self._kept.append(kept)
+        self._kept_count += kept.count
+        self._kept_bytes += kept.size_bytes
+        # Whole chunks go; the newest stays, whatever its size (a message is bounded).
+        while len(self._kept) > 1 and (self._kept_count - self._kept[0].count >= KEEP or self._kept_bytes > KEEP_BYTES):
+            gone = self._kept.popleft()
+            self._kept_count -= gone.count
+            self._kept_bytes -= gone.size_bytes
+
+    @staticmethod
+    def _end_epoch(state: NodeRing) -> None:
+        if state.epoch:
+            state.ended = [*state.ended[1 - tables.MAX_ENDED :], state.epoch]
+        state.ended_submitted += state.submitted
+        state.ended_lost += state.lost
+        state.ended_dropped += state.dropped
+        state.submitted = state.lost = state.dropped = 0
+
+
+def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Record]:
+    rows: list[Record] = [{"node": kept.node} for _ in range(high - low)]
+    for name, content in kept.columns.items():
+        if name in _IDENTITIES:
+            continue
+        part = _part(content, low, high)
+        for row, value in zip(rows, part, strict=True):
+            row[name] = value
+    if "pod_uid" in kept.columns:
+        uids = _part(kept.columns["pod_uid"], low, high)
+        for group in ("namespace", "workload", "pod"):
+            label = joiner.label(group)
+            for row, uid in zip(rows, uids, strict=True):
+                row[group] = label(uid)
+        if "container_id" in kept.columns:
+            label = joiner.label("container")
+            for row, uid, each in zip(rows, uids, _part(kept.columns["container_id"], low, high), strict=True):
+                row["container"] = label(uid, each)
+    return rows
+
+
+def _part(content: columns.Array | columns.StringColumn, low: int, high: int) -> list[result.Label]:
+    if isinstance(content, columns.StringColumn):
+        return [content.distinct[i] for i in content.index[low:high].tolist()]
+    part: list[result.Label] = content[low:high].tolist()
+    return part
+
+
+def _one_row(count: int, rate: float) -> result.Rows:
+    value = np.array([[count]], np.uint64)
+    return result.Rows(labels=((),), values=value, rates=np.array([rate]), sum=value[0])

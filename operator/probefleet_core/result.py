@@ -1,0 +1,187 @@
+"""What a policy has measured so far, merged over the fleet, as frozen values.
+
+``aggregate`` makes a ``Result``; ``report`` puts it into the form of a ProbeReport, the operator's metrics
+export it, ``probefleet run`` prints it. Numbers are whole here: nothing is rounded or cut before ``report``,
+except that an output has at most ``MAX_ROWS`` rows and the rest in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from probefleet_wire import merge
+from probefleet_wire.v1 import plan_pb2
+
+Label: TypeAlias = str | int | float
+Labels: TypeAlias = tuple[Label, ...]
+Counts: TypeAlias = npt.NDArray[Any]
+Record: TypeAlias = dict[str, Label]
+
+MAX_ROWS: Final = 1_000
+
+#: Labels that no name in Kubernetes can be.
+HOST: Final = "(host)"
+UNKNOWN: Final = "(unknown)"
+OTHER: Final = "(other)"
+
+
+@dataclass(frozen=True, slots=True)
+class PodName:
+    """What the operator knows of a pod uid; ``containers`` maps container ids to names."""
+
+    namespace: str
+    name: str
+    workload_kind: str = ""
+    workload: str = ""
+    containers: Mapping[str, str] = field(default_factory=dict)
+
+
+#: Names of a pod, or None for one that nobody has heard of. Must also know pods that are gone.
+Names: TypeAlias = Callable[[str], PodName | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """What the aggregator needs to know of a plan."""
+
+    uid: str
+    namespace: str
+    name: str
+    generation: int
+    interval_ms: int
+    outputs: tuple[plan_pb2.Output, ...]
+    digest: str = ""  # of the instance: its statistics are this policy's cost
+    cluster: bool = False  # scope: pods of many namespaces come together, so names carry theirs
+
+    @classmethod
+    def of(cls, plan: plan_pb2.Plan) -> PolicyFacts:
+        """The facts of one plan."""
+        return cls(
+            uid=plan.policy_uid,
+            namespace=plan.namespace,
+            name=plan.name,
+            generation=plan.generation,
+            interval_ms=plan.interval_ms or 10_000,
+            outputs=tuple(plan.outputs),
+            digest=plan.instance.digest,
+            cluster=plan.scope == plan_pb2.SCOPE_CLUSTER,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Merged rows of one output, largest first.
+
+    ``values`` is ``[n, width]`` (width 1, or a histogram's slots), ``rates`` ``[n]`` events per second of the
+    window (zeros in totals). ``other`` is the one row that stands for ``other_count`` more, ``sum`` the whole
+    with it.
+    """
+
+    labels: tuple[Labels, ...]
+    values: Counts
+    rates: npt.NDArray[np.float64]
+    sum: Counts
+    other: Counts | None = None
+    other_count: int = 0
+
+    @property
+    def weights(self) -> Counts:
+        """One number a row: the value, or how many values a histogram holds."""
+        weights: Counts = self.values.sum(axis=1, dtype=self.values.dtype)
+        return weights
+
+    @property
+    def whole(self) -> int:
+        """Everything together: the sum of all values."""
+        return int(self.sum.sum(dtype=self.sum.dtype)) if self.sum.size else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The newest records of a ring, oldest first, and what became of all others."""
+
+    records: tuple[Record, ...]
+    received: int
+    submitted: int  # 0: the program does not count them
+    lost: int  # no room in the ring
+    dropped: int  # the agent could not keep them
+
+
+@dataclass(frozen=True, slots=True)
+class OutputResult:
+    """One output of the policy: the last interval of every fresh node, and everything since it began."""
+
+    output: plan_pb2.Output
+    window: Rows
+    total: Rows
+    rate_per_second: float  # of what is counted, in the window
+    since_ns: int  # wall clock; 0: nothing came yet
+    lost: int
+    uncounted: tuple[str, ...]
+    events: Events | None = None
+
+    @property
+    def bounds(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Where the histogram's slots begin and end."""
+        histogram = self.output.histogram
+        return merge.slot_bounds(histogram.scale, histogram.step, self.total.sum.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Nodes with a sample newer than three intervals, of those selected. Lists are sorted and at most 20 long."""
+
+    sampled: int
+    selected: int
+    missing: tuple[str, ...] = ()  # no sample of this generation at all
+    missing_count: int = 0
+    stale: tuple[str, ...] = ()  # an old one
+    stale_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGap:
+    """A time in which a node did not count, and why."""
+
+    node: str
+    start_ns: int
+    end_ns: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the policy costs. Shares are cores (1.0 is one CPU fully), of programs: run time and hooks together."""
+
+    known_nodes: int = 0
+    unknown_nodes: int = 0
+    max_cores: float = 0.0
+    max_node: str = ""
+    mean_cores: float = 0.0
+    runs_per_second: float = 0.0
+    max_map_bytes: int = 0
+    total_map_bytes: int = 0
+    max_agent_cores: float = 0.0
+    mean_agent_cores: float = 0.0
+    max_agent_rss_bytes: int = 0
+    shared_by: int = 1  # policies that share the instance, and so its cost
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One policy over the whole fleet at ``time_ns``."""
+
+    facts: PolicyFacts
+    time_ns: int
+    since_ns: int  # 0: nothing came yet
+    outputs: tuple[OutputResult, ...]
+    coverage: Coverage
+    rate_per_second: float  # program runs, or, where these are unknown, what the first output counts
+    lost: int
+    uncounted: tuple[str, ...]
+    gaps: tuple[NodeGap, ...]
+    cost: Cost

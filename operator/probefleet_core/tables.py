@@ -1,0 +1,374 @@
+"""The rows of one output of one policy, of all nodes: tables in, merged rows out. Pure.
+
+``aggregate`` hands every ``Table`` of this output here. A row is a number after its first appearance, so
+taking in a table is a few NumPy calls: the difference of new and old values is added to the sum of all nodes.
+That makes everything else simple: a repeat adds nothing, a new stream takes the node's old rows out of the
+sum and puts the new ones in, and an epoch that ended (a reboot) just stays in the sum. Gauges are not summed
+over time: they are merged from the nodes' rows when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from probefleet_wire import columns, merge
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_core import keys, result
+from probefleet_core.result import Names, Rows
+
+Counts = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]
+
+MAX_WIDTH: Final = 1024
+#: Values of one output that one node may have, and all keys together (8 bytes each).
+MAX_NODE_CELLS: Final = 1 << 20
+MAX_CELLS: Final = 1 << 24
+MAX_UNCOUNTED: Final = 10
+MAX_TEXT: Final = 200
+MAX_GAPS: Final = 16
+#: A first sample this many intervals after counting began is a window of its own.
+FRESH_INTERVALS: Final = 3
+MAX_ENDED: Final = 64
+
+
+class ResyncNeeded(Exception):
+    """A table builds on rows that this aggregator never saw: the node has to begin a new stream."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """When one node's samples of one output were read; the wall clock of that node."""
+
+    time_ns: int = 0
+    before_ns: int = 0  # the sample before; 0: none, so there is no window
+
+    @property
+    def seconds(self) -> float:
+        """The window's length; 0 where there is none."""
+        return max(self.time_ns - self.before_ns, 0) / 1e9 if self.before_ns else 0.0
+
+    def advance(self, time_ns: int) -> bool:
+        """A sample of ``time_ns``: True where it begins a new window, False where it belongs to the newest."""
+        if time_ns == self.time_ns:
+            return False
+        # Newer by its number, older by its time: the node's clock was set back, so the time between is not
+        # known.
+        self.before_ns, self.time_ns = (self.time_ns if time_ns > self.time_ns else 0), time_ns
+        return True
+
+    def begin(self, time_ns: int, since_ns: int, *, interval_ms: int) -> None:
+        """The first sample of an epoch: a window only if counting began just now."""
+        began = 0 < since_ns <= time_ns <= since_ns + FRESH_INTERVALS * interval_ms * 1_000_000
+        self.before_ns, self.time_ns = (since_ns if began else 0), time_ns
+
+
+@dataclass(slots=True)
+class NodeRows:
+    """What one node has said of one output in its newest stream."""
+
+    session: int = 0
+    epoch: str = ""
+    first_row: int = 0
+    keys: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    values: Counts = field(default_factory=lambda: np.zeros((0, 1), np.uint64))
+    distinct: bool = True  # no key twice: then NumPy's fast way to add is right
+    clock: Clock = field(default_factory=Clock)
+    # keys and differences of the newest window
+    changes: list[tuple[Indices, Counts]] = field(default_factory=list)
+    before: tuple[Indices, Counts] | None = None  # an older stream's rows of the same epoch, sorted by key
+    received_ns: int = 0
+    since_ns: int = 0
+    lost: int = 0
+    uncounted: tuple[str, ...] = ()
+    gaps: tuple[tuple[int, int, str], ...] = ()
+    ended: list[str] = field(default_factory=list)  # epochs
+    ended_lost: int = 0
+
+
+class TableState:
+    """One output's rows of all nodes."""
+
+    __slots__ = ("_cumulative", "_interval_ms", "_keys", "_output", "_signed", "_sum", "_width", "nodes", "since_ns")
+
+    def __init__(self, output: plan_pb2.Output, *, interval_ms: int) -> None:
+        self._output = output
+        self._interval_ms = interval_ms
+        self._cumulative = output.kind != plan_pb2.Output.GAUGE
+        self._keys = keys.Keys(tuple(output.group_by))
+        self._width = 1
+        self._signed = False
+        self._sum = np.zeros((1, 1), np.uint64)  # by key; retired epochs are in it
+        self.nodes: dict[str, NodeRows] = {}
+        self.since_ns = 0
+
+    def apply(self, node: str, session: int, table: stream_pb2.Table, *, time_ns: int, received_ns: int) -> None:
+        """Take in a table of the node's newest stream. Raises ColumnsError and ResyncNeeded, then nothing changed."""
+        state = self.nodes.get(node) or NodeRows()
+        if table.epoch in state.ended:
+            return
+        fresh_epoch = table.epoch != state.epoch
+        restarted = session != state.session or fresh_epoch
+        known = 0 if restarted else len(state.keys)
+        first_row = table.first_new_row if restarted else state.first_row
+        if restarted and table.first_new_row and session != state.session:
+            raise ResyncNeeded(f"the first table of a stream begins with row {table.first_new_row}")
+        if table.first_new_row != first_row + known and table.new_rows:
+            raise ResyncNeeded(f"row {table.first_new_row} comes after row {first_row + known}")
+        width, rows, values = self._read(table, first_row, known + table.new_rows)
+        new_keys = self._keys.intern(node, table)
+        # From here on nothing can fail.
+        self.nodes[node] = state
+        self._grow(width)
+        if restarted:
+            self._restart(state, session, table, fresh_epoch=fresh_epoch)
+            state.first_row = first_row
+        if fresh_epoch:
+            state.clock.begin(time_ns, table.since_ns, interval_ms=self._interval_ms)
+            state.changes = []
+        elif state.clock.advance(time_ns):
+            state.changes = []
+            if not restarted:
+                state.before = None
+        self._add_rows(state, new_keys)
+        self._set(state, rows, values)
+        state.received_ns = max(state.received_ns, received_ns)
+        state.since_ns, state.lost = table.since_ns, table.lost
+        state.uncounted, state.gaps = bounded_texts(table.uncounted), bounded_gaps(table.gaps)
+        if table.since_ns > 0:
+            self.since_ns = min(self.since_ns or table.since_ns, table.since_ns)
+
+    def touch(self, node: str, *, time_ns: int, received_ns: int) -> None:
+        """The node runs the policy, and sent no table because nothing changed."""
+        state = self.nodes.get(node)
+        if state is None:
+            return
+        state.received_ns = max(state.received_ns, received_ns)
+        # A node may speak of other policies more often: only a whole interval without change is a window
+        # without.
+        if time_ns - state.clock.time_ns >= 0.9e6 * self._interval_ms and state.clock.advance(time_ns):
+            state.changes, state.before = [], None
+
+    @property
+    def lost(self) -> int:
+        """All that programs could not count, ended epochs included."""
+        return sum(state.lost + state.ended_lost for state in self.nodes.values())
+
+    def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
+        """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
+        return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Losses that nobody counts, in words."""
+        words = {text for state in self.nodes.values() for text in state.uncounted}
+        if self._keys.overflowed:
+            words.add(f"keys beyond {keys.MAX_KEYS} are counted under {result.OTHER}")
+        return tuple(sorted(words)[:MAX_UNCOUNTED])
+
+    def result(self, names: Names, *, fresh: Iterable[str], qualified: bool) -> result.OutputResult:
+        """The merged rows; ``fresh`` nodes' samples are the window."""
+        row_of, labels = self._keys.group(names, qualified=qualified)
+        used = np.bincount(row_of[1:], minlength=len(labels)) > 0
+        used[0] = self._keys.overflowed
+        here = [self.nodes[node] for node in fresh if node in self.nodes]
+        if self._cumulative:
+            total = merge.sum_by(row_of, self._sum, len(labels))
+            window, rates = self._window(here, row_of, len(labels))
+        else:
+            total, used = self._gauges(list(self.nodes.values()), row_of, len(labels))
+            window, window_used = self._gauges(here, row_of, len(labels))
+            rates = np.zeros(len(labels))
+        reduce = _REDUCE.get(self._output.merge, np.add) if not self._cumulative else np.add
+        total_rows = _rows(labels, total, np.zeros(len(labels)), used, reduce=reduce)
+        # A row that did not move within the window is none of the window's rows.
+        moved = window.any(axis=1) & used if self._cumulative else window_used
+        window_rows = _rows(labels, window, rates, moved, reduce=reduce)
+        return result.OutputResult(
+            output=self._output,
+            window=window_rows,
+            total=total_rows,
+            rate_per_second=float(rates.sum()),
+            since_ns=self.since_ns,
+            lost=self.lost,
+            uncounted=self.uncounted,
+        )
+
+    def _read(self, table: stream_pb2.Table, first_row: int, row_count: int) -> tuple[int, Indices, Counts]:
+        width = table.width or 1
+        if width > MAX_WIDTH or (width > 1 and self._output.kind != plan_pb2.Output.HISTOGRAM):
+            raise columns.ColumnsError(f"output {self._output.name!r}: {width} values a row")
+        if row_count * width > MAX_NODE_CELLS:
+            raise columns.ColumnsError(f"output {self._output.name!r}: {row_count} rows of {width} values: too many")
+        self._keys.limit = min(keys.MAX_KEYS, MAX_CELLS // max(width, self._width))
+        if len(self._keys) > self._keys.limit + 1:
+            raise columns.ColumnsError(f"output {self._output.name!r}: {width} values a row are too many for its keys")
+        if not table.rows and not table.values:
+            return width, np.zeros(0, np.int64), np.zeros((0, width), np.uint64)
+        rows = columns.unpack_unsigned(table.rows, limit=row_count).astype(np.int64) - first_row
+        values = columns.unpack(table.values, limit=row_count * width)
+        if values.dtype.kind == "f" or values.size != rows.size * width:
+            raise columns.ColumnsError(
+                f"output {self._output.name!r}: {values.size} values of {values.dtype} for {rows.size} rows"
+            )
+        if rows.size:
+            if not bool((rows[1:] > rows[:-1]).all()):
+                raise columns.ColumnsError(f"output {self._output.name!r}: changed rows do not ascend")
+            if int(rows[0]) < 0 or int(rows[-1]) >= row_count:
+                raise columns.ColumnsError(f"output {self._output.name!r}: a value for a row that has no key")
+        if values.dtype.kind == "i":
+            if self._cumulative:
+                raise columns.ColumnsError(f"output {self._output.name!r}: counts are unsigned")
+            self._signed = True
+        return width, rows, values.view(np.uint64).reshape(-1, width)
+
+    def _grow(self, width: int) -> None:
+        """Room for all keys and for the widest table. Keys beyond what fits were refused when they were interned."""
+        self._width = max(self._width, width)
+        if not self._cumulative:
+            return
+        have, need = self._sum.shape, (len(self._keys), self._width)
+        if need[0] > have[0] or need[1] > have[1]:
+            # By half more, so that a policy whose keys trickle in does not copy at each of them.
+            grown = np.zeros((max(need[0] + need[0] // 2, have[0]), self._width), np.uint64)
+            grown[: have[0], : have[1]] = self._sum
+            self._sum = grown
+
+    def _restart(self, state: NodeRows, session: int, table: stream_pb2.Table, *, fresh_epoch: bool) -> None:
+        if fresh_epoch:
+            if state.epoch:
+                state.ended = [*state.ended[1 - MAX_ENDED :], state.epoch]
+                state.ended_lost += state.lost
+            state.before = None  # its counts stay in the sum
+        else:
+            if self._cumulative:
+                self._add(state.keys, np.negative(state.values), distinct=state.distinct)
+            # A window goes on over a change of streams: it is the difference to what the older one said.
+            found, place = np.unique(state.keys, return_inverse=True)
+            state.before = (found, merge.sum_by(place, state.values, len(found)))
+        state.session, state.epoch = session, table.epoch
+        state.keys, state.values = np.zeros(0, np.int64), np.zeros((0, self._width), np.uint64)
+        state.distinct = True
+
+    def _add_rows(self, state: NodeRows, new_keys: Indices) -> None:
+        state.values = _widen(state.values, self._width)
+        if not new_keys.size:
+            return
+        state.keys = np.concatenate([state.keys, new_keys])
+        state.values = np.concatenate([state.values, np.zeros((len(new_keys), self._width), np.uint64)])
+        state.distinct = len(np.unique(state.keys)) == len(state.keys)
+
+    def _set(self, state: NodeRows, rows: Indices, values: Counts) -> None:
+        if not rows.size:
+            return
+        values = _widen(values, self._width)
+        if len(rows) == len(state.keys):
+            # All of them, in order: nothing to look up.
+            at, change = state.keys, values - state.values
+            state.values = np.array(values)
+        else:
+            at, change = state.keys[rows], values - state.values[rows]
+            state.values[rows] = values
+        if self._cumulative:
+            self._add(at, change, distinct=state.distinct)
+            state.changes.append((at, self._since_before(state, at, change)))
+
+    def _since_before(self, state: NodeRows, at: Indices, change: Counts) -> Counts:
+        if state.before is None or not state.before[0].size:
+            return change
+        found, old = state.before
+        old = _widen(old, self._width)
+        place = np.minimum(np.searchsorted(found, at), len(found) - 1)
+        # Only on its first appearance in the new stream does a row differ from what the older one said.
+        known = found[place] == at
+        used = place[known]
+        result_change = np.array(change)
+        result_change[known] -= old[used]
+        old = old.copy()
+        old[used] = 0
+        state.before = (found, old)
+        return result_change
+
+    def _add(self, at: Indices, change: Counts, *, distinct: bool) -> None:
+        change = _widen(change, self._width)
+        if not distinct:
+            self._sum += merge.sum_by(at, change, len(self._sum))
+        elif self._width == 1:
+            self._sum.reshape(-1)[at] += change.reshape(-1)
+        else:
+            self._sum[at] += change
+
+    def _window(self, here: list[NodeRows], row_of: Indices, count: int) -> tuple[Counts, npt.NDArray[np.float64]]:
+        timed = [node for node in here if node.clock.seconds]
+        parts = [(at, change, node.clock.seconds) for node in timed for at, change in node.changes]
+        if not parts:
+            return np.zeros((count, self._width), np.uint64), np.zeros(count)
+        rows = row_of[np.concatenate([at for at, _, _ in parts])]
+        changes = np.concatenate([_widen(change, self._width) for _, change, _ in parts])
+        window = merge.sum_by(rows, changes, count)
+        # Counts of "whose is it?" move to a pod when that is known: what fell is not part of a window.
+        window[window.view(np.int64) < 0] = 0
+        per_second = np.repeat([1 / seconds for _, _, seconds in parts], [len(at) for at, _, _ in parts])
+        moved = np.maximum(changes.view(np.int64), 0).sum(axis=1).astype(np.float64)
+        return window, np.bincount(rows, weights=moved * per_second, minlength=count).astype(np.float64)
+
+    def _gauges(self, here: list[NodeRows], row_of: Indices, count: int) -> tuple[Counts, npt.NDArray[np.bool_]]:
+        if not any(node.keys.size for node in here):
+            return np.zeros((count, 1), np.uint64), np.zeros(count, bool)
+        rows = row_of[np.concatenate([node.keys for node in here])]
+        values = np.concatenate([node.values[:, 0] for node in here])
+        if self._signed:
+            values = values.view(np.int64)
+        times = np.repeat([node.clock.time_ns for node in here], [len(node.keys) for node in here])
+        merged = merge.combine(rows, values, count, merge=self._output.merge, times_ns=times)
+        used = np.bincount(rows, minlength=count) > 0
+        merged[~used] = 0
+        return merged[:, None], used
+
+
+def bounded_texts(texts: Iterable[str]) -> tuple[str, ...]:
+    """At most ten, none longer than a line."""
+    return tuple(text[:MAX_TEXT] for text, _ in zip(texts, range(MAX_UNCOUNTED), strict=False))
+
+
+def bounded_gaps(gaps: Iterable[stream_pb2.Gap]) -> tuple[tuple[int, int, str], ...]:
+    """The newest ones: ``(start_ns, end_ns, why)``."""
+    return tuple((gap.start_ns, gap.end_ns, gap.why[:MAX_TEXT]) for gap in list(gaps)[-MAX_GAPS:])
+
+
+def _widen(values: Counts, width: int) -> Counts:
+    """Histograms of more slots, the new ones empty."""
+    if values.shape[1] == width:
+        return values
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])))
+
+
+#: How rows of one gauge come together in `other`.
+_REDUCE: Final = {plan_pb2.Output.MAX: np.maximum, plan_pb2.Output.MIN: np.minimum}
+
+
+def _rows(
+    labels: list[result.Labels],
+    values: Counts,
+    rates: npt.NDArray[np.float64],
+    used: npt.NDArray[np.bool_],
+    *,
+    reduce: np.ufunc,
+) -> Rows:
+    """The largest rows, and the rest (with row 0, which is one of keys that found no room) in one."""
+    there = np.flatnonzero(used[1:]) + 1
+    order = there[merge.top(values[there].sum(axis=1, dtype=values.dtype), result.MAX_ROWS)]
+    rest = np.setdiff1d(np.flatnonzero(used), order)
+    nothing = np.zeros(values.shape[1], values.dtype)
+    return Rows(
+        labels=tuple(labels[row] for row in order.tolist()),
+        values=values[order],
+        rates=rates[order],
+        sum=reduce.reduce(values[used], axis=0, dtype=values.dtype) if used.any() else nothing,
+        other=reduce.reduce(values[rest], axis=0, dtype=values.dtype) if rest.size else None,
+        other_count=len(rest),
+    )
