@@ -99,9 +99,7 @@ def run(
             name: stack.enter_context(_Stream(sink))
             for name, sink in (("out", stdout), ("err", stderr), ("console", None))
         }
-        guest = stack.enter_context(
-            _Guest(_command(chosen, memory, job=job, out=out, streams=streams), streams)
-        )
+        guest = stack.enter_context(_Guest(_command(chosen, memory, job=job, out=out, streams=streams), streams))
         late = guest.wait(seconds, started=job / "started")
         text = {name: stream.text() for name, stream in streams.items()}
         status = job / "status"
@@ -206,9 +204,7 @@ def _write_job(
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
     (job / "settings").write_text(f"MODULES={shlex.quote(str(kernel.modules.resolve()))}\n")
-    (job / "run").write_text(
-        f"{exports}cd {shlex.quote(str(cwd.resolve()))} || exit 125\nexec {shlex.join(argv)}\n"
-    )
+    (job / "run").write_text(f"{exports}cd {shlex.quote(str(cwd.resolve()))} || exit 125\nexec {shlex.join(argv)}\n")
 
 
 def _command(
@@ -256,16 +252,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="fetch | list | run")
     fetch = commands.add_parser("fetch", help="download and unpack the kernel of each suite")
     fetch.add_argument("suites", nargs="+", metavar="SUITE", choices=tuple(vm_kernels.SUITES), help=suites)
-    fetch.add_argument(
-        "--refresh", action="store_true", help="look for a newer kernel than the one that is there"
-    )
+    fetch.add_argument("--refresh", action="store_true", help="look for a newer kernel than the one that is there")
     commands.add_parser("list", help="the kernels that are unpacked, with their exact versions")
     start = commands.add_parser("run", help="boot a kernel and run a command; its exit status is ours")
     start.add_argument("kernel", help="a suite, or the start of a release: bookworm, 6.1")
     start.add_argument("--out", type=Path, help="the folder that the command sees as $VM_OUT")
-    start.add_argument(
-        "--seconds", type=float, default=RUN_SECONDS, help="time limit, boot included (%(default)s)"
-    )
+    start.add_argument("--seconds", type=float, default=RUN_SECONDS, help="time limit, boot included (%(default)s)")
     start.add_argument("--memory", default="4G", help="the guest's memory (%(default)s)")
     start.add_argument("argv", nargs="*", metavar="-- CMD", help="the command, run in the current folder")
     # Split by hand: what follows the first "--" is the guest's, whatever it looks like.
@@ -292,9 +284,7 @@ def main(argv: Sequence[str]) -> int:
                 vm_kernels.fetch(suite, refresh=arguments.refresh, say=say)
         elif arguments.command == "list":
             for kernel in vm_kernels.unpacked():
-                print(
-                    f"{kernel.suite:20} {kernel.release:28} {kernel.version:24} fetched {kernel.fetched_at}"
-                )
+                print(f"{kernel.suite:20} {kernel.release:28} {kernel.version:24} fetched {kernel.fetched_at}")
         else:
             return run(
                 arguments.kernel,

@@ -96,16 +96,12 @@ def require(*tools: str) -> None:
     """Refuse early, with the command that helps, when a tool is not installed."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     if missing := [tool for tool in tools if not shutil.which(tool, path=path)]:
-        raise VmError(
-            f"not installed: {', '.join(missing)}; run: apt-get install -y {' '.join(required_packages())}"
-        )
+        raise VmError(f"not installed: {', '.join(missing)}; run: apt-get install -y {' '.join(required_packages())}")
 
 
 def unpacked() -> Iterator[Kernel]:
     """Every kernel that was fetched, oldest kernel first."""
-    kernels = [
-        _read(path) for path in cache().glob("[a-z]*/kernel.json") if not path.parent.name.startswith("new-")
-    ]
+    kernels = [_read(path) for path in cache().glob("[a-z]*/kernel.json") if not path.parent.name.startswith("new-")]
     yield from sorted(kernels, key=lambda kernel: _numbers(kernel.release))
 
 
@@ -166,9 +162,9 @@ def fetch(suite: str, *, refresh: bool = False, say: Say) -> Kernel:
 
 def mirror() -> str:
     """The archive that this machine's own apt sources use for its own release."""
-    release = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
-    ).get("VERSION_CODENAME", "")
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line).get(
+        "VERSION_CODENAME", ""
+    )
     targets = _output("apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Identifier: Packages")
     for line in targets.splitlines():
         suite, uri = line.split(" ", 1)
