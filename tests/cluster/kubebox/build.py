@@ -95,8 +95,8 @@ def _build_pause(binaries: Path) -> None:
     if not archive.exists():
         work = _work_directory(binaries, "pause")
         _run(["gcc", "-O2", "-static", "-o", "pause", SOURCES / "pause.c"], work, {})
-        image = {"name": settings.PAUSE_IMAGE, "files": {"pause": work / "pause"}, "entry_point": ["/pause"]}
-        oci.write(work / "pause.tar", **image)
+        files = {"pause": work / "pause"}
+        oci.write(work / "pause.tar", name=settings.PAUSE_IMAGE, files=files, entry_point=["/pause"])
         _finish(work, "pause.tar", archive)
 
 
@@ -121,7 +121,7 @@ def _find_go(cache: Path) -> Path:
 
 def _go(go: Path, work: Path, *words: str, environment: Mapping[str, str] | None = None) -> str:
     # -mod=mod: go.mod is made here, and completed by the tool. Whatever the user's GOFLAGS say is for other programs.
-    settled = {"GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "auto", "CGO_ENABLED": "0", "GOWORK": "off"}
+    settled = {"GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "auto", "GOWORK": "off"}
     return _run([go, *words], work, {**settled, **(environment or {})})
 
 

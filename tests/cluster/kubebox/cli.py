@@ -20,9 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     options = _parser().parse_args(arguments)
     layout = settings.layout(options.root)
+    if os.geteuid() != 0:
+        print("cluster: namespaces and cgroups need root: run it with sudo", file=sys.stderr)
+        return 1
     try:
-        if os.geteuid() != 0:
-            raise ClusterError("namespaces and cgroups need root: run it with sudo")
         match options.command:
             case "run":
                 _become(network.inside(CONTROL_GROUP), options.words, layout)

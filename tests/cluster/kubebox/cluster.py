@@ -94,8 +94,8 @@ def down(layout: Layout) -> None:
     for group in groups:
         processes.end(group)
     # Mounts of nodes and pods went with the last process of their namespace; this is for what someone mounted by hand.
-    for point in _mounts_below(layout.root):
-        subprocess.run(["umount", "--lazy", point], check=True)
+    for mount in _mounts_below(layout.root):
+        subprocess.run(["umount", "--lazy", mount], check=True)
     for namespace in network.all_namespaces():
         network.remove(namespace)
     network.tidy()

@@ -91,9 +91,7 @@ def start(layout: Layout) -> dict[Path, "subprocess.Popen[bytes]"]:
     return watched
 
 
-def start_api_server(
-    layout: Layout, watched: waiting.Watched | None = None
-) -> dict[Path, "subprocess.Popen[bytes]"]:
+def start_api_server(layout: Layout, watched: waiting.Watched | None = None) -> dict[Path, "subprocess.Popen[bytes]"]:
     """Start the API server and return when it says that it is ready."""
     started = _component(
         layout,

@@ -86,12 +86,12 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     for archive in [layout.binaries / "pause.tar", *present]:
         load(node, archive)
 
-    kubelet = [layout.binaries / "kubelet", f"--config={node.directory}/kubelet.json"]
+    kubelet = [str(layout.binaries / "kubelet"), f"--config={node.directory}/kubelet.json"]
     kubelet += [f"--kubeconfig={layout.kubeconfig(node.name)}"]
     kubelet += [f"--hostname-override={node.name}", f"--node-ip={node.address}"]
     watched |= _component(layout, node, "kubelet", kubelet)
     # The machine's connection tracking table belongs to the machine: 0 leaves its limits as they are.
-    proxy = [layout.binaries / "kube-proxy", f"--kubeconfig={layout.kubeconfig('proxy')}"]
+    proxy = [str(layout.binaries / "kube-proxy"), f"--kubeconfig={layout.kubeconfig('proxy')}"]
     proxy += [f"--hostname-override={node.name}", f"--cluster-cidr={settings.POD_NETWORK}"]
     proxy += ["--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0"]
     proxy += ["--conntrack-tcp-timeout-close-wait=0"]
@@ -139,7 +139,7 @@ def running(node: NodeLayout) -> bool:
 
 
 def _component(
-    layout: Layout, node: NodeLayout, name: str, command: list[str | Path]
+    layout: Layout, node: NodeLayout, name: str, command: list[str]
 ) -> dict[Path, "subprocess.Popen[bytes]"]:
     log = layout.logs / f"{node.name}-{name}.log"
     words = [*inside(node), *command]

@@ -33,7 +33,7 @@ def write(archive: Path, *, name: str, files: dict[str, Path], entry_point: list
     )
     named = {**_descriptor("manifest.v1+json", manifest), "annotations": {"io.containerd.image.name": name}}
     index = _json({"schemaVersion": 2, "manifests": [named]})
-    blobs = [(f"blobs/sha256/{_digest(blob).removeprefix('sha256:')}", blob, 0o644) for blob in (layer, config, manifest)]
+    blobs = [(f"blobs/{_digest(blob).replace(':', '/')}", blob, 0o644) for blob in (layer, config, manifest)]
     layout = [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}', 0o644), ("index.json", index, 0o644)]
     archive.write_bytes(_tar([*layout, *blobs]))
 
