@@ -58,7 +58,7 @@ pipe2 poll ppoll pread64 preadv pselect6 pwrite64 pwritev read readlink readlink
 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigtimedwait sched_getaffinity
 sched_yield select set_robust_list set_tid_address sigaltstack stat statfs statx sysinfo times umask uname unlink
 unlinkat wait4 write writev
-""".split()
+""".split()  # noqa: SIM905 (a list that people read and compare)
 _MISSING = ("clone3",)  # ENOSYS: glibc then uses clone, whose flags a filter can read
 _CLONE_THREAD = 0x00010000
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -70,7 +70,7 @@ class SandboxError(RuntimeError):
     """The child could not be run as asked."""
 
 
-class SandboxUnavailable(SandboxError):  # noqa: N818 (a state of the machine rather than a mistake)
+class SandboxUnavailable(SandboxError):
     """This machine offers no way to lock a compiler in."""
 
 
@@ -83,6 +83,9 @@ class Limits:
     wall_seconds: float = 40.0
     output_bytes: int = 256 << 10  #: of stdout and of stderr, each
     file_bytes: int = 32 << 20  #: each file that it writes
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def run(
     argv: Sequence[str | Path],
     *,
     grants: Grants,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits = DEFAULT_LIMITS,
     stdin: bytes = b"",
     script: bool = False,
     more_syscalls: Sequence[str] = (),
