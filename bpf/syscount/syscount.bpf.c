@@ -177,13 +177,24 @@ int BPF_PROG(sys_exit_raw, struct pt_regs *regs, long result)
 	return leave();
 }
 
-SEC("tp_btf/sched_process_exit")
-int BPF_PROG(thread_exit, struct task_struct *task)
+static __always_inline int thread_exit(struct task_struct *task)
 {
 	u64 key = (u64)task;
 
 	bpf_map_delete_elem(&in_flight, &key);
 	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(thread_exit_btf, struct task_struct *task)
+{
+	return thread_exit(task);
+}
+
+SEC("raw_tp/sched_process_exit")
+int BPF_PROG(thread_exit_raw, struct task_struct *task)
+{
+	return thread_exit(task);
 }
 
 char LICENSE[] SEC("license") = "GPL";
