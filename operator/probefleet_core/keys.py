@@ -71,6 +71,8 @@ class Keys:
     def intern(self, node: str, table: stream_pb2.Table) -> npt.NDArray[np.int64]:
         """The number of each new row's key. Raises ColumnsError, before anything is changed."""
         count = table.new_rows
+        if not count:
+            return np.zeros(0, np.int64)
         sent = {column.name: column for column in table.keys}
         parts: list[Sequence[Label]] = []
         for name in self.names:
@@ -121,8 +123,6 @@ class Keys:
             for group in self.group_by
         ]
         rows = self._rows
-        if not rows:
-            rows[tuple(result.OTHER for _ in self.group_by)] = 0
         known = len(self._row_of)
         self._row_of = np.concatenate([self._row_of, np.zeros(len(self._keys) - known, np.int64)])
         unresolved = []
@@ -130,11 +130,11 @@ class Keys:
             key = self._keys[number]
             joiner.resolved = True
             label = tuple(join(*(key[place] for place in places)) for join, places in joins)
-            self._row_of[number] = rows.setdefault(label, len(rows))
+            self._row_of[number] = rows.setdefault(label, len(rows) + 1)
             if not joiner.resolved:
                 unresolved.append(number)
         self._unresolved = unresolved
-        return self._row_of, list(rows)
+        return self._row_of, [tuple(result.OTHER for _ in self.group_by), *rows]
 
 
 class Joiner:

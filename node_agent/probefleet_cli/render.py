@@ -1,0 +1,147 @@
+"""A ProbeReport's status on a terminal: what ``probefleet run`` and ``kubectl probefleet run`` print.
+
+Only the status goes in, so one machine prints the same report that a cluster writes. Colours are used only where the
+output is a terminal; ``--output json|yaml`` gives the object itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TextIO, TypeAlias
+
+import yaml
+from probefleet_core import summary
+from rich.console import Console
+from rich.text import Text
+
+Json: TypeAlias = dict[str, Any]
+
+FORMATS: Final = ("table", "json", "yaml")
+MAX_EVENT_ROWS: Final = 50
+
+
+def document(status: Json, *, name: str, namespace: str = "") -> Json:
+    """The whole ProbeReport around a status."""
+    metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
+    return {"apiVersion": "probefleet.io/v1alpha1", "kind": "ProbeReport", "metadata": metadata, "status": status}
+
+
+def render(status: Json, *, name: str, namespace: str = "", output: str = "table") -> str:
+    """The report as text that ends with a newline; ``output`` is one of ``FORMATS``."""
+    if output == "json":
+        return json.dumps(document(status, name=name, namespace=namespace), indent=2, ensure_ascii=False) + "\n"
+    if output == "yaml":
+        body = yaml.safe_dump(
+            document(status, name=name, namespace=namespace), sort_keys=False, allow_unicode=True, width=120
+        )
+        return str(body)
+    return "\n".join(report_lines(status, name=name)) + "\n"
+
+
+def report_lines(status: Json, *, name: str, rows: int = 50) -> list[str]:
+    """The long form of the report's summary: every row and every distribution that the status has."""
+    found = [f"== {name} =="]
+    found += summary.head(status)
+    for output in status["outputs"]:
+        found.append("")
+        if output["kind"] == "events":
+            found += events_lines(output)
+        elif output["kind"] == "stacks":
+            found += stacks_lines(output)
+        else:
+            found += summary.output_lines(output, rows=rows, histograms=1)
+            found += _row_histograms(output)
+    return found
+
+
+def text(status: Json, *, name: str) -> Text:
+    """The report for rich: the same lines, with colours that help the eye. For live views and terminals."""
+    styled = Text()
+    for line in report_lines(status, name=name):
+        styled.append(line, style=_style(line))
+        if line.endswith("|") and "|" in line[:-1]:
+            # Only the bar of a histogram.
+            styled.stylize("cyan", len(styled) - len(line) + line.index("|"), len(styled))
+        styled.append("\n")
+    return styled
+
+
+def write(status: Json, *, name: str, stream: TextIO, namespace: str = "", output: str = "table") -> None:
+    """Print the report: in colour where ``stream`` is a terminal, else the plain text."""
+    if output == "table" and stream.isatty():
+        Console(file=stream, highlight=False, soft_wrap=True).print(text(status, name=name), end="")
+    else:
+        stream.write(render(status, name=name, namespace=namespace, output=output))
+
+
+def events_lines(output: Json) -> list[str]:
+    """The newest records as a table, oldest first, with what became of the others."""
+    found = summary.output_lines(output, rows=0, histograms=0)
+    records = output["events"]["records"][-MAX_EVENT_ROWS:]
+    if not records:
+        return [*found, "  nothing yet"]
+    header, body = summary.event_cells(records)
+    return found + [f"  {line}" for line in _columns(header, body)]
+
+
+def event_line(record: Mapping[str, object]) -> str:
+    """One record in one line, for ``--follow``."""
+    return "  ".join(f"{name}={value}" for name, value in record.items() if value not in ("", None))
+
+
+def stacks_lines(output: Json, *, limit: int = 10) -> list[str]:
+    """The stacks that were seen most, each from its leaf down, as perf prints them."""
+    part = output["total"]
+    found = [f"{output['name']} (stacks), since the beginning, {part['value']:,} samples"]
+    for row in part["rows"][:limit]:
+        *groups, stack = row["key"] or [""]
+        share = f"{row['value'] / part['value']:.1%}" if part["value"] else ""
+        found += ["", f"  {row['value']:,} ({share}) {' '.join(groups)}".rstrip()]
+        found += [f"    {frame}" for frame in reversed(stack.split(";"))]
+    if not part["rows"]:
+        found.append("  nothing yet")
+    return found
+
+
+def stacks(output: Json) -> dict[str, int]:
+    """Folded stacks and their counts of a ``stacks`` output: other groups of the key become the lowest frames."""
+    found: dict[str, int] = {}
+    for row in output["total"]["rows"]:
+        folded = ";".join(row["key"])
+        found[folded] = found.get(folded, 0) + row["value"]
+    return found
+
+
+def folded(counts: Mapping[str, int]) -> str:
+    """``a;b;c 23``, one stack a line: what flame graph tools read."""
+    return "".join(f"{stack} {count}\n" for stack, count in sorted(counts.items()))
+
+
+def _row_histograms(output: Json) -> list[str]:
+    found: list[str] = []
+    which = "window" if output["window"]["value"] else "total"
+    for row in output[which]["rows"]:
+        if row.get("buckets"):
+            key = summary.label_text(row["key"], output["groupBy"])
+            found += ["", f"  {key}: {summary.percentiles_text(row, output['unit'])}"]
+            found += [f"  {line}" for line in summary.histogram(row["buckets"], output["unit"])]
+    return found
+
+
+def _columns(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[at]) for row in (header, *body)) for at in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *body)
+    ]
+
+
+def _style(line: str) -> str:
+    if line.startswith("== "):
+        return "bold"
+    if line.startswith(("no sample", "only old", "gap on", "not counted")):
+        return "yellow"
+    if line.startswith("cost"):
+        return "dim"
+    return ""

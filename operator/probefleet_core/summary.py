@@ -1,0 +1,199 @@
+"""A report's status as lines of text: ASCII histograms, tables, losses. Pure.
+
+``report`` puts a short form into ``status.summary``, so that ``kubectl describe`` reads well; the command line prints
+the long one. Both are made from the status alone, so what is printed is what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+from probefleet_core import format as humane
+
+Json: TypeAlias = dict[str, Any]
+
+MAX_LINES: Final = 60
+MAX_LINE: Final = 160
+BAR: Final = 40
+IDENTITIES: Final = frozenset({"node", "namespace", "workload", "pod", "container"})
+
+
+def lines(status: Json, *, rows: int = 5, histograms: int = 1) -> list[str]:
+    """The short form: at most ``MAX_LINES`` lines; ``rows`` of each output, and its whole distribution."""
+    found = head(status)
+    for output in status["outputs"]:
+        found += ["", *output_lines(output, rows=rows, histograms=histograms)]
+    found = [line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in found]
+    if len(found) > MAX_LINES:
+        found = [*found[: MAX_LINES - 1], f"… {len(found) - MAX_LINES + 1} more lines: see status.outputs"]
+    return found
+
+
+def head(status: Json) -> list[str]:
+    """What holds for the whole report: how far it reaches, what is lost, what it costs."""
+    shown, coverage, cost = status["columns"], status["coverage"], status["cost"]
+    first = f"{shown['coverage']} nodes, {shown['rate']}, lost {shown['lost']}"
+    found = [first + (f", since {shown['since']}" if shown["since"] else ": no sample has come yet")]
+    if coverage["missingCount"]:
+        found.append(f"no sample from {_names(coverage['missing'], coverage['missingCount'])}")
+    if coverage["staleCount"]:
+        found.append(f"only old samples from {_names(coverage['stale'], coverage['staleCount'])}")
+    found += [f"not counted: {text}" for text in status["uncounted"]]
+    found += [f"gap on {gap['node']}: {gap['start']} to {gap['end']}: {gap['why']}" for gap in status["gaps"][-3:]]
+    if cost["nodesKnown"]:
+        shared = f", shared by {cost['sharedBy']} policies" if cost["sharedBy"] > 1 else ""
+        found.append(
+            f"cost: {cost['overhead']} of one CPU on {cost['maxNode']} (the busiest), "
+            f"{humane.percent(cost['meanMillicores'] / 1000)} on average, "
+            f"{humane.size(cost['mapBytesMax'])}B of maps a node{shared}"
+        )
+    elif cost["nodesUnknown"]:
+        found.append("cost: unknown (the agents may not read the kernel's run-time statistics)")
+    return found
+
+
+def output_lines(output: Json, *, rows: int, histograms: int) -> list[str]:
+    """One output: title, distribution, largest rows; of the window, or of the total where nothing moved in it."""
+    grouped = f" by {', '.join(output['groupBy'])}" if output["groupBy"] else ""
+    kind = output["kind"]
+    if kind == "events":
+        return _event_lines(output, rows)
+    which = "window" if output["window"]["value"] or kind == "gauge" else "total"
+    part = output[which]
+    span = "last interval" if which == "window" else "since the beginning"
+    whole = ""
+    if kind != "gauge":
+        whole = f", {_value(part['value'], output)}" + (
+            f" of {_value(output['total']['value'], output)}" if which == "window" else ""
+        )
+    found = [f"{output['name']} ({kind}{grouped}), {span}{whole}"]
+    if kind == "histogram":
+        if part.get("percentiles"):
+            found.append("  " + percentiles_text(part, output["unit"]))
+        if histograms and part.get("buckets"):
+            found += [f"  {line}" for line in histogram(part["buckets"], output["unit"])]
+    if output["groupBy"] or kind == "gauge":
+        found += [f"  {line}" for line in table(part, output, rows)]
+    elif kind != "histogram" and not part["rows"]:
+        found.append("  nothing yet")
+    if output.get("truncated"):
+        found.append(f"  ({output['truncated']})")
+    return found
+
+
+def histogram(buckets: Sequence[Json], unit: str) -> list[str]:
+    """As BCC prints it: one line a slot, with a bar."""
+    low = [humane.quantity(bucket["from"], unit) for bucket in buckets]
+    high = [humane.quantity(bucket["to"], unit) if "to" in bucket else "∞" for bucket in buckets]
+    counts = [humane.count(bucket["count"]) for bucket in buckets]
+    widths = (max(map(len, low)), max(map(len, high)), max(5, *map(len, counts)))
+    largest = max(bucket["count"] for bucket in buckets) or 1
+    title = unit_title(unit)
+    found = [f"{title:<{widths[0] + widths[1] + 4}} : {'count':<{widths[2]}} distribution"]
+    for index, bucket in enumerate(buckets):
+        length = round(bucket["count"] * BAR / largest)
+        # A slot that has anything shows something.
+        bar = "*" * max(length, 1 if bucket["count"] else 0)
+        found.append(
+            f"{low[index]:>{widths[0]}} -> {high[index]:<{widths[1]}} : {counts[index]:<{widths[2]}} |{bar:<{BAR}}|"
+        )
+    return found
+
+
+def unit_title(unit: str) -> str:
+    """What a histogram's first column is called."""
+    if unit in ("ns", "us", "µs", "ms", "s"):
+        return "time"
+    return unit or "value"
+
+
+def percentiles_text(part: Json, unit: str) -> str:
+    """``p50 870µs  p90 3.1ms  p99 ≥14ms``."""
+    open_ones = part.get("atLeast", ())
+    return "  ".join(
+        f"{name} {'≥' if name in open_ones else ''}{humane.quantity(value, unit)}"
+        for name, value in part["percentiles"].items()
+    )
+
+
+def table(part: Json, output: Json, limit: int) -> list[str]:
+    """The largest rows in columns: key, value, share or rate, percentiles."""
+    header, body = cells(part, output, limit)
+    if not body:
+        return ["nothing yet"]
+    widths = [max(len(row[at]) for row in (header, *body)) for at in range(len(header))]
+    left = len(output["groupBy"])
+    return [
+        "  ".join(
+            text.ljust(width) if at < left else text.rjust(width)
+            for at, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *body)
+    ]
+
+
+def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of ``table``, still as cells."""
+    groups = [name.removeprefix("key.").upper() for name in output["groupBy"]]
+    quantiles = list(next((row["percentiles"] for row in part["rows"] if "percentiles" in row), {}))
+    gauge = output["kind"] == "gauge"
+    # A percentage of a histogram's counts and of a counter's are the same thing; gauges are not parts of a whole.
+    title = "COUNT" if output["kind"] == "histogram" else "VALUE"
+    header = [*groups, title, *([] if gauge else ["SHARE"]), *(name.upper() for name in quantiles)]
+    whole = part["value"]
+    body = []
+    for row in part["rows"][:limit]:
+        texts = [*row["key"], _value(row["value"], output)]
+        if not gauge:
+            texts.append(humane.percent(row["value"] / whole) if whole else "")
+        for name in quantiles:
+            found = row.get("percentiles", {}).get(name)
+            mark = "≥" if name in row.get("atLeast", ()) else ""
+            texts.append("" if found is None else mark + humane.quantity(found, output["unit"]))
+        body.append(texts)
+    rest = part["rows"][limit:]
+    other = part.get("other", {"rows": 0, "value": 0})
+    hidden, value = len(rest) + other["rows"], sum(row["value"] for row in rest) + other["value"]
+    if hidden and not gauge and groups:
+        share = humane.percent(value / whole) if whole else ""
+        texts = [f"({humane.count(hidden)} more)", *[""] * (len(groups) - 1), _value(value, output), share]
+        body.append(texts + [""] * len(quantiles))
+    return header, body
+
+
+def label_text(label: Sequence[object], group_by: Sequence[str]) -> str:
+    """A row's key in one word: names as they are, numbers with the name of their field: ``web``, ``uid=0``."""
+    parts = []
+    for part, group in zip(label, group_by, strict=True):
+        if isinstance(part, str) or group in IDENTITIES:
+            parts.append(str(part))
+        else:
+            parts.append(f"{group.removeprefix('key.')}={part}")
+    return "/".join(part if len(part) <= 40 else "…" + part[-39:] for part in parts)
+
+
+def event_cells(records: Sequence[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Records as a table: one column a field, in the order of appearance; empty columns are left out."""
+    names = list(dict.fromkeys(name for record in records for name in record if record[name]))
+    return [name.upper() for name in names], [[record.get(name, "") for name in names] for record in records]
+
+
+def _event_lines(output: Json, rows: int) -> list[str]:
+    events = output["events"]
+    lost = f", lost {humane.count(events['lost'])}" + (
+        f", dropped {humane.count(events['dropped'])}" if events["dropped"] else ""
+    )
+    found = [f"{output['name']} (events), {humane.count(events['received'])} received{lost}"]
+    newest = events["records"][-rows:] if rows else []
+    return found + ["  " + " ".join(f"{name}={text}" for name, text in record.items() if text) for record in newest]
+
+
+def _value(value: int, output: Json) -> str:
+    # A histogram's rows count values; the unit is that of the values.
+    return humane.count(value) if output["kind"] in ("histogram", "events") else humane.quantity(value, output["unit"])
+
+
+def _names(names: Sequence[str], count: int) -> str:
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return f"{humane.count(count)} node{'s' if count > 1 else ''}: {', '.join(names)}{more}"
