@@ -137,10 +137,76 @@ static __always_inline cgroup_id_t probefleet_current_cgroup(void)
 	return bpf_get_current_cgroup_id();
 }
 
-/* The cgroup of another task: a tracepoint's argument (the woken task, the new child). */
+/* The cgroup of another task, from any pointer. */
 static __always_inline cgroup_id_t probefleet_task_cgroup(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
+}
+
+/* The same, cheaper, for a task that is an argument of a tp_btf program (the woken task, the new child). */
+static __always_inline cgroup_id_t probefleet_argument_cgroup(struct task_struct *task)
+{
+	return task->cgroups->dfl_cgrp->kn->id;
+}
+
+struct sock_cgroup_data___val {
+	u64 val;
+} __attribute__((preserve_access_index));
+
+struct sock___cgroup {
+	struct sock_cgroup_data sk_cgrp_data;
+} __attribute__((preserve_access_index));
+
+/*
+ * The cgroup of a socket: of the task that made it, for an accepted one that of the listener. 0 where there is none; take
+ * probefleet_current_cgroup() then, if the hook runs in the task that uses the socket.
+ *
+ * From 5.16 (8520e224f547, "bpf, cgroups: Fix cgroup v2 fallback on v1/v2 mixed mode") a socket holds its cgroup v2
+ * also where net_cls and net_prio are mounted. Before, one word was either a pointer to the cgroup or, once v1's
+ * controllers were in use anywhere, their numbers (bit 0 set); bit 1 was a flag.
+ */
+static __always_inline cgroup_id_t probefleet_socket_cgroup(const struct sock *socket)
+{
+	struct sock___cgroup *flavour = (void *)socket;
+	struct sock_cgroup_data *data;
+	struct cgroup *cgroup;
+	u64 word = 0;
+
+	if (!bpf_core_field_exists(flavour->sk_cgrp_data))
+		return 0;
+	data = __builtin_preserve_access_index(&flavour->sk_cgrp_data);
+	if (bpf_core_field_exists(((struct sock_cgroup_data___val *)data)->val)) {
+		word = BPF_CORE_READ((struct sock_cgroup_data___val *)data, val);
+		if (word & 1)
+			return 0;
+		cgroup = (void *)(word & ~3ULL);
+	} else {
+		cgroup = BPF_CORE_READ(data, cgroup);
+	}
+	return cgroup ? BPF_CORE_READ(cgroup, kn, id) : 0;
+}
+
+struct thread_info___x86 {
+	u32 status;
+} __attribute__((preserve_access_index));
+
+struct task_struct___x86 {
+	struct thread_info___x86 thread_info;
+} __attribute__((preserve_access_index));
+
+/* Is this system call made by a 32-bit program (TS_COMPAT of x86)? Its numbers mean other calls. */
+static __always_inline bool probefleet_is_compat(void)
+{
+	struct task_struct___x86 *task = NULL;
+
+	if (!bpf_core_field_exists(task->thread_info.status))
+		return false;
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
+		task = (void *)bpf_get_current_task_btf();
+		return task->thread_info.status & 2;
+	}
+	task = (void *)bpf_get_current_task();
+	return BPF_CORE_READ(task, thread_info.status) & 2;
 }
 
 /* -- Maps that count ---------------------------------------------------------------------------------------------- */

@@ -64,29 +64,6 @@ struct {
 
 static const struct duration no_duration;
 
-struct thread_info___x86 {
-	u32 status;
-} __attribute__((preserve_access_index));
-
-struct task_struct___x86 {
-	struct thread_info___x86 thread_info;
-} __attribute__((preserve_access_index));
-
-/* TS_COMPAT of x86: a 32-bit program's call, whose numbers mean other calls. */
-static __always_inline bool is_compat(void)
-{
-	struct task_struct___x86 *task = NULL;
-
-	if (!bpf_core_field_exists(task->thread_info.status))
-		return false;
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
-		task = (void *)bpf_get_current_task_btf();
-		return task->thread_info.status & 2;
-	}
-	task = (void *)bpf_get_current_task();
-	return BPF_CORE_READ(task, thread_info.status) & 2;
-}
-
 static __always_inline bool is_wanted(u32 syscall)
 {
 	if (syscall >= BITMAP_BITS)
@@ -105,7 +82,7 @@ static __always_inline int enter(s64 number)
 		return 0;
 	__builtin_memset(&call, 0, sizeof(call));
 	call.syscall = number;
-	if (is_compat())
+	if (probefleet_is_compat())
 		call.syscall |= PROBEFLEET_COMPAT;
 	if (!is_wanted(call.syscall))
 		return 0;
