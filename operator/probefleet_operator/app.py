@@ -113,12 +113,12 @@ class Operator:
         control = controller.Controller(self._store, term=term)
         self._controller = control
         inventory_ = inventory.Inventory(client, on_node=control.node_changed, on_pod=control.pod_changed)
-        tools = toolchain.Toolchain(client, toolchain.clang())
+        tools = toolchain.Toolchain(client, toolchain.clang((options.catalog or catalog.folder()) / "include"))
         plans = planning.Planning(
             self._store,
             tools,
             blobs,
-            catalog.load(options.catalog),
+            self._catalog(),
             on_change=control.mark,
             cluster_size=lambda: (max(1, len(inventory_.nodes())), control.most_cpus()),
             pushed_objects=control.pushed_objects,
@@ -161,6 +161,12 @@ class Operator:
             finally:
                 self._serving = False
                 await _close(fleet, server)
+
+    def _catalog(self) -> catalog.Catalog:
+        try:
+            return catalog.load(self._options.catalog)
+        except (catalog.CatalogError, OSError) as problem:
+            raise errors.SettingsError(f"the catalog cannot be read: {problem}. Give --catalog FOLDER.") from problem
 
     def _certificates(self) -> authority.AuthorityStore | authority.GivenCertificate:
         options = self._options

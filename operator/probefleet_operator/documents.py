@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 
 import structlog
-from probefleet_core import aggregate, values
+from probefleet_core import aggregate, report, values
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_operator import api, controller, kube, planning, query, results, session, status
@@ -97,6 +97,45 @@ class Documents:
             },
         )
 
+    def _report_document(self, uid: values.PolicyUid) -> kube.Document | None:
+        entry, body = self._plans.entries.get(uid), self.live_report(uid)
+        if entry is None or body is None:
+            return None
+        owner = {
+            "apiVersion": "probefleet.io/v1alpha1",
+            "kind": "ProbePolicy",
+            "name": entry.name,
+            "uid": entry.uid,
+            "controller": True,
+            "blockOwnerDeletion": False,
+        }
+        head = {key: body[key] for key in ("apiVersion", "kind")}
+        return kube.Document(
+            kind="ProbeReport",
+            path=f"{api.GROUP_PATH}/namespaces/{entry.namespace}/probereports/{entry.name}",
+            body={**head, "metadata": {"name": entry.name, "ownerReferences": [owner]}},
+            status={**head, "metadata": {"name": entry.name}, "status": body["status"]},
+        )
+
+    def live_report(self, uid: values.PolicyUid) -> api.Json | None:
+        """Its ProbeReport of now; None before it has a plan and a place."""
+        entry = self._plans.entries.get(uid)
+        if entry is None or self._control.placement is None:
+            return None
+        latest = self._merged.result(uid)
+        if latest is None:
+            return None
+        self._latest[uid] = latest
+        self._publisher.touch(f"status/{uid}")  # rate, overhead and coverage stand there too
+        body = report.status(latest)
+        body["query"] = {"token": self._tokens.of(uid)}
+        return {
+            "apiVersion": "probefleet.io/v1alpha1",
+            "kind": "ProbeReport",
+            "metadata": {"namespace": entry.namespace, "name": entry.name},
+            "status": body,
+        }
+
     def _facts(self, entry: planning.Entry) -> status.Facts:
         decided = self._control.placement
         names = sorted(decided.desired.get(entry.uid, ())) if decided else []
@@ -113,9 +152,9 @@ class Documents:
             held=[held for held in decided.held if held.policy == entry.uid] if decided else [],
             program=planning.program_title(entry),
             coverage=(latest.coverage.sampled, latest.coverage.selected) if latest and latest.since_ns else None,
-            rate="",
-            overhead="",
-            cost=None,
+            rate=report.rate_column(latest) if latest else "",
+            overhead=report.overhead_column(latest.cost) if latest else "",
+            cost=report.cost(latest.cost) if latest and latest.since_ns else None,
         )
 
     def _node(self, name: values.NodeName, policy: values.PolicyUid) -> status.NodeFacts:

@@ -74,11 +74,13 @@ def status_of(facts: Facts, *, previous: Iterable[api.Json], now: datetime.datet
     status: api.Json = {
         "observedGeneration": facts.generation,
         "conditions": _timed(conditions, facts.generation, previous, now),
-        "program": facts.program,
-        "status": word,
-        "nodesReady": f"{counts['ready']}/{counts['desired']}",
-        "rate": facts.rate or "-",
-        "overhead": facts.overhead or "-",
+        "columns": {
+            "program": facts.program,
+            "nodes": f"{counts['ready']}/{counts['desired']}",
+            "rate": facts.rate,
+            "overhead": facts.overhead,
+            "status": word,
+        },
         "nodes": dict(counts),
         "kernels": _kernels(facts),
         "failures": failures,

@@ -13,10 +13,13 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 import zstandard
 from probefleet_core import values
+from probefleet_wire import clang as wire_clang
+from probefleet_wire import sandbox
 
 from probefleet_operator import api, errors, metrics
 
@@ -28,6 +31,20 @@ MAX_OBJECT_BYTES = 8 << 20
 
 Compile = Callable[[str, str], bytes]
 """(source, file name) → ELF; raises ToolchainError. Blocks."""
+
+
+def clang(headers: Path) -> Compile:
+    """The compiler of `c` policies: probefleet_wire.clang with our header tree (bpf/include)."""
+
+    def compile_source(source: str, file_name: str) -> bytes:
+        try:
+            return wire_clang.compile_core(source, name=file_name, include_dirs=[headers]).object
+        except wire_clang.CompileError as problem:
+            raise errors.ToolchainError("CompileFailed", str(problem)) from problem
+        except (wire_clang.ClangError, sandbox.SandboxUnavailable, OSError) as problem:
+            raise errors.ToolchainUnavailable("CompilerUnavailable", str(problem)) from problem
+
+    return compile_source
 
 
 class Toolchain:

@@ -86,6 +86,7 @@ class FakeAgent:
         """Begin a stream and say Hello; answers of the operator are noted from now on."""
         assert self._channel is not None
         self.sequence = 0
+        self.acks.clear()
         self.closed = None
         self.ended = asyncio.Event()
         stub = stream_pb2_grpc.FleetStub(self._channel)

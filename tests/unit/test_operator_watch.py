@@ -113,7 +113,7 @@ async def test_what_vanished_while_the_watch_was_too_old_is_found_by_the_next_li
     fake = FakeApiServer()
     fake.put("/api/v1/namespaces/shop/pods/web", pod("web"))
     fake.put("/api/v1/namespaces/shop/pods/cart", pod("cart"))
-    async with known(fake) as (kept, told):
+    async with known(fake) as (_, told):
         fake.away = True
         fake.drop_watches()
         del fake.objects["/api/v1/namespaces/shop/pods/web"]  # no watch hears of it
