@@ -1,0 +1,154 @@
+"""One machine's measurement: an engine and an aggregate for each policy, from the push to the last report.
+
+``run`` and ``check`` call it with what ``preparation`` made. The engine is the agent's own, in this process; its batches
+take the same way as in a cluster: merged by ``aggregate``, put into a ProbeReport's status by ``report``. Single-threaded:
+whoever opened a ``Measurement`` calls all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from probefleet_agent import errors as agent_errors
+from probefleet_agent.kernel import mounts
+from probefleet_core import aggregate, report, result
+from probefleet_wire.v1 import stream_pb2
+
+from probefleet_cli import local_pods, preparation, workspace
+from probefleet_cli.failures import Failure, KernelRefuses
+
+SESSION = 1
+
+
+class Engine(Protocol):
+    """What is used of probefleet_agent.engine.Engine."""
+
+    def apply(self, push: stream_pb2.Push) -> None:
+        """Make this machine run exactly the push."""
+
+    def status(self) -> stream_pb2.Status:
+        """What came of it, by policy."""
+
+    def collect(self, now_ns: int, *, force: bool = False) -> stream_pb2.Batch | None:
+        """What is due (all, by ``force``); None where nothing is."""
+
+    def acknowledge(self, sequence: int) -> None:
+        """All batches up to this one are merged."""
+
+    def remove_everything(self) -> None:
+        """Detach and unpin."""
+
+
+Opener = Callable[[Path, str], contextlib.AbstractContextManager[Engine]]
+"""(folder in bpffs, cgroup root) → an engine."""
+
+
+def open_engine(folder: Path, cgroup_root: str) -> contextlib.AbstractContextManager[Engine]:
+    """The agent's engine; imported late, because `--help` needs none of it."""
+    from probefleet_agent import engine
+
+    return engine.Engine.open(bpffs=folder, cgroup_root=cgroup_root, node=node_name())
+
+
+def node_name() -> str:
+    """What this machine is called in reports."""
+    return platform.node() or "localhost"
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Policies that run here. ``prepared`` and ``statuses`` have the same order."""
+
+    engine: Engine
+    prepared: Sequence[preparation.Prepared]
+    pods: local_pods.LocalPods
+    aggregates: list[aggregate.Aggregate] = field(default_factory=list)
+    sequence: int = 0
+
+    def __post_init__(self) -> None:
+        self.aggregates = [aggregate.Aggregate(result.PolicyFacts.of(each.planned.plan)) for each in self.prepared]
+
+    def statuses(self) -> list[stream_pb2.PolicyStatus]:
+        """What the engine says of each policy; PENDING of one that it does not speak of."""
+        said = {status.policy_uid: status for status in self.engine.status().policies}
+        return [
+            said.get(each.policy.uid, stream_pb2.PolicyStatus(state=stream_pb2.PolicyStatus.PENDING))
+            for each in self.prepared
+        ]
+
+    def sample(self, *, force: bool = False) -> bool:
+        """Read what is due and merge it; whether there was anything."""
+        batch = self.engine.collect(time.time_ns(), force=force)
+        if batch is None:
+            return False
+        received_ns = time.time_ns()
+        for each in self.aggregates:
+            each.apply(node_name(), SESSION, batch, received_ns)
+        self.engine.acknowledge(batch.sequence)
+        return True
+
+    def results(self) -> list[result.Result]:
+        """Each policy's result of now."""
+        self._learn_pods()
+        now_ns, here = time.time_ns(), frozenset({node_name()})
+        return [each.result(now_ns, selected_nodes=here, names=self.pods.name_of) for each in self.aggregates]
+
+    def reports(self) -> list[report.Json]:
+        """Each policy's ProbeReport status, as a cluster would write it."""
+        return [report.status(each) for each in self.results()]
+
+    def _learn_pods(self) -> None:
+        # A pod that is gone keeps the name that it had.
+        self.pods = local_pods.LocalPods({**self.pods.names, **local_pods.find().names})
+
+
+@contextlib.contextmanager
+def measure(
+    prepared: Sequence[preparation.Prepared],
+    *,
+    bpffs: Path = mounts.BPFFS,
+    cgroup_root: str = "/",
+    namespace: str | None = None,
+    opener: Opener = open_engine,
+) -> Iterator[Measurement]:
+    """Load, attach and count; leaving it detaches and removes everything. Failure where the machine forbids it."""
+    pods = local_pods.find()
+    if namespace and not pods.of_namespace(namespace):
+        there = ", ".join(pods.namespaces) or "none at all"
+        raise KernelRefuses(
+            f"-n {namespace}: no pod of this namespace is on this machine ({local_pods.PODS} has pods of: {there}). "
+            "Leave -n out to measure everything here, or run: kubectl probefleet run"
+        )
+    try:
+        mounts.mount_tracefs()
+        with workspace.open_private(bpffs) as folder, opener(folder, cgroup_root) as engine:
+            try:
+                engine.apply(preparation.push(prepared, pods=pods, namespace=namespace, version=1))
+                yield Measurement(engine, prepared, pods)
+            finally:
+                engine.remove_everything()
+    except agent_errors.ProbefleetError as error:
+        raise KernelRefuses(f"this machine does not allow it: {error}. probefleet doctor tells more") from error
+    except PermissionError as error:
+        raise Failure(f"{error}. Loading programs needs root: sudo probefleet …; probefleet doctor tells more") from error
+
+
+def refusal(each: preparation.Prepared, status: stream_pb2.PolicyStatus, *, whole_log: bool = False) -> str:
+    """Why this kernel does not run a policy: reason and message, and the verifier's log where it has one."""
+    text = f"{each.where}: {status.reason or 'Failed'}: {status.message or 'the engine gave no reason'}"
+    if not status.log_tail:
+        return text
+    lines = status.log_tail.rstrip().splitlines()
+    if not whole_log and len(lines) > LOG_LINES:
+        lines = [f"… (check -v shows {len(lines) - LOG_LINES} more lines)", *lines[-LOG_LINES:]]
+    return "\n".join([text, *(f"    {line}" for line in lines)])
+
+
+LOG_LINES = 6
+BROKEN = (stream_pb2.PolicyStatus.FAILED, stream_pb2.PolicyStatus.DETACHED)

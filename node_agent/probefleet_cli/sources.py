@@ -1,0 +1,175 @@
+"""What to run: catalog names and files on the command line in, manifests out, as ``kubectl apply`` would send them.
+
+``run``, ``check`` and ``explain`` call ``read``; the cluster's ``run`` calls ``of_catalog``. A name becomes the ProbePolicy
+that a user would have written for it, so that there is one way from here on. Nothing is judged here but what no
+manifest at all can be made of; ``preparation`` hands each to the core.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from probefleet_core import catalog as catalog_module
+from probefleet_core import errors as core_errors
+from probefleet_core import policy
+
+from probefleet_cli.failures import BadInput, Failure
+
+Manifest: TypeAlias = dict[str, Any]
+MAX_FILE_BYTES = 4 << 20
+READABLE = ("ProbePolicy", "ProbeMap")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One object and where it came from: ``catalog runqlat``, ``slow.yaml (2nd object)``."""
+
+    where: str
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        """ProbePolicy or ProbeMap."""
+        return str(self.manifest.get("kind"))
+
+
+def load_catalog() -> catalog_module.Catalog:
+    """The catalog of this installation; Failure where a release is broken or not built."""
+    try:
+        return catalog_module.load()
+    except catalog_module.CatalogError as error:
+        raise Failure(f"the catalog cannot be read: {error}") from error
+
+
+def read(
+    words: Sequence[str],
+    *,
+    catalog: catalog_module.Catalog,
+    settings: Mapping[str, str],
+    interval: str | None,
+    default_interval: str = "1s",
+    scope: str = "Cluster",
+    stdin: Iterable[str] | None = None,
+) -> list[Source]:
+    """Every object that the words name. ``settings`` go to every catalog program, ``interval`` to every policy.
+
+    ``scope`` is what a catalog name gets; files say it themselves.
+    """
+    found: list[Source] = []
+    for word in words:
+        if looks_like_file(word):
+            found += _from_file(word, stdin)
+        else:
+            found.append(Source(f"catalog {word}", of_catalog(word, catalog, scope=scope, interval=default_interval)))
+    for source in found:
+        if source.kind == "ProbePolicy":
+            _override(source.manifest, settings, interval)
+    if settings and not any(_catalog_program(source.manifest) is not None for source in found):
+        raise BadInput("--set gives parameters of catalog probes, and there is none here: write its name, as in syscount")
+    return _named_once(found)
+
+
+def looks_like_file(word: str) -> bool:
+    """A path, ``-`` or something with a manifest's ending; anything else is the name of a probe."""
+    return word == "-" or "/" in word or word.endswith((".yaml", ".yml", ".json")) or Path(word).is_file()
+
+
+def of_catalog(
+    name: str, catalog: catalog_module.Catalog, *, scope: str, interval: str, namespace: str | None = None
+) -> Manifest:
+    """The policy that runs a probe with its defaults; BadInput with near names for one that there is not."""
+    if catalog.get(name) is None:
+        near = core_errors.did_you_mean(name, catalog.names, what="probe in the catalog")
+        raise BadInput(f"no probe {name!r} in the catalog, and no file of that name. {near}")
+    return {
+        "apiVersion": policy.API_VERSION,
+        "kind": "ProbePolicy",
+        "metadata": {"name": name, **({"namespace": namespace} if namespace else {})},
+        "spec": {"scope": scope, "program": {"catalog": {"name": name}}, "interval": interval},
+    }
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """``--set parameter=value``, each; the last of a name wins."""
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise BadInput(f"--set {text}: there is no parameter=value in it. Write for example --set syscalls=openat,read")
+        settings[name.strip()] = value
+    return settings
+
+
+def _from_file(word: str, stdin: Iterable[str] | None) -> Iterator[Source]:
+    shown = "standard input" if word == "-" else word
+    try:
+        if word == "-":
+            text = "".join(stdin if stdin is not None else sys.stdin)
+        else:
+            path = Path(word)
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise BadInput(f"{word}: it has more than {MAX_FILE_BYTES >> 20} MiB; a policy has at most 96 KiB of source")
+            text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{shown}: cannot be read: {error.strerror}. Write the path of a file, or a name: probefleet catalog") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{shown}: this is not text in UTF-8 (byte {error.start}). Write a ProbePolicy in YAML") from error
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except yaml.YAMLError as error:
+        raise BadInput(f"{shown}: this is not YAML: {error}") from error
+    if not documents:
+        raise BadInput(f"{shown}: there is no object in it. Write a ProbePolicy; probefleet catalog NAME shows one")
+    for index, document in enumerate(_flat(documents), start=1):
+        where = shown if len(documents) == 1 and index == 1 else f"{shown}, object {index}"
+        if not isinstance(document, dict) or document.get("kind") not in READABLE:
+            kind = document.get("kind") if isinstance(document, dict) else type(document).__name__
+            raise BadInput(f"{where}: kind {kind!r}: only {' and '.join(READABLE)} can be run here. Take it out")
+        yield Source(where, document)
+
+
+def _flat(documents: Iterable[object]) -> Iterator[object]:
+    """Objects, and those within a List, as ``kubectl get -o yaml`` writes several."""
+    for document in documents:
+        if isinstance(document, dict) and document.get("kind") == "List" and isinstance(document.get("items"), list):
+            yield from document["items"]
+        else:
+            yield document
+
+
+def _override(manifest: Manifest, settings: Mapping[str, str], interval: str | None) -> None:
+    """Put what the command line says into a manifest; one too broken for that is left for ``policy`` to refuse."""
+    spec = manifest.get("spec")
+    if not isinstance(spec, dict):
+        return
+    if interval:
+        spec["interval"] = interval
+    program = _catalog_program(manifest)
+    if program is not None and settings:
+        parameters = program.get("parameters") or {}
+        program["parameters"] = {**parameters, **settings} if isinstance(parameters, dict) else parameters
+
+
+def _catalog_program(manifest: Manifest) -> dict[str, Any] | None:
+    spec = manifest.get("spec")
+    program = spec.get("program") if isinstance(spec, dict) else None
+    named = program.get("catalog") if isinstance(program, dict) else None
+    return named if isinstance(named, dict) else None
+
+
+def _named_once(sources: list[Source]) -> list[Source]:
+    seen: dict[tuple[str, str, str], str] = {}
+    for source in sources:
+        metadata = source.manifest.get("metadata")
+        if not isinstance(metadata, dict):
+            continue
+        key = (source.kind, str(metadata.get("namespace") or ""), str(metadata.get("name")))
+        if key in seen:
+            raise BadInput(f"{source.where}: {key[0]} {key[2]!r} is in {seen[key]} as well. Give one of them another name")
+        seen[key] = source.where
+    return sources
