@@ -206,7 +206,8 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
         return values.view(values.dtype.newbyteorder(">")).astype(np.uint64)
     if decoder == "ktime":
         known = values.astype(np.int64)
-        return np.where(known > 0, known + np.int64(lookups.wall_minus_ktime_ns), 0)
+        wall: npt.NDArray[np.int64] = np.where(known > 0, known + np.int64(lookups.wall_minus_ktime_ns), np.int64(0))
+        return wall
     if decoder == "enum":
         names = {number: text for text, number in field.enum_names}
         return _each(values, lambda value: names.get(int(value), str(int(value))))
@@ -215,7 +216,9 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
     if decoder in _NAMES:
         name = _NAMES[decoder]
         return _each(values, lambda value: name(int(value), lookups))
-    return values.astype(np.int64 if field.signed else np.uint64)
+    if field.signed:
+        return values.astype(np.int64)
+    return values.astype(np.uint64)
 
 
 def _each(values: npt.NDArray[Any], name: Callable[[Any], str]) -> npt.NDArray[np.object_]:
@@ -236,7 +239,8 @@ def numbers(values: Bytes | npt.NDArray[np.uint8], layout: Layout, name: str) ->
         return raw(values, field).astype(np.uint64)
     n, cpus = values.shape[:2]
     each = raw(values.reshape(n * cpus, -1), field)
-    return each.astype(np.uint64).reshape(n, cpus, *field.shape).sum(axis=1, dtype=np.uint64)
+    total: npt.NDArray[np.uint64] = each.astype(np.uint64).reshape(n, cpus, *field.shape).sum(axis=1, dtype=np.uint64)
+    return total
 
 
 def folded(values: npt.NDArray[np.uint8], layout: Layout, name: str, how: str) -> npt.NDArray[np.uint64]:

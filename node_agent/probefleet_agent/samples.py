@@ -20,7 +20,11 @@ import numpy.typing as npt
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
+from probefleet_agent.pods import PolicyUid
+
 GroupKey: TypeAlias = tuple[str | int | float, ...]
+#: ((policy, output), end position): how far a batch read a ring.
+Commit: TypeAlias = tuple[tuple[PolicyUid, str], int]
 
 #: Instead of a row number: the key is another's, or nobody knows yet whose it is (asked again at the next reading).
 REFUSED = -1
@@ -94,7 +98,8 @@ class Rows:
         total = len(self._keys)
         changed = np.ones(total, bool)
         seen = len(self._sent)
-        changed[:seen] = (self._totals[:seen] != self._sent).any(axis=1)
+        if seen:
+            changed[:seen] = (self._totals[:seen] != self._sent).any(axis=1)
         rows = np.flatnonzero(changed)
         if not len(rows) and self._sent_keys == total:
             return None
@@ -102,7 +107,7 @@ class Rows:
         table = stream_pb2.Table(first_new_row=self._sent_keys, new_rows=len(new), width=self.width)
         if new:
             for index, name in enumerate(self.names):
-                table.keys.append(columns.column(name, [key[index] for key in new]))
+                table.keys.append(columns.column(name, _as_column([key[index] for key in new])))
         table.rows = columns.pack(rows.astype(np.uint32))
         table.values = columns.pack(self._totals[rows])
         self._sent, self._sent_keys = self._totals, total
@@ -160,31 +165,36 @@ class Rows:
         return row
 
 
+def _as_column(parts: list[str | int | float]) -> list[str] | list[int] | list[float]:
+    """One column's parts are of one type: its decoder's."""
+    return parts  # type: ignore[return-value]
+
+
 @dataclass(slots=True)
 class Stream:
     """The batches of one session: numbered, at most ``WINDOW`` of them unacknowledged."""
 
     sequence: int = 0
     acknowledged: int = 0
-    _commits: deque[tuple[int, tuple[tuple[object, int], ...]]] = field(default_factory=deque)
+    _commits: deque[tuple[int, tuple[Commit, ...]]] = field(default_factory=deque)
 
     @property
     def open(self) -> bool:
         """May another batch be sent?"""
         return self.sequence - self.acknowledged < WINDOW
 
-    def number(self, commits: Sequence[tuple[object, int]]) -> int:
+    def number(self, commits: Sequence[Commit]) -> int:
         """The next batch's number; ``commits`` are the (ring, end position) pairs it carries."""
         self.sequence += 1
         self._commits.append((self.sequence, tuple(commits)))
         return self.sequence
 
-    def acknowledge(self, sequence: int) -> dict[object, int]:
+    def acknowledge(self, sequence: int) -> dict[tuple[PolicyUid, str], int]:
         """All batches up to ``sequence`` are merged: how far each ring may now be given back."""
         if sequence > self.sequence:
             raise ValueError(f"acknowledged batch {sequence}, but only {self.sequence} were sent")
         self.acknowledged = max(self.acknowledged, sequence)
-        done: dict[object, int] = {}
+        done: dict[tuple[PolicyUid, str], int] = {}
         while self._commits and self._commits[0][0] <= sequence:
             for ring, position in self._commits.popleft()[1]:
                 done[ring] = max(done.get(ring, 0), position)

@@ -1,0 +1,226 @@
+"""Readers: what a policy's outputs are, read from the maps and rings of the instance it is bound to.
+
+In: bytes from ``kernel.maps`` and ``kernel.rings``, identities from ``pods``. Out: ``Table`` and ``EventChunk`` messages. The
+engine makes one reader an output when it binds a policy, and asks it every interval. A map is read once for all policies
+that share an instance; each keeps only what its selection lets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from probefleet_wire import columns
+from probefleet_wire.btf_layout import Field
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_agent import decode, pods, samples
+from probefleet_agent.decode import DecodeError, Layout
+from probefleet_agent.pods import Answer, Book, CgroupId, PolicyUid
+from probefleet_agent.samples import Classified, GroupKey
+
+Bytes = npt.NDArray[np.uint8]
+_POD = ("namespace", "workload", "pod")
+POD_COLUMN, CONTAINER_COLUMN, STACK_COLUMN = "pod_uid", "container_id", "stack"
+#: A record of a pod that the operator has not told us about is held back this long, then dropped and counted.
+HOLD_NS = 5_000_000_000
+#: Records of one reading: bounds a batch.
+MAX_RECORDS = 65_536
+_KERNEL_STACK, _USER_STACK = ("kernel_stack_id_t",), ("user_stack_id_t", "stack_id_t")
+
+
+class Stacks(Protocol):
+    """Gives stacks as folded text."""
+
+    def folded(self, pid: int, kernel_id: int | None, user_id: int | None) -> str:
+        """``outermost;…;innermost``, kernel frames last, marked ``_[k]``."""
+
+
+@dataclass(slots=True)
+class TableReader:
+    """One output that is rows: counter, gauge, histogram, topk or stacks."""
+
+    plan: plan_pb2.Plan
+    output: plan_pb2.Output
+    layout: Layout
+    book: Book
+    lookups: decode.Lookups
+    stacks: Stacks | None
+    rows: samples.Rows = field(init=False)
+    _cgroup: Field | None = field(init=False)
+    _slot: Field | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = self.layout.key
+        self._cgroup = decode.with_typedef(key, *decode.CGROUP) or self._named("cgroup")
+        slots = self.output.histogram.slots
+        self._slot = decode.find(key, slots[len("key.") :], "the key") if slots.startswith("key.") else None
+        names = [POD_COLUMN] if any(group in _POD or group == "container" for group in self.output.group_by) else []
+        names += [CONTAINER_COLUMN] if "container" in self.output.group_by else []
+        names += [group for group in self.output.group_by if group == "key" or group.startswith("key.")]
+        names += [STACK_COLUMN] if self.output.kind == plan_pb2.Output.STACKS else []
+        fold = "sum"
+        if self.output.kind == plan_pb2.Output.GAUGE:
+            merge = plan_pb2.Output.Merge.Name(self.output.merge).lower()
+            fold = "max" if merge == "latest" else merge
+        self.rows = samples.Rows(self._width(), tuple(names), fold)
+        for name in self.rows.names:
+            if name.startswith("key"):
+                self._decoder(name)  # a misnamed field is said now, not at the first event
+
+    def read(self, keys: Bytes, values: npt.NDArray[np.uint8]) -> None:
+        """Take in one reading of the map."""
+        histogram = self.output.kind == plan_pb2.Output.HISTOGRAM
+        if not histogram and self.rows.fold != "sum":
+            numbers = decode.folded(values, self.layout, self.output.value, self.rows.fold)
+        else:
+            numbers = decode.numbers(values, self.layout, self.output.value)
+        if numbers.ndim == 2 and not histogram:
+            numbers = numbers.sum(axis=1, dtype=np.uint64)
+        self.rows.update(keys, numbers, self._classify)
+
+    def _width(self) -> int:
+        if self.output.kind != plan_pb2.Output.HISTOGRAM:
+            return 1
+        if self._slot is not None:
+            return 64
+        shape = decode.find(self.layout.value, self.output.value, "the map's value").shape
+        if not shape:
+            raise DecodeError(
+                f"output {self.output.name}: {self.output.map} holds one number a key, no slots. Name the field of the "
+                "key that is the slot (histogram.slots: key.FIELD), or count in an array of slots."
+            )
+        return int(np.prod(shape))
+
+    def _named(self, decoder: str) -> Field | None:
+        for name, said in self.output.decode.items():
+            if said == decoder:
+                return decode.find(self.layout.key, name.removeprefix("key").removeprefix("."), "the key")
+        return None
+
+    def _decoder(self, name: str) -> tuple[Field, str]:
+        at = decode.find(self.layout.key, name.removeprefix("key").removeprefix("."), "the key")
+        return at, decode.decoder_of(at, self.output.decode, name)
+
+    def _classify(self, keys: Bytes) -> Classified:
+        uid = PolicyUid(self.plan.policy_uid)
+        counts, pending, identities = judge(self.book, uid, keys, self._cgroup)
+        parts: list[Sequence[str | int | float]] = []
+        for name in self.rows.names:
+            if name == POD_COLUMN:
+                parts.append([identity.pod for identity in identities])
+            elif name == CONTAINER_COLUMN:
+                parts.append([identity.container for identity in identities])
+            elif name == STACK_COLUMN:
+                parts.append(self._folded(keys, counts))
+            else:
+                at, decoder = self._decoder(name)
+                parts.append(decode.column(keys, at, decoder, self.lookups).tolist())
+        rows: list[GroupKey] = list(zip(*parts, strict=True)) if parts else [()] * len(keys)
+        slots = np.zeros(len(keys), np.int64)
+        if self._slot is not None:
+            slots = decode.raw(keys, self._slot).astype(np.int64)
+        groups = [row if counted else None for row, counted in zip(rows, counts.tolist(), strict=True)]
+        return Classified(groups, pending, slots)
+
+    def _folded(self, keys: Bytes, counts: npt.NDArray[np.bool_]) -> list[str]:
+        if self.stacks is None:
+            raise DecodeError(f"output {self.output.name}: the program has no stack trace map")
+
+        def ids(typedefs: tuple[str, ...]) -> list[int | None]:
+            at = decode.with_typedef(self.layout.key, *typedefs)
+            return decode.raw(keys, at).tolist() if at else [None] * len(keys)
+
+        pid_field = decode.with_typedef(self.layout.key, "pid_nr_t")
+        pids = decode.raw(keys, pid_field).tolist() if pid_field else [0] * len(keys)
+        wanted = counts.tolist()
+        return [
+            self.stacks.folded(pid, kernel, user) if wanted[index] else ""
+            for index, (pid, kernel, user) in enumerate(zip(pids, ids(_KERNEL_STACK), ids(_USER_STACK), strict=True))
+        ]
+
+
+@dataclass(slots=True)
+class EventReader:
+    """One output that is records, for one policy: from where in the ring it reads on, and what it could not keep."""
+
+    plan: plan_pb2.Plan
+    output: plan_pb2.Output
+    layout: Layout
+    book: Book
+    lookups: decode.Lookups
+    cursor: int
+    dropped: int = 0
+    _cgroup: Field | None = field(init=False)
+    _waiting_since_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self._cgroup = decode.with_typedef(self.layout.value, *decode.CGROUP)
+
+    def chunk(
+        self, records: Bytes, positions: npt.NDArray[np.uint64], end_position: int, now_ns: int
+    ) -> stream_pb2.EventChunk | None:
+        """What counts of the records read from ``cursor`` on; moves the cursor. ``None`` where there is nothing."""
+        if end_position == self.cursor:
+            return None
+        counts, pending, identities = judge(self.book, PolicyUid(self.plan.policy_uid), records, self._cgroup)
+        stop = len(records)
+        if pending.any():
+            self._waiting_since_ns = self._waiting_since_ns or now_ns
+            if now_ns - self._waiting_since_ns < HOLD_NS:
+                stop = int(np.flatnonzero(pending)[0])
+                end_position = int(positions[stop])
+            else:
+                self.dropped += int(pending.sum())
+                self._waiting_since_ns = 0
+        else:
+            self._waiting_since_ns = 0
+        self.cursor = end_position
+        keep = np.flatnonzero(counts[:stop])
+        chunk = stream_pb2.EventChunk(
+            positions=columns.pack(positions[keep]), end_position=end_position, dropped=self.dropped
+        )
+        taken = records[keep]
+        for at in self.layout.value:
+            if at is self._cgroup:
+                continue
+            decoder = decode.decoder_of(at, self.output.decode, at.name)
+            name = "time_ns" if decoder == "ktime" and "time_ns" not in {c.name for c in chunk.columns} else at.name
+            chunk.columns.append(columns.column(name, _listed(decode.column(taken, at, decoder, self.lookups))))
+        chosen = [identities[index] for index in keep.tolist()]
+        chunk.columns.append(columns.column(POD_COLUMN, [identity.pod for identity in chosen]))
+        chunk.columns.append(columns.column(CONTAINER_COLUMN, [identity.container for identity in chosen]))
+        return chunk
+
+
+def _listed(column: decode.Column) -> decode.Column | list[str]:
+    return [str(value) for value in column.tolist()] if column.dtype == object else column
+
+
+def judge(
+    book: Book, policy: PolicyUid, entries: Bytes, cgroup: Field | None
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], list[pods.Identity]]:
+    """Of each entry: does it count, must it wait, whose is it. Entries without a cgroup count for whoever reads them."""
+    n = len(entries)
+    if cgroup is None:
+        return np.ones(n, bool), np.zeros(n, bool), [pods.Identity(pods.UNKNOWN, "")] * n
+    distinct, index = np.unique(decode.raw(entries, cgroup), return_inverse=True)
+    ids = [CgroupId(int(value)) for value in distinct.tolist()]
+    answers = np.array([book.answer(policy, cgroup_id) for cgroup_id in ids] or [Answer.UNKNOWN], np.uint8)[index]
+    unknown = pods.Identity(pods.UNKNOWN, "")
+    known = [book.identities.get(cgroup_id, unknown) for cgroup_id in ids]
+    return answers == Answer.SELECTED, answers == Answer.UNKNOWN, [known[at] for at in index.tolist()]
+
+
+def wants_events(output: plan_pb2.Output) -> bool:
+    """Is it read from a ring?"""
+    return output.kind == plan_pb2.Output.EVENTS
+
+
+def cgroups_in(layout: Layout, keys: Bytes) -> Sequence[int]:
+    """Distinct cgroup ids in a map's keys."""
+    at = decode.with_typedef(layout.key, *decode.CGROUP)
+    return [] if at is None else np.unique(decode.raw(keys, at)).tolist()

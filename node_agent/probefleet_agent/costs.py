@@ -1,0 +1,123 @@
+"""What the programs cost on this node: run counts and times of the kernel's own statistics, in sampled windows.
+
+The kernel counts runs only while somebody asks for it (``BPF_ENABLE_STATS``), and counting costs some 20 ns a run: so it is
+on for one second of ten. The engine ticks; a window that ends adds to each instance's sums, and an instance that was over
+its budget for ``STRIKES`` windows in a row is named, to be detached. Without CAP_SYS_ADMIN the cost is unknown, and said so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from probefleet_wire.v1 import stream_pb2
+
+from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.execute import Loaded
+from probefleet_agent.kernel import syscall
+from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.reconcile import Digest
+
+WINDOW_NS = 1_000_000_000
+EVERY_NS = 10_000_000_000
+STRIKES = 3
+
+
+@dataclass(slots=True)
+class Sums:
+    """What an instance's windows came to."""
+
+    runs: int = 0
+    run_time_ns: int = 0
+    stats_time_ns: int = 0
+    misses: int = 0
+    over: int = 0
+
+
+class Costs:
+    """Statistics of all instances."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._wanted = enabled
+        self._fd: Fd | None = None
+        self._opened_ns = 0
+        self._next_ns = 0
+        self._at_open: dict[Digest, tuple[int, int]] = {}
+        self._sums: dict[Digest, Sums] = {}
+
+    @property
+    def known(self) -> bool:
+        """False where the kernel does not let us."""
+        return self._wanted
+
+    def tick(
+        self, now_ns: int, loaded: Mapping[Digest, Loaded], budgets: Mapping[Digest, int], *, force: bool = False
+    ) -> list[Digest]:
+        """Open or close a window where it is time; the instances that went over their budget once too often."""
+        if not self._wanted:
+            return []
+        if self._fd is None:
+            if now_ns >= self._next_ns and loaded:
+                self._open(loaded)
+                self._next_ns = now_ns + EVERY_NS
+            return []
+        if time.monotonic_ns() - self._opened_ns < WINDOW_NS and not force:
+            return []
+        return self._shut(loaded, budgets)
+
+    def stat(self, loaded: Loaded, policy_uids: Sequence[str]) -> stream_pb2.InstanceStat:
+        """For a batch."""
+        sums = self._sums.get(Digest(loaded.digest), Sums())
+        return stream_pb2.InstanceStat(
+            digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, stats_time_ns=sums.stats_time_ns,
+            cost_known=self._wanted, map_bytes=loaded.map_bytes, recursion_misses=sums.misses,
+            policy_uids=sorted(policy_uids),
+        )  # fmt: skip
+
+    def forget(self, digest: Digest) -> None:
+        """The instance is gone."""
+        self._sums.pop(digest, None)
+        self._at_open.pop(digest, None)
+
+    def close(self) -> None:
+        """Statistics off."""
+        if self._fd is not None:
+            self._fd.close()
+            self._fd = None
+
+    def _open(self, loaded: Mapping[Digest, Loaded]) -> None:
+        try:
+            self._fd = syscall.enable_stats()
+        except ProbefleetError:
+            # No CAP_SYS_ADMIN, or before Linux 5.8: the report says that the cost is not known.
+            self._wanted = False
+            return
+        self._opened_ns = time.monotonic_ns()
+        self._at_open = {digest: each.runs()[:2] for digest, each in loaded.items()}
+
+    def _shut(self, loaded: Mapping[Digest, Loaded], budgets: Mapping[Digest, int]) -> list[Digest]:
+        # Differences over our own window: other readers may have statistics on as well.
+        elapsed_ns = time.monotonic_ns() - self._opened_ns
+        over: list[Digest] = []
+        for digest, each in loaded.items():
+            runs, run_time_ns, misses = each.runs()
+            sums = self._sums.setdefault(digest, Sums())
+            sums.misses = misses
+            if digest not in self._at_open:
+                continue
+            runs_before, time_before = self._at_open[digest]
+            sums.runs += runs - runs_before
+            sums.run_time_ns += run_time_ns - time_before
+            sums.stats_time_ns += elapsed_ns
+            millicores = (run_time_ns - time_before) * 1000 / elapsed_ns
+            budget = budgets.get(digest, 0)
+            sums.over = sums.over + 1 if budget and millicores > budget else 0
+            if sums.over >= STRIKES and not each.detached:
+                each.detached = (
+                    f"its programs took {millicores:.1f}m of CPU on this node, {STRIKES} times in a row; the budget is "
+                    f"{budget}m. Detached; what was counted stays. Narrow the policy or raise budget.cpu."
+                )
+                over.append(digest)
+        self.close()
+        return over

@@ -1,0 +1,426 @@
+"""One instance, from a plan to pinned programs that count: the only place that loads, attaches and removes.
+
+The engine carries out ``reconcile``'s actions with it. An ``Instance`` (of whatever kind) becomes a ``Loaded``: its
+maps, its programs, its links, and how its bytes are read. All of it lies in one folder of pins, built aside and renamed, with a
+manifest that says everything a later process needs to *adopt* it; so counting goes on while the agent is replaced. What
+fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from probefleet_wire.bpf_object import BpfObject, MapDef
+from probefleet_wire.btf_layout import Field
+from probefleet_wire.btf_types import BtfError
+from probefleet_wire.elf import ElfError
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_agent.decode import Layout
+from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, ObjectError, UnsupportedFeature
+from probefleet_agent.kernel import libbpf, links, maps, pins, syscall
+from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.kernel.uapi import MapType
+
+FILTER = "probefleet_filter"
+LOST = "probefleet_lost"
+FILTER_ON = "probefleet_filter_on"
+MAX_WAYS = 64
+
+
+@dataclass(slots=True)
+class MapHandle:
+    """One map of an instance, open."""
+
+    name: str
+    fd: Fd
+    info: maps.MapInfo
+    layout: Layout | None
+    probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
+
+
+@dataclass(slots=True)
+class Loaded:
+    """An instance in the kernel. Closing it lets go of the descriptors; the pins stay."""
+
+    instance: plan_pb2.Instance
+    maps: dict[str, MapHandle]
+    programs: dict[str, Fd]
+    sections: dict[str, str]
+    links: list[links.Link] = field(default_factory=list)
+    chosen: list[plan_pb2.Attachment] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
+    since_ns: int = 0  # wall clock
+    gaps: list[tuple[int, int, str]] = field(default_factory=list)
+    pinned_links: bool = True
+    plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
+    bound_ns: dict[str, int] = field(default_factory=dict)
+    asked_ns: int = 0
+    detached: str = ""  # why, where it went over its budget
+
+    @property
+    def digest(self) -> str:
+        """The instance's."""
+        return self.instance.digest
+
+    @property
+    def map_bytes(self) -> int:
+        """Kernel memory of its own maps (shared ones belong to their ProbeMap)."""
+        own = (handle for handle in self.maps.values() if not handle.probe_map_uid)
+        return sum(maps.memory_used_bytes(handle.fd) for handle in own)
+
+    def lost(self) -> tuple[int, int, int, int]:
+        """(failed updates, ring full, records submitted, other), cumulative; zeros where nothing counts them."""
+        handle = self.maps.get(LOST)
+        if handle is None:
+            return (0, 0, 0, 0)
+        counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
+        return (counts[0], counts[1], counts[2], counts[3])
+
+    def runs(self) -> tuple[int, int, int]:
+        """(runs, run time ns, recursion misses) of all programs, as far as statistics were on."""
+        infos = [syscall.program_info(fd) for fd in self.programs.values()]
+        return (
+            sum(info.run_count for info in infos),
+            sum(info.run_time_ns for info in infos),
+            sum(info.recursion_misses for info in infos),
+        )
+
+    def verified_instructions(self) -> int:
+        """What the verifier walked through, all programs together; 0 before Linux 5.16."""
+        return sum(syscall.program_info(fd).verified_instructions for fd in self.programs.values())
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        for link in self.links:
+            link.close()
+        for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
+            fd.close()
+
+    def manifest(self) -> bytes:
+        """All that adoption needs."""
+        return json.dumps(
+            {
+                "version": 1,
+                "instance": _b64(self.instance),
+                "layouts": {name: handle.layout.to_json() for name, handle in self.maps.items() if handle.layout},
+                "shared": {name: h.probe_map_uid for name, h in self.maps.items() if h.probe_map_uid},
+                "sections": self.sections,
+                "chosen": [_b64(attachment) for attachment in self.chosen],
+                "ways": self.ways,
+                "since_ns": self.since_ns,
+                "gaps": self.gaps,
+                "pinned_links": self.pinned_links,
+                "plans": {uid: _b64(plan) for uid, plan in self.plans.items()},
+                "bound_ns": self.bound_ns,
+                "asked_ns": self.asked_ns,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+
+@dataclass(slots=True)
+class Executor:
+    """Loads, adopts and removes instances and ProbeMaps under one tree of pins."""
+
+    root: pins.Root
+    #: Stands before the paths of uprobes: the agent's own files are others than the node's.
+    files_root: str = ""
+
+    def load(
+        self,
+        instance: plan_pb2.Instance,
+        *,
+        blob: bytes | None,
+        probe_maps: Mapping[str, MapHandle],
+        budget_bytes: int,
+        filter_on: bool,
+    ) -> Loaded:
+        """Load, attach and pin. Raises ProbefleetError; then nothing of it is left."""
+        with contextlib.ExitStack() as undo:
+            if instance.WhichOneof("program") == "bcc":
+                raise UnsupportedFeature("inline BCC programs")
+            if blob is None:
+                raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
+            loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)
+            undo.callback(loaded.close)
+            with self.root.staging(instance.digest) as folder:
+                for handle in loaded.maps.values():
+                    folder.pin_map(handle.name, handle.fd)
+                for name, fd in loaded.programs.items():
+                    folder.pin_program(name, fd)
+                # Counting begins with the links: what comes before them cannot fail any more.
+                loaded.since_ns = time.time_ns()
+                self._attach(loaded)
+                for number, link in enumerate(loaded.links):
+                    if link.pinnable:
+                        for index, fd in enumerate(link.fds):
+                            folder.pin_link(number * 4096 + index, loaded.chosen[number].program, fd)
+                folder.write_manifest(loaded.manifest())
+            undo.pop_all()
+        return loaded
+
+    def adopt(self, digest: str, *, stopped_ns: int) -> Loaded:
+        """Take over an instance that an earlier process pinned; what could not be pinned is attached anew.
+
+        ``stopped_ns`` is when the earlier process was last known to be alive: since then unpinned links are gone.
+        """
+        with contextlib.ExitStack() as undo:
+            pinned = undo.enter_context(contextlib.closing(self.root.open_instance(digest)))
+            told = json.loads(pinned.manifest)
+            instance = plan_pb2.Instance.FromString(base64.b64decode(told["instance"]))
+            layouts = {name: Layout.from_json(text) for name, text in told["layouts"].items()}
+            loaded = Loaded(
+                instance=instance,
+                maps={
+                    name: MapHandle(name, fd, maps.info(fd), layouts.get(name), told["shared"].get(name, ""))
+                    for name, fd in pinned.maps.items()
+                },
+                programs=pinned.programs,
+                sections=told["sections"],
+                chosen=[plan_pb2.Attachment.FromString(base64.b64decode(text)) for text in told["chosen"]],
+                ways=told["ways"],
+                since_ns=told["since_ns"],
+                gaps=[(start, end, why) for start, end, why in told["gaps"]],
+                pinned_links=told["pinned_links"],
+                plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
+                bound_ns=told["bound_ns"],
+                asked_ns=told["asked_ns"],
+            )
+            if not loaded.pinned_links:
+                self._attach(loaded)
+                why = "this kernel (before 5.15) ends such attachments with the agent's process"
+                loaded.gaps.append((stopped_ns, time.time_ns(), why))
+                self.root.write_manifest(digest, loaded.manifest())
+            for fds in pinned.links.values():
+                for fd in fds:
+                    fd.close()
+            undo.pop_all()
+        return loaded
+
+    def remove(self, loaded: Loaded) -> None:
+        """Detach, unload, unpin."""
+        self.root.remove(loaded.digest)
+        loaded.close()
+
+    def detach(self, loaded: Loaded) -> None:
+        """End its attachments; maps and what they hold stay."""
+        for path in (self.root.instances / loaded.digest).glob("link_*"):
+            path.unlink()
+        for link in loaded.links:
+            link.close()
+        loaded.links.clear()
+
+    def remember(self, loaded: Loaded) -> None:
+        """Write the manifest anew: who is bound, and when an operator last asked for it."""
+        self.root.write_manifest(loaded.digest, loaded.manifest())
+
+    def make_map(self, spec: plan_pb2.ProbeMap, blob: bytes) -> MapHandle:
+        """Create and pin a ProbeMap from the definition in its object."""
+        parsed = _parsed(blob, f"{spec.namespace}/{spec.name}")
+        with libbpf.open_object(blob, spec.name) as opened:
+            opened.load()
+            fd = opened.map_fd(spec.map)
+        definition = next(each for each in parsed.maps if each.name == spec.map)
+        handle = MapHandle(spec.map, fd, maps.info(fd), layout_of(parsed, definition), spec.uid)
+        try:
+            with self.root.staging_map(spec.uid) as folder:
+                folder.pin_map("map", fd)
+                layout = handle.layout.to_json() if handle.layout else ""
+                folder.write_manifest(json.dumps({"spec": _b64(spec), "layout": layout}).encode())
+        except BaseException:
+            fd.close()
+            raise
+        return handle
+
+    def adopt_map(self, uid: str) -> tuple[plan_pb2.ProbeMap, MapHandle]:
+        """Take over a ProbeMap that is pinned."""
+        pinned = self.root.open_map(uid)
+        told = json.loads(pinned.manifest)
+        spec = plan_pb2.ProbeMap.FromString(base64.b64decode(told["spec"]))
+        fd = pinned.maps["map"]
+        layout = Layout.from_json(told["layout"]) if told["layout"] else None
+        return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid)
+
+    def _load_object(
+        self,
+        instance: plan_pb2.Instance,
+        blob: bytes,
+        probe_maps: Mapping[str, MapHandle],
+        budget_bytes: int,
+        filter_on: bool,
+    ) -> Loaded:
+        parsed = _parsed(blob, instance.title)
+        sizes = {size.map: size.max_entries for size in instance.map_sizes}
+        shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
+        check_budget(parsed.maps, sizes, frozenset(shared), budget_bytes)
+        with libbpf.open_object(blob, instance.title) as opened:
+            sections = {program: opened.section(program) for program in opened.program_names}
+            chosen = self._choose(instance.attachments, sections, instance.title)
+            wanted = {attachment.program for attachment in chosen}
+            for program in opened.program_names:
+                opened.set_autoload(program, program in wanted)
+            for attachment in chosen:
+                kind, attach_type = links.program_type(attachment, sections[attachment.program])
+                opened.set_type(attachment.program, kind, attach_type)
+                if attachment.WhichOneof("target") == "tp_btf":
+                    opened.set_attach_target(attachment.program, attachment.tp_btf.name)
+            for parameter in instance.parameters:
+                opened.set_rodata(parameter.variable, parameter.value)
+            if FILTER in opened.map_names and filter_on:
+                opened.set_rodata(FILTER_ON, b"\x01")
+            for name, entries in sizes.items():
+                opened.set_max_entries(name, entries)
+            definitions = {definition.name: definition for definition in parsed.maps}
+            for name, handle in shared.items():
+                check_fit(definitions.get(name), layout_of(parsed, definitions[name]), handle, instance.title)
+                opened.reuse_map(name, handle.fd)
+            opened.load()
+            loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
+            try:
+                for name in opened.map_names:
+                    fd = opened.map_fd(name)
+                    uid = shared[name].probe_map_uid if name in shared else ""
+                    loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout_of(parsed, definitions[name]), uid)
+                for program in sorted(wanted):
+                    loaded.programs[program] = opened.program_fd(program)
+            except BaseException:
+                loaded.close()
+                raise
+        return loaded
+
+    def _choose(
+        self, attachments: Sequence[plan_pb2.Attachment], sections: Mapping[str, str], title: str
+    ) -> list[plan_pb2.Attachment]:
+        """Those that this kernel can attach; of alternatives the first way all of whose members it has."""
+        chosen: list[plan_pb2.Attachment] = []
+        decided: set[str] = set()
+        failures: dict[str, list[str]] = {}
+        for attachment in attachments:
+            if attachment.program not in sections:
+                there = ", ".join(sections) or "none"
+                raise ObjectError(f"{title}: attach names program {attachment.program!r}; the object has: {there}")
+            if attachment.alternative in decided:
+                continue
+            section = sections[attachment.program]
+            refusal = links.supported(attachment, program_section=section, root=self.files_root)
+            if refusal is None:
+                chosen.append(attachment)
+                if attachment.alternative:
+                    decided.add(attachment.alternative)
+            elif not attachment.alternative:
+                raise refusal
+            else:
+                failures.setdefault(attachment.alternative, []).append(f"{attachment.program}: {refusal}")
+        for group, words in failures.items():
+            if group not in decided:
+                raise UnsupportedFeature(f"any way to {group} of {title}", why="; ".join(words))
+        return chosen
+
+    def _attach(self, loaded: Loaded) -> None:
+        loaded.ways.clear()
+        for attachment in loaded.chosen:
+            section = loaded.sections.get(attachment.program, "")
+            link = links.attach(
+                loaded.programs[attachment.program], attachment, program_section=section, root=self.files_root
+            )
+            loaded.links.append(link)
+            loaded.pinned_links = loaded.pinned_links and link.pinnable
+            if len(loaded.ways) < MAX_WAYS:
+                loaded.ways.append(f"{attachment.program}: {link.way}")
+
+
+def check_budget(
+    definitions: Sequence[MapDef], sizes: Mapping[str, int], shared: frozenset[str], budget_bytes: int
+) -> None:
+    """Raise BudgetExceeded before anything is created, where the maps would take more than the policy allows."""
+    estimates = {
+        each.name: estimate(each, sizes.get(each.name, 0))
+        for each in definitions
+        if each.name not in shared and each.name not in (FILTER, LOST)
+    }
+    total = sum(estimates.values())
+    if budget_bytes and total > budget_bytes:
+        worst = max(estimates, key=lambda name: estimates[name])
+        raise BudgetExceeded(
+            f"its maps would take {total:,} bytes on this node, the budget is {budget_bytes:,}; the largest is {worst} "
+            f"with {estimates[worst]:,}. Give it fewer entries (maps[].maxEntries) or raise budget.mapMemory.",
+            reason="MapTooLarge",
+        )
+
+
+def estimate(definition: MapDef, max_entries: int = 0) -> int:
+    """Bytes that a map will take, from its definition."""
+    info = maps.MapInfo(
+        id=0, type=definition.type, key_size=definition.key_bytes, value_size=definition.value_bytes,
+        max_entries=max_entries or definition.max_entries or maps.possible_cpus(), flags=definition.flags,
+        name=definition.name, btf_id=0, btf_key_type_id=0, btf_value_type_id=0,
+    )  # fmt: skip
+    return maps.memory_bytes(info)
+
+
+def layout_of(parsed: BpfObject, definition: MapDef) -> Layout | None:
+    """How the map's bytes are read, where its definition says so."""
+    btf = parsed.btf
+    if btf is None:
+        return None
+    key = btf.layout_of(definition.key_type) if definition.key_type else ()
+    value = btf.layout_of(definition.value_type) if definition.value_type else ()
+    if not value:
+        return None
+    key_bytes = btf.size_of(definition.key_type) if definition.key_type else definition.key_bytes
+    return Layout(key, key_bytes, value, btf.size_of(definition.value_type))
+
+
+def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandle, title: str) -> None:
+    """Raise LayoutMismatch, with both layouts, where a program's map is not what the ProbeMap is."""
+    if definition is None:
+        raise ObjectError(f"{title} has no map that could be shared under that name")
+    info = handle.info
+    asked = (definition.type, definition.key_bytes, definition.value_bytes)
+    same_fields = wanted is None or handle.layout is None or _shape(wanted) == _shape(handle.layout)
+    if asked == (info.type, info.key_size, info.value_size) and same_fields:
+        return
+    mine = describe(definition.type, definition.key_bytes, definition.value_bytes, wanted)
+    theirs = describe(info.type, info.key_size, info.value_size, handle.layout)
+    raise LayoutMismatch(
+        f"{title}: map {definition.name} does not fit the ProbeMap. The program has {mine}; the ProbeMap is {theirs}. "
+        "Declare the map with the ProbeMap's key and value."
+    )
+
+
+def describe(kind: int, key_bytes: int, value_bytes: int, layout: Layout | None) -> str:
+    """A map's type and both layouts, on one line."""
+    name = MapType(kind).name.lower() if kind in list(MapType) else f"type {kind}"
+    if layout is None:
+        return f"a {name} of {key_bytes} → {value_bytes} bytes"
+
+    def fields(part: Sequence[Field]) -> str:
+        return "; ".join(f"{f.type_name} {f.name}".strip() for f in part) or "nothing"
+
+    return f"a {name} of {key_bytes} bytes {{{fields(layout.key)}}} → {value_bytes} bytes {{{fields(layout.value)}}}"
+
+
+def _shape(layout: Layout) -> object:
+    """What has to agree: places, sizes and signs; names and typedefs may differ between dialects."""
+
+    def fields(part: Sequence[Field]) -> list[tuple[object, ...]]:
+        return [(f.offset_bytes, f.size_bytes, f.signed, f.shape) for f in part]
+
+    return fields(layout.key), layout.key_bytes, fields(layout.value), layout.value_bytes
+
+
+def _parsed(blob: bytes, title: str) -> BpfObject:
+    try:
+        return BpfObject.parse(blob)
+    except (ElfError, BtfError) as error:
+        raise ObjectError(f"{title} is not a BPF object: {error}") from error
+
+
+def _b64(message: plan_pb2.Instance | plan_pb2.Plan | plan_pb2.Attachment | plan_pb2.ProbeMap) -> str:
+    return base64.b64encode(message.SerializeToString(deterministic=True)).decode()
