@@ -252,6 +252,11 @@ class Engine:
             if positions and min(positions) > ring.consumer_position():
                 ring.commit(min(positions))
 
+    @property
+    def detached(self) -> frozenset[str]:
+        """Digests of instances that went over their budget."""
+        return frozenset(digest for digest, loaded in self._loaded.items() if loaded.detached)
+
     def remove_everything(self) -> None:
         """Take every instance, map and pin of this tree away."""
         for digest in list(self._loaded):
