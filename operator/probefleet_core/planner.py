@@ -2,7 +2,7 @@
 
 ::
 
-    policy.parse_policy ─▶ planner.wants ─▶ toolchain (clang), ConfigMap, catalog ─▶ planner.plan ─▶ placement
+    policy.parse_policy ─▶ planner.object_from ─▶ toolchain (clang), ConfigMap, catalog ─▶ planner.plan ─▶ placement
 
 ``plan`` reads the object's ELF and BTF, so that what cannot work is said before a node hears of it: unknown catalog
 names, parameters, maps and fields, programs that could change what they watch, maps over the budget. The instance's
@@ -13,12 +13,33 @@ selectors or intervals share one program on the hook.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from probefleet_core import catalog as catalog_module
-from probefleet_core import values
+from probefleet_wire.bpf_object import MapDef
+from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2
+
+from probefleet_core import (
+    bcc_source,
+    errors,
+    map_facts,
+    outputs,
+    probe_maps,
+    program_parts,
+    quantities,
+    to_wire,
+    values,
+)
+from probefleet_core import catalog as catalog_module
+
+DIGEST_CHARACTERS = 32
+USE_PROGRAM = "use-program"
+USE_CLUSTER_SCOPE = "use-cluster-scope"
+
+
+CompiledProbeMap = program_parts.CompiledProbeMap
 
 
 class ObjectFrom(enum.Enum):
@@ -32,19 +53,11 @@ class ObjectFrom(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledProbeMap:
-    """A ProbeMap and the object that clang made of ``probe_map_source``."""
-
-    probe_map: values.ProbeMap
-    elf: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """What ``probefleet explain`` shows of a plan."""
 
-    programs: tuple[str, ...]  #: "on_switch: tp_btf sched_switch"
-    maps: tuple[tuple[str, int], ...]  #: name → bytes on one node, estimated for ``cpus``
+    programs: tuple[str, ...]  #: "on_switch: tpBtf sched_switch"; "on the node" for bcc's, which is compiled there
+    maps: tuple[tuple[str, int], ...]  #: name → bytes on one node, estimated for ``cpus``; empty for bcc
     map_bytes: int  #: their sum
     pins: tuple[str, ...]  #: paths below the bpffs mount
     verbs: tuple[str, ...]  #: RBAC rules that the applying user needs: "create probepolicies.probefleet.io", …
@@ -62,7 +75,15 @@ class Planned:
 
 def object_from(policy: values.ProbePolicy) -> ObjectFrom:
     """Who provides the object of this policy's program."""
-    raise NotImplementedError
+    match policy.program:
+        case values.CatalogProgram():
+            return ObjectFrom.CATALOG
+        case values.BccProgram():
+            return ObjectFrom.NOBODY
+        case values.CProgram():
+            return ObjectFrom.COMPILER
+        case values.ObjectProgram(inline=inline):
+            return ObjectFrom.CONFIG_MAP if inline is None else ObjectFrom.INLINE
 
 
 def plan(
@@ -76,19 +97,258 @@ def plan(
 ) -> Planned:
     """The plan of a policy; raises ``errors.PolicyRefused`` with every problem found.
 
-    ``elf`` is the CO-RE object that ``object_from`` names (for ``CATALOG`` it may be None: the catalog's own is taken;
-    for ``NOBODY`` it is None). ``probe_maps`` are those of the policy's namespace by name; ones that do not compile are
-    left out by the caller. ``node_count`` and ``cpus`` (of the largest node) are for messages and estimates only: the
-    plan does not depend on them.
+    ``elf`` is the CO-RE object that ``object_from`` names (for ``CATALOG`` and ``INLINE`` it may be None: the policy or
+    the catalog has it; for ``NOBODY`` it is None). ``probe_maps`` are those of the policy's namespace by name; ones
+    that do not compile are left out by the caller. ``node_count`` and ``cpus`` (of the largest node) are for messages
+    and estimates only: the plan does not depend on them.
     """
-    raise NotImplementedError
+    request = program_parts.Request(policy, catalog, elf, probe_maps, node_count, cpus)
+    problems = errors.Problems()
+    match policy.program:
+        case values.CatalogProgram():
+            parts = program_parts.of_catalog(request, policy.program, problems)
+        case values.BccProgram(source=source):
+            parts = program_parts.of_bcc(policy, source, problems)
+        case values.CProgram() | values.ObjectProgram():
+            parts = program_parts.of_object(request, problems)
+    if parts is None or problems:
+        raise errors.PolicyRefused(problems.found)
+    shared = _shared_maps(request, parts, problems)
+    sizes = _sizes(request, parts, shared, problems)
+    _check_selection(policy, parts, problems)
+    if problems:
+        raise errors.PolicyRefused(problems.found)
+    return _assemble(request, parts, shared, sizes)
 
 
 def probe_map_source(probe_map: values.ProbeMap) -> str:
     """C text for clang: an object without programs whose one map, ``shared``, is this ProbeMap."""
-    raise NotImplementedError
+    return probe_maps.source(probe_map)
 
 
 def plan_probe_map(compiled: CompiledProbeMap) -> plan_pb2.ProbeMap:
     """The wire's ProbeMap; raises ``errors.ProbeMapRefused`` where the object's map is not what was asked for."""
-    raise NotImplementedError
+    return probe_maps.to_wire(compiled.probe_map, compiled.elf)
+
+
+# Maps.
+
+
+def _shared_maps(
+    request: program_parts.Request, parts: program_parts.Parts, problems: errors.Problems
+) -> dict[str, CompiledProbeMap]:
+    """Which of the program's maps are replaced by which ProbeMap, checked."""
+    own = {each.name: each for each in parts.parsed.maps} if parts.parsed else {}
+    there = [name for name in own if not map_facts.is_own(name)]
+    found: dict[str, CompiledProbeMap] = {}
+    for index, use in enumerate(request.policy.maps):
+        path = f"spec.maps[{index}]"
+        known = use.name in there if parts.parsed else bcc_source.names(parts.source, use.name)
+        if not known:
+            problems.add(
+                f"{path}.name",
+                f'"{use.name}"',
+                why="the program has no map of that name",
+                write=errors.did_you_mean(use.name, there, what="map") if parts.parsed else "Write a map's name.",
+            )
+            continue
+        if not use.probe_map:
+            continue
+        compiled = request.probe_maps.get(use.probe_map)
+        why, write = _share_refused(request, use, compiled, parts, own.get(use.name))
+        if why or compiled is None:
+            problems.add(f"{path}.share.probeMap", f'"{use.probe_map}"', why=why, write=write)
+            continue
+        found[use.name] = compiled
+    return found
+
+
+def _share_refused(
+    request: program_parts.Request,
+    use: values.MapUse,
+    compiled: CompiledProbeMap | None,
+    parts: program_parts.Parts,
+    own: MapDef | None,
+) -> tuple[str, str]:
+    """Why a map cannot be replaced by a ProbeMap and what to write instead; empty where it can."""
+    policy = request.policy
+    if compiled is None:
+        why = f"namespace {policy.namespace} has no ProbeMap of that name (or it does not compile)"
+        return why, errors.did_you_mean(use.probe_map, list(request.probe_maps), what="ProbeMap in the namespace")
+    allowed = compiled.probe_map.policies
+    if allowed and policy.name not in allowed:
+        return f"its spec.policies does not name {policy.name}", "Add the policy there, or use a map of its own."
+    if own is None or parts.parsed is None or parts.parsed.btf is None:
+        return "", ""  # bcc: the node compares
+    shared, shared_btf = probe_maps.definition_of(compiled.probe_map, compiled.elf)
+    misfit = probe_maps.misfit(own, parts.parsed.btf, shared, shared_btf)
+    return (f"{use.name} does not fit: {misfit}", "Declare both alike, or share another map.") if misfit else ("", "")
+
+
+def _sizes(
+    request: program_parts.Request,
+    parts: program_parts.Parts,
+    shared: Mapping[str, CompiledProbeMap],
+    problems: errors.Problems,
+) -> tuple[tuple[str, int], ...]:
+    """Bytes of each map on one node; over the budget is a problem."""
+    policy = request.policy
+    entries = {use.name: use.max_entries for use in policy.maps if use.max_entries}
+    own = [each for each in parts.parsed.maps if each.name not in shared] if parts.parsed else []
+    for index, use in enumerate(policy.maps):
+        found = next((each for each in own if each.name == use.name), None)
+        is_ring = found is not None and found.type == map_facts.RINGBUF
+        if use.max_entries and is_ring and (use.max_entries & (use.max_entries - 1) or use.max_entries < 4096):
+            problems.add(
+                f"spec.maps[{index}].maxEntries",
+                f"{use.max_entries}",
+                why="a ring buffer's size is in bytes, a power of two and at least one page",
+                write=f"Write {max(4096, 1 << (use.max_entries - 1).bit_length())}.",
+            )
+    sizes = [
+        (each.name, map_facts.bytes_of(each, cpus=request.cpus, entries=entries.get(each.name, 0))) for each in own
+    ]
+    for name, compiled in shared.items():
+        definition, _ = probe_maps.definition_of(compiled.probe_map, compiled.elf)
+        sizes.append((name, map_facts.bytes_of(definition, cpus=request.cpus)))
+    total, budget = sum(size for _, size in sizes), policy.budget.map_memory_bytes
+    if total > budget:
+        largest = ", ".join(
+            f"{name} {quantities.show_bytes(size)}" for name, size in sorted(sizes, key=lambda each: -each[1])[:3]
+        )
+        nodes = f", on {request.node_count:,} nodes {quantities.show_bytes(total * request.node_count)}"
+        problems.add(
+            "spec.budget.mapMemory",
+            f"maps need {quantities.show_bytes(total)} on a node with {request.cpus} CPUs{nodes}",
+            why=f"the budget is {quantities.show_bytes(budget)} a node; the largest are {largest}",
+            write=f"Write maps: [{{name: …, maxEntries: …}}] with less, or mapMemory: {-(-total >> 20)}Mi or more.",
+        )
+    return tuple(sizes)
+
+
+# Pods.
+
+
+def _check_selection(policy: values.ProbePolicy, parts: program_parts.Parts, problems: errors.Problems) -> None:
+    """A policy that asks for some pods needs a program that can tell them apart."""
+    if policy.scope is values.Scope.CLUSTER and policy.pods is None:
+        return
+    where = "spec.pods" if policy.pods is not None else "spec.scope"
+    if not parts.filters:
+        problems.add(
+            where,
+            "a choice of pods",
+            why="the program does not call probefleet_selected(), so it cannot leave other pods out",
+            write="Call probefleet_selected(cgroup_id) from <probefleet.h>, or select no pods.",
+        )
+    if parts.parsed is None or parts.parsed.btf is None:
+        return
+    maps = outputs.known_maps(parts.parsed.maps, parts.parsed.btf)
+    for output in parts.outputs:
+        found = maps[output.map]
+        # An event's identity is in its record, a count's in its key.
+        record = _record_fields(output, found)
+        decoded = any(decoder == "cgroup" for _, decoder in output.decode)
+        if not decoded and not any(outputs.CGROUP in field.typedefs for field in record):
+            problems.add(
+                where,
+                f"a choice of pods with output {output.name}",
+                why=f"what {output.map} holds does not say whose event it is",
+                write=f"Give its key (or record) a field of type {outputs.CGROUP}, or select no pods.",
+            )
+
+
+def _record_fields(output: values.Output, found: outputs.Known) -> Sequence[Field]:
+    if output.kind is not values.Kind.EVENTS:
+        return found.key
+    named = found.btf.find(output.record) if output.record else None
+    return found.btf.layout_of(named) if named else found.value
+
+
+# Everything together.
+
+
+def _assemble(
+    request: program_parts.Request,
+    parts: program_parts.Parts,
+    shared: Mapping[str, CompiledProbeMap],
+    sizes: tuple[tuple[str, int], ...],
+) -> Planned:
+    policy = request.policy
+    instance = plan_pb2.Instance(
+        attachments=[to_wire.attachment(each.attachment, each.alternative) for each in parts.attached],
+        parameters=[plan_pb2.Parameter(variable=name, value=value) for name, value in sorted(parts.parameters.items())],
+        shared_maps=[
+            plan_pb2.SharedMap(map=name, probe_map_uid=compiled.probe_map.uid)
+            for name, compiled in sorted(shared.items())
+        ],
+        map_sizes=[
+            plan_pb2.MapSize(map=use.name, max_entries=use.max_entries)
+            for use in sorted(policy.maps, key=lambda use: use.name)
+            if use.max_entries
+        ],
+    )
+    objects: dict[str, bytes] = {}
+    if parts.elf is not None:
+        sha256 = hashlib.sha256(parts.elf).hexdigest()
+        objects[sha256] = parts.elf
+        instance.object.sha256 = sha256
+    else:
+        # The name of the file stays out of it: two policies with the same text are one program.
+        instance.bcc.CopyFrom(plan_pb2.BccSource(source=parts.source, file_name="program.c"))
+    # The title is for people and no part of what runs.
+    serialized = instance.SerializeToString(deterministic=True)
+    instance.digest = hashlib.sha256(serialized).hexdigest()[:DIGEST_CHARACTERS]
+    instance.title = parts.title
+    maps = {compiled.probe_map.uid: compiled for compiled in shared.values()}
+    for compiled in maps.values():
+        objects[hashlib.sha256(compiled.elf).hexdigest()] = compiled.elf
+    return Planned(
+        plan=plan_pb2.Plan(
+            policy_uid=policy.uid,
+            namespace=policy.namespace,
+            name=policy.name,
+            generation=policy.generation,
+            scope=to_wire.scope(policy.scope),
+            instance=instance,
+            outputs=[to_wire.output(each) for each in parts.outputs],
+            interval_ms=policy.interval_ms,
+            budget=plan_pb2.Budget(
+                cpu_millicores=policy.budget.cpu_millicores, map_memory_bytes=policy.budget.map_memory_bytes
+            ),
+            filters_pods=parts.filters,
+        ),
+        objects=objects,
+        probe_maps=tuple(plan_probe_map(maps[uid]) for uid in sorted(maps)),
+        summary=_summary(policy, parts, shared, sizes, instance.digest),
+    )
+
+
+def _summary(
+    policy: values.ProbePolicy,
+    parts: program_parts.Parts,
+    shared: Mapping[str, CompiledProbeMap],
+    sizes: tuple[tuple[str, int], ...],
+    digest: str,
+) -> Summary:
+    programs = [
+        f"{each.attachment.program}: {to_wire.describe(each.attachment.target)}"
+        + (f" (one way to {each.alternative})" if each.alternative else "")
+        for each in parts.attached
+    ]
+    instance = f"probefleet/instances/{digest}"
+    pins = [f"{instance}/prog_{name}" for name in dict.fromkeys(each.attachment.program for each in parts.attached)]
+    pins += [f"{instance}/map_{name}" for name, _ in sizes if name not in shared and not name.startswith(".")]
+    pins += [f"probefleet/maps/{uid}/map" for uid in sorted({each.probe_map.uid for each in shared.values()})]
+    verbs = ["create probepolicies.probefleet.io"]
+    if policy.scope is values.Scope.CLUSTER:
+        verbs.append(f"{USE_CLUSTER_SCOPE} probepolicies.probefleet.io")
+    if not isinstance(policy.program, values.CatalogProgram):
+        verbs.append(f"{USE_PROGRAM} probepolicies.probefleet.io")
+    return Summary(
+        programs=tuple(programs) or ("compiled and attached on the node, by the names of its functions",),
+        maps=sizes,
+        map_bytes=sum(size for _, size in sizes),
+        pins=tuple(pins),
+        verbs=tuple(verbs),
+    )

@@ -1,9 +1,9 @@
 """A Kubernetes object in, a frozen value out, or everything that is wrong with it.
 
 ``handlers`` (operator) and ``probefleet check`` call ``parse_policy`` and ``parse_probe_map`` with the object as YAML
-or the API server gave it. In a cluster the CRD has refused most mistakes already; on one machine this module is all there
-is, so it holds the same bounds (``policy_shape``; a test compares them with the CRDs). Unknown fields are refused with
-near matches, as ``kubectl`` does by its strict validation.
+or the API server gave it. In a cluster the CRD has refused most mistakes already; on one machine this module is all
+there is, so it holds the same bounds (``policy_shape``; a test compares them with the CRDs). Unknown fields are
+refused with near matches, as ``kubectl`` does by its strict validation.
 
 First the whole manifest is checked against its shape, so that a user hears of all problems at once; what is built
 afterwards can rely on every type and bound.
@@ -41,6 +41,8 @@ def parse_policy(manifest: Mapping[str, object], *, namespace: str = "default") 
         raise errors.PolicyRefused(problems.found)
     spec: _Checked = manifest["spec"]  # type: ignore[assignment]  # a Record was checked
     pods = spec.get("pods")
+    # BCC's bpf_log2l() counts one slot further than libbpf-tools' log2l().
+    scale = values.Scale.LOG2_BCC if spec["program"].get("bcc") is not None else values.Scale.LOG2
     where = str(metadata.get("namespace") or namespace)
     return values.ProbePolicy(
         uid=values.PolicyUid(str(metadata.get("uid") or f"local-{where}-{metadata['name']}")),
@@ -58,7 +60,7 @@ def parse_policy(manifest: Mapping[str, object], *, namespace: str = "default") 
             values.MapUse(item["name"], (item.get("share") or {}).get("probeMap", ""), item.get("maxEntries") or 0)
             for item in spec.get("maps") or ()
         ),
-        outputs=tuple(_output(item) for item in spec.get("outputs") or ()),
+        outputs=tuple(_output(item, scale) for item in spec.get("outputs") or ()),
         interval_ms=_milliseconds(spec.get("interval"), DEFAULT_INTERVAL_MS),
         ttl_ms=_milliseconds(spec.get("ttl"), 0),
         suspend=bool(spec.get("suspend")),
@@ -184,7 +186,7 @@ def _target(kind: str, item: _Checked) -> values.Target:
             return values.Syscall(item["name"], bool(item.get("return")))
 
 
-def _output(item: _Checked) -> values.Output:
+def _output(item: _Checked, scale: values.Scale) -> values.Output:
     kind = values.Kind(next(name for name in policy_shape.KINDS if item.get(name) is not None))
     histogram = item.get("histogram") or {}
     groups = item.get("groupBy")
@@ -196,7 +198,7 @@ def _output(item: _Checked) -> values.Output:
         record=(item["from"].get("record") or "").removeprefix("struct "),
         merge=values.Merge((item.get("gauge") or {}).get("merge") or values.Merge.SUM),
         histogram=values.Histogram(
-            values.Scale(histogram.get("scale") or values.Scale.LOG2),
+            values.Scale(histogram.get("scale") or scale),
             histogram.get("step") or 0,
             histogram.get("slots") or "",
         )

@@ -1,0 +1,82 @@
+"""Reads what BCC's C says of its own tables, as far as the default outputs need it. Pure.
+
+BCC is compiled on the nodes, so the planner has only the text: the macros ``BPF_HASH(name, key, leaf)``,
+``BPF_HISTOGRAM(name, key)``, ``BPF_PERF_OUTPUT(name)``… name each table, and structs name the fields of a key. What
+this does not find (tables behind macros of the user's own) a policy can name in ``outputs``; the agent has the last
+word.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+_TABLE = re.compile(
+    r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE|TABLE\w*)"
+    r"\s*\(([^()]*)\)"
+)
+_FUNCTION_MARK = "probefleet_selected"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table: ``kind`` as in the macro's name, and the C types of key and leaf where it gives them."""
+
+    kind: str
+    name: str
+    key: str = ""
+    leaf: str = ""
+
+
+def without_comments(source: str) -> str:
+    """The text that the compiler reads."""
+    return _COMMENT.sub(" ", source)
+
+
+def tables(source: str) -> tuple[Table, ...]:
+    """The tables that macros declare, in the order of the source."""
+    found = []
+    for kind, inside in _TABLE.findall(without_comments(source)):
+        words = [" ".join(word.split()) for word in inside.split(",")]
+        if kind.startswith("TABLE"):
+            # BPF_TABLE("hash", key, leaf, name, size)
+            if len(words) >= 4:
+                found.append(Table(words[0].strip('"').upper(), words[3], words[1], words[2]))
+        elif re.fullmatch(r"[A-Za-z_]\w*", words[0]):
+            found.append(Table(kind, words[0], *_types(kind, words)))
+    return tuple(found)
+
+
+def _types(kind: str, words: list[str]) -> tuple[str, str]:
+    """Key and leaf, with BCC's own defaults (src/cc/export/helpers.h)."""
+    second = words[1] if len(words) > 1 and not words[1].isdigit() else ""
+    third = words[2] if len(words) > 2 and not words[2].isdigit() else ""
+    if kind in ("ARRAY", "PERCPU_ARRAY"):
+        return "int", second or "u64"
+    if kind == "HISTOGRAM":
+        return second or "int", "u64"
+    return (second or "u64", third or "u64") if "HASH" in kind else ("", "")
+
+
+def fields_of(source: str, c_type: str) -> tuple[str, ...] | None:
+    """The member names of ``struct x`` or of a typedef'd struct; None for what is no struct in this text."""
+    text = without_comments(source)
+    name = c_type.removeprefix("struct ").strip()
+    found = re.search(rf"\bstruct\s+{re.escape(name)}\s*{{([^{{}}]*)}}", text) or re.search(
+        rf"\btypedef\s+struct\s*\w*\s*{{([^{{}}]*)}}\s*{re.escape(name)}\s*;", text
+    )
+    if not found:
+        return None
+    members = re.findall(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\]\s*)*(?::\s*\d+\s*)?(?=[;,])", found[1])
+    return tuple(members)
+
+
+def asks_for_pods(source: str) -> bool:
+    """Whether the program calls ``probefleet_selected()``."""
+    return re.search(rf"\b{_FUNCTION_MARK}\s*\(", without_comments(source)) is not None
+
+
+def names(source: str, word: str) -> bool:
+    """Whether a name stands in the code at all."""
+    return re.search(rf"\b{re.escape(word)}\b", without_comments(source)) is not None

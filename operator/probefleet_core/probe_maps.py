@@ -1,0 +1,153 @@
+"""ProbeMaps: C text for the compiler, and whether a program's own map fits what it is to be replaced by. Pure.
+
+A ProbeMap becomes an object without programs whose one map, ``shared``, has the declared type: so its layout is BTF
+like any other, and the agent creates it as it creates every map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from probefleet_wire.bpf_object import BpfObject, MapDef
+from probefleet_wire.btf import Btf
+from probefleet_wire.btf_layout import Field
+from probefleet_wire.btf_types import BtfError
+from probefleet_wire.elf import ElfError
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_core import c_declaration, errors, map_facts, values
+
+MAP_NAME = "shared"
+# The typedefs of probefleet.h, which cannot be included here: it declares maps of its own.
+_MEANINGS = """typedef u64 cgroup_id_t;
+typedef u32 pid_nr_t;
+typedef u32 tid_nr_t;
+typedef u32 user_id_t;
+typedef u32 syscall_t;
+typedef s32 errno_t;
+typedef u32 device_t;
+typedef u16 port_t;
+typedef __be16 be_port_t;
+typedef __be32 ipv4_t;
+typedef u8 ipv6_t[16];
+typedef u8 ip_t[16];
+typedef u64 nanoseconds_t;
+typedef u64 ktime_t_ns;
+typedef s32 stack_id_t;
+typedef s32 kernel_stack_id_t;
+typedef s32 user_stack_id_t;
+typedef char comm_t[16];
+"""
+_KERNEL_NAMES = {
+    values.MapType.ARRAY: "ARRAY",
+    values.MapType.PERCPU_ARRAY: "PERCPU_ARRAY",
+    values.MapType.HASH: "HASH",
+    values.MapType.PERCPU_HASH: "PERCPU_HASH",
+    values.MapType.LRU_HASH: "LRU_HASH",
+    values.MapType.RINGBUF: "RINGBUF",
+    values.MapType.PERF_EVENT_ARRAY: "PERF_EVENT_ARRAY",
+    values.MapType.STACK_TRACE: "STACK_TRACE",
+}
+_ARRAYS = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
+
+
+def source(probe_map: values.ProbeMap) -> str:
+    """C text for clang: an object without programs whose one map, ``shared``, is this ProbeMap."""
+    lines = ['#include "vmlinux.h"', "#include <bpf/bpf_helpers.h>", "", _MEANINGS]
+    definition = [f"__uint(type, BPF_MAP_TYPE_{_KERNEL_NAMES[probe_map.type]});"]
+    definition.append(f"__uint(max_entries, {probe_map.max_entries});")
+    if probe_map.key:
+        lines.append(c_declaration.parse(probe_map.key).typedef("shared_key"))
+        definition.append("__type(key, shared_key);")
+    elif probe_map.type in _ARRAYS:
+        definition.append("__type(key, u32);")
+    elif probe_map.type is not values.MapType.RINGBUF:
+        definition.append("__uint(key_size, 4);")
+    if probe_map.type is values.MapType.STACK_TRACE:
+        definition.append("__uint(value_size, 127 * 8);")
+    elif probe_map.value:
+        lines.append(c_declaration.parse(probe_map.value).typedef("shared_value"))
+        definition.append("__type(value, shared_value);")
+    elif probe_map.type is values.MapType.PERF_EVENT_ARRAY:
+        definition.append("__uint(value_size, 4);")
+    body = "\n".join(f"\t{line}" for line in definition)
+    return "\n".join(lines) + f'\nstruct {{\n{body}\n}} {MAP_NAME} SEC(".maps");\n'
+
+
+def definition_of(probe_map: values.ProbeMap, elf: bytes) -> tuple[MapDef, Btf]:
+    """The compiled map; raises ``errors.ProbeMapRefused`` where the object does not hold exactly that."""
+    try:
+        parsed = BpfObject.parse(elf)
+    except (ElfError, BtfError) as error:
+        raise errors.ProbeMapRefused([_unusable(str(error))]) from error
+    if parsed.btf is None or [each.name for each in parsed.maps] != [MAP_NAME] or parsed.programs:
+        raise errors.ProbeMapRefused([_unusable("the declarations made something else than one map of them")])
+    found = parsed.maps[0]
+    if map_facts.type_name(found.type) != probe_map.type or found.max_entries != probe_map.max_entries:
+        raise errors.ProbeMapRefused([_unusable(f"the object's map is {map_facts.type_name(found.type)}")])
+    return found, parsed.btf
+
+
+def _unusable(why: str) -> errors.Problem:
+    return errors.Problem("spec", "key and value do not make a map", why, "Write C declarations of plain data.")
+
+
+def to_wire(probe_map: values.ProbeMap, elf: bytes) -> plan_pb2.ProbeMap:
+    """The wire's ProbeMap; raises ``errors.ProbeMapRefused`` where the object's map is not what was asked for."""
+    definition_of(probe_map, elf)
+    return plan_pb2.ProbeMap(
+        uid=probe_map.uid,
+        namespace=probe_map.namespace,
+        name=probe_map.name,
+        generation=probe_map.generation,
+        sha256=hashlib.sha256(elf).hexdigest(),
+        map=MAP_NAME,
+    )
+
+
+def misfit(own: MapDef, own_btf: Btf, shared: MapDef, shared_btf: Btf) -> str:
+    """Why a program's map cannot be replaced by a ProbeMap, with both layouts; empty where it can."""
+    if own.type != shared.type:
+        return f"it is of type {map_facts.type_name(own.type)}, the ProbeMap of {map_facts.type_name(shared.type)}"
+    if own.type in map_facts.RECORDS or own.type == map_facts.STACK_TRACE:
+        return ""
+    for part, mine, theirs in (
+        (
+            "key",
+            (own.key_bytes, _fields(own_btf, own.key_type)),
+            (shared.key_bytes, _fields(shared_btf, shared.key_type)),
+        ),
+        (
+            "value",
+            (own.value_bytes, _fields(own_btf, own.value_type)),
+            (shared.value_bytes, _fields(shared_btf, shared.value_type)),
+        ),
+    ):
+        if mine[0] != theirs[0] or not _same(mine[1], theirs[1]):
+            return f"its {part} is {show(*mine)}, the ProbeMap's {show(*theirs)}"
+    return ""
+
+
+def _fields(btf: Btf, type_id: int) -> tuple[Field, ...]:
+    return btf.layout_of(type_id) if type_id else ()
+
+
+def _same(mine: tuple[Field, ...], theirs: tuple[Field, ...]) -> bool:
+    """The same numbers at the same places under the same names; a definition that gives only sizes fits by size."""
+    if not mine or not theirs:
+        return True
+
+    def shape(field: Field) -> tuple[object, ...]:
+        return field.name, field.offset_bytes, field.size_bytes, field.shape, field.signed, field.bits
+
+    return [shape(field) for field in mine] == [shape(field) for field in theirs]
+
+
+def show(size_bytes: int, fields: tuple[Field, ...]) -> str:
+    """A layout in words: ``8 bytes {0: u32 pid, 4: u32 uid}``."""
+    inside = ", ".join(
+        f"{field.offset_bytes}: {(field.typedefs or (field.type_name,))[0]} {field.name}".rstrip()
+        + "".join(f"[{count}]" for count in field.shape)
+        for field in fields
+    )
+    return f"{size_bytes} bytes {{{inside}}}" if inside else f"{size_bytes} bytes"

@@ -1,0 +1,267 @@
+"""What each kind of program brings to a plan: catalog, bcc, c and object. Pure; called by ``planner``.
+
+Each function takes the whole request and answers ``Parts``: where the programs go, what the outputs are, which
+variables are set. What cannot be is noted as problems, all of them, not only the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from probefleet_wire.bpf_object import BpfObject
+from probefleet_wire.btf_types import BtfError
+from probefleet_wire.elf import ElfError
+
+from probefleet_core import bcc_source, errors, observe_only, outputs, to_wire, values
+from probefleet_core import catalog as catalog_module
+from probefleet_core.parameters import ParameterError
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledProbeMap:
+    """A ProbeMap and the object that clang made of ``probe_map_source``."""
+
+    probe_map: values.ProbeMap
+    elf: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An attachment and the group of ways that it belongs to."""
+
+    attachment: values.Attachment
+    alternative: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of ``planner.plan``, together."""
+
+    policy: values.ProbePolicy
+    catalog: catalog_module.Catalog
+    elf: bytes | None
+    probe_maps: Mapping[str, CompiledProbeMap]
+    node_count: int
+    cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a program's kind contributes to the plan."""
+
+    title: str
+    elf: bytes | None
+    parsed: BpfObject | None
+    attached: tuple[Attached, ...]
+    outputs: tuple[values.Output, ...]
+    parameters: Mapping[str, bytes]
+    filters: bool  #: it asks probefleet_selected()
+    source: str = ""
+
+
+def of_catalog(request: Request, program: values.CatalogProgram, problems: errors.Problems) -> Parts | None:
+    """A probe of the catalog: its own object, targets and outputs, with the parameters that the policy sets."""
+    path = "spec.program.catalog"
+    probe = request.catalog.get(program.name)
+    if probe is None:
+        problems.add(
+            f"{path}.name",
+            f'"{program.name}"',
+            why="the catalog has no probe of that name",
+            write=errors.did_you_mean(program.name, request.catalog.names, what="probe in the catalog"),
+        )
+        return None
+    known = {parameter.name: parameter for parameter in probe.parameters}
+    good = []
+    for name, text in program.parameters:
+        try:
+            # One by one, so that all that are wrong are heard of.
+            probe.settings([(name, text)])
+            known[name].encode(text)
+            good.append((name, text))
+        except ParameterError as error:
+            problems.add(f"{path}.parameters.{name}", f'"{error.what}"', why=error.why, write=error.write)
+    parsed = BpfObject.parse(probe.elf)
+    defaults = tuple(each.output for each in probe.outputs)
+    asked = tuple(_with_catalog_groups(output, defaults) for output in request.policy.outputs)
+    return Parts(
+        title=f"catalog/{probe.name}",
+        elf=probe.elf,
+        parsed=parsed,
+        attached=tuple(
+            Attached(values.Attachment(each.program, each.target), each.alternative) for each in probe.attachments(good)
+        ),
+        outputs=_resolved(asked, parsed, problems) if asked else defaults,
+        parameters=probe.variables(good),
+        filters=_filters(parsed),
+    )
+
+
+def _with_catalog_groups(output: values.Output, defaults: Sequence[values.Output]) -> values.Output:
+    """A policy's own output of a catalog probe groups as the catalog does, where it does not say otherwise."""
+    if output.group_by is None and output.kind is not values.Kind.EVENTS:
+        for default in defaults:
+            if (default.map, default.kind) == (output.map, output.kind):
+                return replace(output, group_by=default.group_by)
+    return output
+
+
+def of_bcc(policy: values.ProbePolicy, source: str, problems: errors.Problems) -> Parts:
+    """A BCC program: its text is all there is; the node compiles and attaches it."""
+    path = "spec.program.bcc.source"
+    for refusal in observe_only.refused_in_source(bcc_source.without_comments(source)):
+        problems.add(path, refusal.what, why=refusal.why, write=refusal.write)
+    for index, each in enumerate(policy.attach):
+        if not bcc_source.names(source, each.program):
+            problems.add(
+                f"spec.attach[{index}].program",
+                f'"{each.program}"',
+                why="the source has no function of that name",
+                write="Write the function's name as it stands in the source.",
+            )
+    asked = tuple(
+        replace(output, group_by=outputs.bcc_groups(source, output.map) if output.group_by is None else output.group_by)
+        for output in policy.outputs
+    )
+    found = asked or outputs.bcc_outputs(source)
+    if not found:
+        problems.add(
+            "spec.outputs",
+            "missing",
+            why="no table is declared by BPF_HASH, BPF_HISTOGRAM, BPF_ARRAY, BPF_PERF_OUTPUT or BPF_RINGBUF_OUTPUT",
+            write="Write outputs that name the program's maps.",
+        )
+    return Parts(
+        title=f"bcc/{policy.name}",
+        elf=None,
+        parsed=None,
+        attached=tuple(Attached(each) for each in policy.attach),
+        outputs=tuple(_bcc_slots(output, source) for output in found),
+        parameters={},
+        filters=bcc_source.asks_for_pods(source),
+        source=source,
+    )
+
+
+def _bcc_slots(output: values.Output, source: str) -> values.Output:
+    """A histogram that does not say where its slots are has them where BCC's convention puts them."""
+    if output.histogram is None or output.histogram.slots:
+        return output
+    table = next((each for each in outputs.bcc_outputs(source) if each.map == output.map and each.histogram), None)
+    slots = table.histogram.slots if table and table.histogram else "key"
+    return replace(output, histogram=replace(output.histogram, slots=slots))
+
+
+def of_object(request: Request, problems: errors.Problems) -> Parts | None:
+    """A CO-RE object, compiled from the policy's source or given: everything is read from its ELF and BTF."""
+    policy, program = request.policy, request.policy.program
+    kind = "c" if isinstance(program, values.CProgram) else "object"
+    path = "spec.program.c.source" if kind == "c" else "spec.program.object"
+    data = request.elf
+    if isinstance(program, values.ObjectProgram):
+        data = data if data is not None else program.inline
+        if data is not None and hashlib.sha256(data).hexdigest() != program.sha256:
+            problems.add(
+                f"{path}.sha256",
+                f'"{program.sha256[:12]}…"',
+                why=f"the object's bytes hash to {hashlib.sha256(data).hexdigest()}",
+                write="Write that hash, if these are the bytes that you mean.",
+            )
+            return None
+    if data is None:
+        raise ValueError(f"planner.plan needs the object of program.{kind}: see object_from")
+    try:
+        parsed = BpfObject.parse(data)
+        refusals = list(observe_only.refused_in_object(data, parsed))
+    except (ElfError, BtfError) as error:
+        problems.add(
+            path, "not an object that can be read", why=str(error), write="Compile it with clang -g -target bpf."
+        )
+        return None
+    if parsed.btf is None:
+        problems.add(path, "an object without BTF", why="its maps cannot be read", write="Compile it with clang -g.")
+        return None
+    for refusal in refusals:
+        problems.add(path, refusal.what, why=refusal.why, write=refusal.write)
+    return Parts(
+        title=f"{kind}/{policy.name}",
+        elf=data,
+        parsed=parsed,
+        attached=_attachments(policy, parsed, path, problems),
+        outputs=_resolved(policy.outputs, parsed, problems),
+        parameters={},
+        filters=_filters(parsed),
+    )
+
+
+def _filters(parsed: BpfObject) -> bool:
+    return any(each.name == "probefleet_filter" for each in parsed.maps)
+
+
+def _attachments(
+    policy: values.ProbePolicy, parsed: BpfObject, path: str, problems: errors.Problems
+) -> tuple[Attached, ...]:
+    """Where each program goes: as ``attach`` says, else as its SEC() does."""
+    if not parsed.programs:
+        problems.add(path, "no program", why="nothing would run", write='Give a function a SEC("…") name.')
+    overrides: dict[str, list[values.Attachment]] = {}
+    names = [program.name for program in parsed.programs]
+    for index, each in enumerate(policy.attach):
+        if each.program not in names:
+            problems.add(
+                f"spec.attach[{index}].program",
+                f'"{each.program}"',
+                why="the object has no program of that name",
+                write=errors.did_you_mean(each.program, names, what="program"),
+            )
+        overrides.setdefault(each.program, []).append(each)
+    made: list[Attached] = []
+    for program in parsed.programs:
+        section = observe_only.read_section(program.section)
+        if isinstance(section, observe_only.Refusal):
+            problems.add(path, f"{program.name}: {section.what}", why=section.why, write=section.write)
+            continue
+        for each in overrides.get(program.name, ()):
+            if to_wire.kind_of(each.target) not in section.fits:
+                problems.add(
+                    f"spec.attach[{policy.attach.index(each)}]",
+                    f'{to_wire.kind_of(each.target)} for a program of SEC("{program.section}")',
+                    why="the kernel takes a program only where its type fits",
+                    write=f"Write {' or '.join(section.fits)}, or change its SEC().",
+                )
+            made.append(Attached(each))
+        if program.name not in overrides and section.target is not None and not section.optional:
+            made.append(Attached(values.Attachment(program.name, section.target)))
+        elif program.name not in overrides and not section.optional:
+            problems.add(
+                "spec.attach",
+                f'nothing for {program.name}, whose SEC("{program.section}") names no target',
+                why="it would never run",
+                write=f"Write an attach entry with program: {program.name} and {' or '.join(section.fits)}.",
+            )
+    return tuple(made)
+
+
+def _resolved(
+    asked: Sequence[values.Output], parsed: BpfObject, problems: errors.Problems
+) -> tuple[values.Output, ...]:
+    """The outputs, checked; or those that the maps suggest."""
+    assert parsed.btf is not None
+    maps = outputs.known_maps(parsed.maps, parsed.btf)
+    if not asked:
+        found = outputs.default_outputs(maps)
+        if not found:
+            problems.add(
+                "spec.outputs",
+                "missing",
+                why="no map of the program holds numbers or records that BTF describes",
+                write="Give a map a key and an integer value by __type(), or a ring buffer __type(value, struct …).",
+            )
+        return found
+    there = [each.name for each in parsed.maps]
+    made = [
+        outputs.resolve(output, maps, there, f"spec.outputs[{index}]", problems) for index, output in enumerate(asked)
+    ]
+    return tuple(output for output in made if output is not None)
