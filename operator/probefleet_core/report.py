@@ -194,7 +194,7 @@ def _output(output: OutputResult, detail: Detail) -> Json:
         "name": plan.name,
         "kind": KINDS.get(plan.kind, "counter"),
         "unit": plan.unit,
-        "groupBy": list(plan.group_by),
+        "groupBy": list(output.group_by),
         "ratePerSecond": _number(output.rate_per_second),
         "lost": _integer(output.lost),
         "uncounted": list(output.uncounted),
@@ -309,12 +309,12 @@ def _percentile_text(counts: Any, output: OutputResult, quantile: float, unit: s
 def _top_text(result: Result) -> str:
     for output in result.outputs:
         rows = output.window if output.window.labels else output.total
-        if not output.output.group_by or not rows.labels or output.output.kind == plan_pb2.Output.GAUGE:
-            continue
         whole = rows.whole
-        if not whole:
+        if not output.group_by or not rows.labels or not whole or output.output.kind == plan_pb2.Output.GAUGE:
             continue
-        group_by = list(output.output.group_by)
+        if output.output.kind == plan_pb2.Output.STACKS:
+            continue  # too long for a column
+        group_by = output.group_by
         tops = zip(rows.labels[:2], rows.weights[:2].tolist(), strict=True)
         return " ".join(
             f"{summary.label_text(label, group_by)} {humane.percent(value / whole)}" for label, value in tops

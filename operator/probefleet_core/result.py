@@ -28,6 +28,9 @@ HOST: Final = "(host)"
 UNKNOWN: Final = "(unknown)"
 OTHER: Final = "(other)"
 
+#: The column of folded stacks.
+STACK: Final = "stack"
+
 
 @dataclass(frozen=True, slots=True)
 class PodName:
@@ -70,6 +73,12 @@ class PolicyFacts:
             digest=plan.instance.digest,
             cluster=plan.scope == plan_pb2.SCOPE_CLUSTER,
         )
+
+
+def group_by(output: plan_pb2.Output) -> tuple[str, ...]:
+    """What the rows of an output are grouped by: of stacks, the stack itself comes last."""
+    named = tuple(output.group_by)
+    return (*named, STACK) if output.kind == plan_pb2.Output.STACKS and STACK not in named else named
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,11 @@ class OutputResult:
     lost: int
     uncounted: tuple[str, ...]
     events: Events | None = None
+
+    @property
+    def group_by(self) -> tuple[str, ...]:
+        """The names of a row's labels."""
+        return group_by(self.output)
 
     @property
     def bounds(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

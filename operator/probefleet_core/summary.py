@@ -144,7 +144,7 @@ def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[st
     whole = part["value"]
     body = []
     for row in part["rows"][:limit]:
-        texts = [*row["key"], _value(row["value"], output)]
+        texts = [*(_short(part) for part in row["key"]), _value(row["value"], output)]
         if not gauge:
             texts.append(humane.percent(row["value"] / whole) if whole else "")
         for name in quantiles:
@@ -170,13 +170,18 @@ def label_text(label: Sequence[object], group_by: Sequence[str]) -> str:
             parts.append(str(part))
         else:
             parts.append(f"{group.removeprefix('key.')}={part}")
-    return "/".join(part if len(part) <= 40 else "…" + part[-39:] for part in parts)
+    return "/".join(_short(part, 40) for part in parts)
 
 
 def event_cells(records: Sequence[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
     """Records as a table: one column a field, in the order of appearance; empty columns are left out."""
     names = list(dict.fromkeys(name for record in records for name in record if record[name]))
     return [name.upper() for name in names], [[record.get(name, "") for name in names] for record in records]
+
+
+def _short(text: str, limit: int = 60) -> str:
+    """The end of what is too long: a path's file, a stack's leaf."""
+    return text if len(text) <= limit else "…" + text[1 - limit :]
 
 
 def _event_lines(output: Json, rows: int) -> list[str]:

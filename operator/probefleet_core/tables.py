@@ -99,7 +99,7 @@ class TableState:
         self._output = output
         self._interval_ms = interval_ms
         self._cumulative = output.kind != plan_pb2.Output.GAUGE
-        self._keys = keys.Keys(tuple(output.group_by))
+        self._keys = keys.Keys(result.group_by(output))
         self._width = 1
         self._signed = False
         self._sum = np.zeros((1, 1), np.uint64)  # by key; retired epochs are in it
@@ -177,7 +177,10 @@ class TableState:
         used[0] = self._keys.overflowed
         here = [self.nodes[node] for node in fresh if node in self.nodes]
         if self._cumulative:
-            total = merge.sum_by(row_of, self._sum, len(labels))
+            # `_sum` has room for keys to come.
+            total = merge.sum_by(row_of, self._sum[: len(row_of)], len(labels))
+            # A row of zero is one that has moved to another name.
+            used &= total.any(axis=1)
             window, rates = self._window(here, row_of, len(labels))
         else:
             total, used = self._gauges(list(self.nodes.values()), row_of, len(labels))

@@ -1,0 +1,706 @@
+"""The aggregator: none lost, none doubled, whatever comes twice, late, anew or after a reboot."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probefleet_core import keys, result, tables
+from probefleet_core.aggregate import Aggregate, PodName, PolicyFacts, Result, ResyncNeeded
+from probefleet_wire import columns
+from probefleet_wire.columns import ColumnsError
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from tests.fakes.samples import PODS, SECOND, START, UID, FakeNode, chunk, counter, facts
+
+O = plan_pb2.Output  # noqa: E741
+
+
+def apply(aggregate: Aggregate, node: FakeNode, batch: stream_pb2.Batch, session: int | None = None) -> bool:
+    return aggregate.apply(node.name, node.session if session is None else session, batch, batch.time_ns)
+
+
+def ask(aggregate: Aggregate, at_seconds: float, *nodes: str) -> Result:
+    return aggregate.result(
+        int(START + at_seconds * SECOND), selected_nodes=frozenset(nodes or ("a", "b")), names=PODS.get
+    )
+
+
+def table_of(rows: result.Rows) -> dict[result.Labels, int]:
+    return {label: int(weight) for label, weight in zip(rows.labels, rows.weights, strict=True)}
+
+
+def totals(aggregate: Aggregate, output: int = 0) -> dict[result.Labels, int]:
+    return table_of(ask(aggregate, 0).outputs[output].total)
+
+
+def test_counts_of_two_nodes_come_together_by_workload() -> None:
+    aggregate = Aggregate(facts(counter("workload")))
+    a, b = FakeNode("a"), FakeNode("b")
+    a.add("uid-web-1", count=997)
+    b.add("uid-web-2", count=23)
+    b.add("uid-cart", count=5)
+    apply(aggregate, a, a.batch(10))
+    apply(aggregate, b, b.batch(10))
+    out = ask(aggregate, 11).outputs[0]
+    assert table_of(out.total) == {("web",): 1020, ("cart",): 5}
+    assert table_of(out.window) == {("web",): 1020, ("cart",): 5}  # counting began within the window
+    assert out.rate_per_second == pytest.approx(102.5)
+    assert out.window.rates.tolist() == pytest.approx([102.0, 0.5])
+    assert out.since_ns == START
+
+
+def test_the_window_is_the_last_interval_and_the_total_everything() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=100)
+    apply(aggregate, a, a.batch(10))
+    a.add("uid-web-1", count=7)
+    a.add("uid-cart", count=1)
+    apply(aggregate, a, a.batch(20))
+    out = ask(aggregate, 20).outputs[0]
+    assert table_of(out.total) == {("web-1",): 107, ("cart-0",): 1}
+    assert table_of(out.window) == {("web-1",): 7, ("cart-0",): 1}
+    apply(aggregate, a, a.batch(30))
+    out = ask(aggregate, 30).outputs[0]
+    assert (table_of(out.window), out.rate_per_second, out.total.whole) == ({}, 0.0, 108)
+
+
+def test_a_first_sample_long_after_the_beginning_is_no_window() -> None:
+    aggregate = Aggregate(facts(counter()))
+    a = FakeNode("a", keys=())
+    a.add(count=1_000_000)
+    apply(aggregate, a, a.batch(3600))  # an operator that has just started
+    out = ask(aggregate, 3600).outputs[0]
+    assert (out.rate_per_second, out.window.whole, out.total.whole) == (0.0, 0, 1_000_000)
+    a.add(count=50)
+    apply(aggregate, a, a.batch(3610))
+    assert ask(aggregate, 3610).outputs[0].rate_per_second == 5.0
+
+
+def test_a_batch_that_comes_twice_changes_nothing() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=3)
+    first = a.batch(10)
+    a.add("uid-web-1", count=4)
+    second = a.batch(20)
+    assert apply(aggregate, a, first)
+    assert apply(aggregate, a, second)
+    assert not apply(aggregate, a, second)
+    assert not apply(aggregate, a, first)
+    assert totals(aggregate) == {("web-1",): 7}
+
+
+def test_a_new_stream_replaces_and_the_old_one_is_fenced() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=3)
+    a.add("?", count=2)
+    apply(aggregate, a, a.batch(10))
+    late = a.batch(15)
+    # The agent restarts, and knows by now whose the two were.
+    a.restart_stream(2)
+    del a.values[("?",)]
+    a.add("uid-web-1", count=4)
+    apply(aggregate, a, a.batch(20))
+    assert totals(aggregate) == {("web-1",): 7}
+    assert not apply(aggregate, a, late, session=1)
+    out = ask(aggregate, 20).outputs[0]
+    # Seen over the change of streams: 3 → 7.
+    assert table_of(out.window) == {("web-1",): 4}
+    assert out.rate_per_second == pytest.approx(0.4)
+
+
+def test_the_rest_of_a_new_stream_may_come_in_a_second_table_of_the_same_time() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=3)
+    a.add("uid-cart", count=5)
+    apply(aggregate, a, a.batch(10))
+    a.restart_stream(2)
+    whole, a.values = a.values, {("uid-web-1",): [3]}
+    apply(aggregate, a, a.batch(20))
+    a.values = whole
+    a.add("uid-cart", count=1)
+    apply(aggregate, a, a.batch(20))
+    out = ask(aggregate, 20).outputs[0]
+    assert table_of(out.total) == {("cart-0",): 6, ("web-1",): 3}
+    assert table_of(out.window) == {("cart-0",): 1}
+
+
+def test_a_reboot_keeps_what_was_counted_before() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=900)
+    before = a.batch(10, lost=3)
+    apply(aggregate, a, before)
+    a.reboot(2, "boot-2:4", START + 100 * SECOND)
+    a.add("uid-web-1", count=97)
+    apply(aggregate, a, a.batch(110, lost=2))
+    out = ask(aggregate, 110).outputs[0]
+    assert table_of(out.total) == {("web-1",): 997}
+    assert (out.lost, out.since_ns) == (5, START)
+    assert out.rate_per_second == pytest.approx(9.7)
+    # The ended epoch does not come back, not even in a newer stream.
+    before.sequence = 50
+    apply(aggregate, a, before)
+    assert totals(aggregate) == {("web-1",): 997}
+
+
+def test_an_instance_that_is_loaded_anew_begins_an_epoch_within_the_stream() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=5)
+    apply(aggregate, a, a.batch(10))
+    sequence = a.sequence
+    a.reboot(1, "boot-1:8", START + 11 * SECOND)
+    a.sequence = sequence
+    a.add("uid-cart", count=6)
+    apply(aggregate, a, a.batch(20))
+    assert totals(aggregate) == {("web-1",): 5, ("cart-0",): 6}
+
+
+def test_a_newer_generation_starts_afresh() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a, b = FakeNode("a"), FakeNode("b", generation=2, epoch="boot-1:9", since_ns=START + 20 * SECOND)
+    a.add("uid-web-1", count=5)
+    apply(aggregate, a, a.batch(10))
+    b.add("uid-web-2", count=7)
+    apply(aggregate, b, b.batch(30))
+    assert totals(aggregate) == {("web-2",): 7}
+    apply(aggregate, a, a.batch(30))  # not updated yet: not merged, not covered
+    out = ask(aggregate, 31)
+    assert totals(aggregate) == {("web-2",): 7}
+    assert (out.coverage.sampled, out.coverage.missing, out.since_ns) == (1, ("a",), START + 20 * SECOND)
+
+
+def test_an_update_of_the_policy_starts_afresh_only_with_a_newer_generation() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=5)
+    apply(aggregate, a, a.batch(10))
+    aggregate.update(facts(counter("pod")))
+    assert totals(aggregate) == {("web-1",): 5}
+    aggregate.update(facts(counter("pod"), generation=2))
+    assert totals(aggregate) == {}
+
+
+# Whatever the order.
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[tuple[str, int, stream_pb2.Batch]], dict[result.Labels, int]]:
+    """Each node's batches in order, over restarts and reboots, and what was truly counted."""
+    truth: dict[result.Labels, int] = {}
+    lines: list[list[tuple[str, int, stream_pb2.Batch]]] = []
+    for name in ("a", "b", "c"):
+        node, line, session = FakeNode(name), [], 1
+        for step in range(draw(st.integers(1, 6))):
+            happening = draw(st.sampled_from(["count", "count", "restart", "reboot"]))
+            if happening != "count" and step:
+                session += 1
+                if happening == "restart":
+                    node.restart_stream(session)
+                else:
+                    node.reboot(session, f"boot-{session}:1", START + step * 10 * SECOND)
+            for _ in range(draw(st.integers(0, 3))):
+                pod = draw(st.sampled_from(sorted(PODS)))
+                count = draw(st.integers(1, 1000))
+                node.add(pod, count=count)
+                label = (PODS[pod].name if pod != "uid-far" else "web-1",)
+                truth[label] = truth.get(label, 0) + count
+            line.append((name, session, node.batch(10 + step * 10)))
+        lines.append(line)
+    # Any interleaving of nodes, and any earlier batch once more at any later time.
+    merged = []
+    while any(lines):
+        line = draw(st.sampled_from([line for line in lines if line]))
+        merged.append(line.pop(0))
+        if draw(st.booleans()):
+            merged.append(draw(st.sampled_from(merged)))
+    return merged, truth
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+def test_order_and_repetition_of_samples_make_no_difference(
+    history: tuple[list[tuple[str, int, stream_pb2.Batch]], dict[result.Labels, int]],
+) -> None:
+    samples, truth = history
+    aggregate = Aggregate(facts(counter("pod")))
+    for node, session, batch in samples:
+        aggregate.apply(node, session, batch, batch.time_ns)
+    assert totals(aggregate) == truth
+
+
+# Groups and names.
+
+
+@pytest.mark.parametrize(
+    ("group_by", "cluster", "expected"),
+    [
+        ((), False, {(): 31}),
+        (("node",), False, {("a",): 26, ("b",): 5}),
+        (("namespace",), False, {("shop",): 11, ("far",): 4, ("(host)",): 10, ("(unknown)",): 6}),
+        (("workload",), False, {("web",): 9, ("cart",): 6, ("(host)",): 10, ("(unknown)",): 6}),
+        (("workload",), True, {("shop/web",): 5, ("far/web",): 4, ("shop/cart",): 6, ("(host)",): 10, ("(unknown)",): 6}),  # noqa: E501
+        (
+            ("namespace", "workload"),
+            True,
+            {("shop", "web"): 5, ("far", "web"): 4, ("shop", "cart"): 6, ("(host)",) * 2: 10, ("(unknown)",) * 2: 6},
+        ),
+        (("pod",), False, {("web-1",): 9, ("cart-0",): 6, ("(host)",): 10, ("(unknown)",): 2, ("uid-gone",): 4}),
+        (("container",), False, {("nginx",): 4, ("sidecar",): 1, ("(unknown)",): 4 + 2 + 6, ("(host)",): 10, ("c9",): 4}),  # noqa: E501
+        (("key.port",), False, {(80,): 16, (443,): 15}),
+        (("pod", "key.port"), False, {
+            ("web-1", 80): 4 + 4, ("web-1", 443): 1, ("cart-0", 80): 1, ("cart-0", 443): 5, ("(host)", 443): 3,
+            ("(host)", 80): 7, ("(unknown)", 443): 2, ("uid-gone", 443): 4,
+        }),
+    ],
+)  # fmt: skip
+def test_rows_are_grouped_as_asked(
+    group_by: tuple[str, ...], cluster: bool, expected: dict[result.Labels, int]
+) -> None:
+    aggregate = Aggregate(facts(counter(*group_by), cluster=cluster))
+    a, b = (FakeNode(name, keys=("pod_uid", "container_id", "key.port")) for name in "ab")
+    for node, pod, container, port, count in [
+        (a, "uid-web-1", "c1", 80, 4),
+        (a, "uid-web-1", "c2", 443, 1),
+        (a, "uid-far", "", 80, 4),
+        (a, "", "", 80, 7),
+        (a, "", "", 443, 3),
+        (a, "?", "", 443, 2),
+        (b, "uid-cart", "", 443, 5),
+        (a, "uid-cart", "", 80, 1),
+        (a, "uid-gone", "c9", 443, 4),
+    ]:
+        node.add(pod, container, port, count=count)
+    apply(aggregate, a, a.batch(10))
+    apply(aggregate, b, b.batch(10))
+    assert totals(aggregate) == expected
+
+
+def test_a_name_that_comes_late_is_put_to_its_row() -> None:
+    aggregate = Aggregate(facts(counter("pod"), counter("container", name="other")))
+    a = FakeNode("a", keys=("pod_uid", "container_id"))
+    a.add("uid-new", "c7", count=3)
+    batch = a.batch(10)
+    other = stream_pb2.Table()
+    other.CopyFrom(batch.tables[0])
+    other.output = "other"
+    batch.tables.append(other)
+    apply(aggregate, a, batch)
+    known: dict[str, PodName] = {}
+
+    def rows() -> list[result.Labels]:
+        merged = aggregate.result(START + 10 * SECOND, selected_nodes={"a"}, names=known.get)
+        return [output.total.labels[0] for output in merged.outputs]
+
+    assert rows() == [("uid-new",), ("c7",)]
+    known["uid-new"] = PodName("shop", "new-1")
+    assert rows() == [("new-1",), ("c7",)]
+    known["uid-new"] = PodName("shop", "new-1", containers={"c7": "main"})
+    assert rows() == [("new-1",), ("main",)]
+
+
+def test_a_map_without_a_cgroup_belongs_to_nobody_known() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a", keys=())
+    a.add(count=3)
+    apply(aggregate, a, a.batch(10))
+    assert totals(aggregate) == {("(unknown)",): 3}
+
+
+def test_histograms_are_merged_slot_by_slot_and_may_grow() -> None:
+    aggregate = Aggregate(facts(counter("workload", kind=O.HISTOGRAM, histogram=plan_pb2.Histogram())))
+    a, b = FakeNode("a"), FakeNode("b")
+    a.add("uid-web-1", slot=2, width=4, count=10)
+    b.add("uid-web-2", slot=2, width=6, count=1)
+    b.add("uid-web-2", slot=5, width=6, count=2)
+    apply(aggregate, a, a.batch(10))
+    apply(aggregate, b, b.batch(10))
+    a.add("uid-web-1", slot=3, width=4, count=1)
+    a.add("uid-cart", slot=3, width=4, count=1)
+    apply(aggregate, a, a.batch(20))
+    a.restart_stream(2)
+    a.add("uid-web-1", slot=0, width=4, count=1)
+    apply(aggregate, a, a.batch(30))
+    out = ask(aggregate, 30).outputs[0]
+    assert out.total.labels == (("web",), ("cart",))
+    assert out.total.values.tolist() == [[1, 0, 11, 1, 0, 2], [0, 0, 0, 1, 0, 0]]
+    assert out.window.values.tolist() == [[1, 0, 1, 0, 0, 2]]  # each node's own last interval
+    assert out.total.sum.tolist() == [1, 0, 11, 2, 0, 2]
+    assert len(out.bounds[0]) == 6
+
+
+@pytest.mark.parametrize(("merge", "expected"), [(O.SUM, 3 + 9 + 4), (O.MAX, 9), (O.MIN, 3), (O.LATEST, 4)])
+def test_gauges_merge_as_they_say(merge: int, expected: int) -> None:
+    aggregate = Aggregate(facts(counter("workload", kind=O.GAUGE, merge=merge)))
+    for name, value, at in (("a", 3, 10), ("b", 9, 12), ("c", 4, 15)):
+        node = FakeNode(name)
+        node.values = {("uid-web-1",): [99]}
+        apply(aggregate, node, node.batch(at - 10))
+        node.values = {("uid-web-1",): [value]}
+        apply(aggregate, node, node.batch(at))
+    out = ask(aggregate, 15).outputs[0]
+    assert table_of(out.total) == table_of(out.window) == {("web",): expected}
+    stale = ask(aggregate, 43.5).outputs[0]  # only c is fresh
+    assert table_of(stale.window) == {("web",): 4}
+    assert table_of(stale.total) == {("web",): expected}
+    assert ask(aggregate, 100).outputs[0].window.labels == ()
+
+
+def test_gauges_may_be_negative_and_do_not_outlive_their_epoch() -> None:
+    aggregate = Aggregate(facts(counter(kind=O.GAUGE)))
+    for session, (value, epoch) in enumerate([(-5, "e1"), (-7, "e2")]):
+        table = stream_pb2.Table(policy_uid=UID, output="calls", epoch=epoch, new_rows=1, generation=1)
+        table.rows, table.values = columns.pack(np.array([0], np.uint32)), columns.pack(np.array([value], np.int64))
+        aggregate.apply("a", session, stream_pb2.Batch(sequence=1, time_ns=START, tables=[table]), START)
+        assert ask(aggregate, 0).outputs[0].total.values.tolist() == [[value]]
+
+
+def test_beyond_a_thousand_rows_the_rest_is_one_and_totals_stay_exact() -> None:
+    aggregate = Aggregate(facts(counter("key.pid", kind=O.TOPK)))
+    a = FakeNode("a", keys=("key.pid",))
+    for pid in range(1500):
+        a.add(pid, count=pid + 1)
+    apply(aggregate, a, a.batch(10))
+    total = ask(aggregate, 10).outputs[0].total
+    assert (len(total.labels), total.labels[0], total.other_count) == (1000, (1499,), 500)
+    assert total.other is not None
+    assert total.other.tolist() == [sum(range(1, 501))]
+    assert total.whole == sum(range(1, 1501))
+
+
+def test_keys_beyond_the_bound_are_counted_under_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "MAX_NODE_KEYS", 10)
+    aggregate = Aggregate(facts(counter("key.pid", kind=O.TOPK)))
+    a = FakeNode("a", keys=("key.pid",))
+    for pid in range(25):
+        a.add(pid, count=2)
+    apply(aggregate, a, a.batch(10))
+    a.add(3)
+    for pid in range(10, 25):
+        a.add(pid)
+    apply(aggregate, a, a.batch(20))
+    out = ask(aggregate, 20).outputs[0]
+    assert (len(out.total.labels), out.total.whole, out.total.other_count) == (10, 50 + 16, 1)
+    assert out.total.other is not None
+    assert out.total.other.tolist() == [30 + 15]
+    assert any("(other)" in text for text in out.uncounted)
+    a.restart_stream(2)
+    apply(aggregate, a, a.batch(30))
+    assert ask(aggregate, 30).outputs[0].total.whole == 66
+
+
+# Coverage, losses, gaps, cost.
+
+
+def test_coverage_names_who_is_missing_and_who_is_late() -> None:
+    aggregate = Aggregate(facts(counter()))
+    for name, at in (("a", 0), ("b", 40)):
+        node = FakeNode(name, keys=())
+        node.add()
+        apply(aggregate, node, node.batch(at))
+    gone = FakeNode("gone", keys=())
+    gone.add()
+    apply(aggregate, gone, gone.batch(40))
+    coverage = ask(aggregate, 41, "a", "b", "c").coverage
+    assert coverage == result.Coverage(1, 3, missing=("c",), missing_count=1, stale=("a",), stale_count=1)
+    many = aggregate.result(START, selected_nodes={f"n{i:02}" for i in range(50)}, names=PODS.get).coverage
+    assert (many.missing_count, len(many.missing), many.missing[0]) == (50, 20, "n00")
+
+
+def test_a_node_where_nothing_happens_still_covers() -> None:
+    aggregate = Aggregate(facts(counter("pod"), counter("pod", name="events", kind=O.EVENTS)))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=10)
+    apply(aggregate, a, a.batch(10))
+    apply(aggregate, a, a.batch(12, empty=True, runs=True))  # speaks of another policy between
+    assert ask(aggregate, 12).outputs[0].rate_per_second == 1.0
+    for at in (20, 30, 40, 50):
+        apply(aggregate, a, a.batch(at, empty=True, runs=True))
+    now = ask(aggregate, 50, "a")
+    assert (now.coverage.sampled, now.outputs[0].rate_per_second) == (1, 0.0)
+    a.add("uid-web-1", count=5)
+    apply(aggregate, a, a.batch(60))
+    assert ask(aggregate, 60).outputs[0].rate_per_second == 0.5
+    b = FakeNode("b")
+    apply(aggregate, b, b.batch(60, empty=True))  # nothing of this policy in it
+    assert ask(aggregate, 60, "b").coverage.sampled == 0
+
+
+def test_losses_of_all_outputs_of_a_program_are_the_largest_not_the_sum() -> None:
+    aggregate = Aggregate(facts(counter(), counter(name="second")))
+    for output in ("calls", "second"):
+        node = FakeNode("a", keys=(), output=output, session={"calls": 1, "second": 2}[output])
+        node.add()
+        batch = node.batch(10, lost=12)
+        batch.tables[0].uncounted.append("LRU eviction")
+        batch.tables[0].gaps.add(start_ns=1, end_ns=5, why="the agent was away")
+        batch.instances.add(digest="d1", policy_uids=[UID], recursion_misses=3)
+        apply(aggregate, node, batch)
+    out = ask(aggregate, 10)
+    assert (out.lost, out.uncounted) == (15, ("LRU eviction",))
+    assert out.gaps == (result.NodeGap("a", 1, 5, "the agent was away"),)
+
+
+def test_cost_is_the_share_of_the_newest_window() -> None:
+    aggregate = Aggregate(facts(counter()))
+
+    def send(node: str, sequence: int, at: float, **stat: int) -> None:
+        batch = stream_pb2.Batch(sequence=sequence, time_ns=int(START + at * SECOND))
+        batch.agent_cpu_ns, batch.agent_rss_bytes = int(at * 0.01 * SECOND), 40 << 20
+        cost_known = bool(stat.pop("known", 1))
+        batch.instances.add(digest="d1", policy_uids=[UID, "other"], cost_known=cost_known, map_bytes=4096, **stat)
+        aggregate.apply(node, 1, batch, batch.time_ns)
+
+    send("a", 1, 10, runs=1000, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=1000)
+    send("a", 2, 20, runs=4000, run_time_ns=SECOND // 20, stats_time_ns=2 * SECOND, hook_ns=1000)
+    send("b", 1, 20, known=0)
+    cost = ask(aggregate, 20).cost
+    assert (cost.known_nodes, cost.unknown_nodes, cost.max_node, cost.shared_by) == (1, 1, "a", 2)
+    assert cost.max_cores == pytest.approx(0.04 + 3000 * 1e-6)
+    assert ask(aggregate, 20).rate_per_second == cost.runs_per_second == 3000
+    assert (cost.max_map_bytes, cost.total_map_bytes) == (4096, 8192)
+    assert cost.max_agent_cores == pytest.approx(0.01)
+    # Loaded anew: counts from zero.
+    send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=0, recursion_misses=2)
+    assert ask(aggregate, 30).cost.runs_per_second == 500
+    send("a", 4, 40, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=0)
+    assert ask(aggregate, 40).cost.runs_per_second == 500  # statistics were off in between
+    assert ask(aggregate, 40).lost == 2
+    aggregate.forget("a")
+    assert (ask(aggregate, 40).cost.max_node, ask(aggregate, 40).lost) == ("", 2)
+    aggregate.forget("nobody")
+    assert ask(aggregate, 400).cost == result.Cost()
+
+
+# Events.
+
+
+def send_events(
+    aggregate: Aggregate, sequence: int, *chunks: stream_pb2.EventChunk, node: str = "a", at: int = 10
+) -> None:
+    batch = stream_pb2.Batch(sequence=sequence, time_ns=START + at * SECOND, events=chunks)
+    aggregate.apply(node, 1, batch, batch.time_ns)
+
+
+def events_aggregate() -> Aggregate:
+    return Aggregate(facts(counter(name="execs", kind=O.EVENTS)))
+
+
+def test_records_are_counted_once_by_their_position() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk([0, 48, 96], submitted=3))
+    send_events(aggregate, 2, chunk([48, 96, 144, 192], submitted=5, lost=2, dropped=1))  # overlaps
+    send_events(aggregate, 3, chunk([0, 48], submitted=2))  # all old
+    send_events(aggregate, 3, chunk([500], submitted=9))  # the batch was there already
+    out = ask(aggregate, 10)
+    events = out.outputs[0].events
+    assert events is not None
+    assert (events.received, events.submitted, events.lost, events.dropped, out.lost) == (5, 5, 2, 1, 3)
+    assert [record["comm"] for record in events.records] == [f"cmd-{p}" for p in (0, 48, 96, 144, 192)]
+    assert events.records[0] == {
+        "node": "a", "time_ns": 0, "comm": "cmd-0",
+        "namespace": "shop", "workload": "web", "pod": "web-1", "container": "nginx",
+    }  # fmt: skip
+    assert out.outputs[0].rate_per_second == 0.5
+
+
+def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
+    aggregate = events_aggregate()
+    old = chunk([0, 48], submitted=2, lost=4)
+    send_events(aggregate, 1, old)
+    send_events(aggregate, 2, chunk([0], epoch="boot-2:1", submitted=1, lost=1))
+    send_events(aggregate, 3, old)
+    events = ask(aggregate, 10).outputs[0].events
+    assert events is not None
+    assert (events.received, events.submitted, events.lost) == (3, 3, 5)
+
+
+def test_a_ring_without_records_says_so() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk([0, 48]), at=10)
+    send_events(aggregate, 2, chunk([], end=96), at=20)
+    out = ask(aggregate, 20, "a")
+    assert (out.outputs[0].rate_per_second, out.outputs[0].total.whole, out.coverage.sampled) == (0.0, 2, 1)
+    aggregate.apply(
+        "a", 1, stream_pb2.Batch(sequence=3, time_ns=START + 30 * SECOND, instances=[
+            stream_pb2.InstanceStat(digest="d1", policy_uids=[UID])]), START + 30 * SECOND,
+    )  # fmt: skip
+    assert ask(aggregate, 30, "a").coverage.sampled == 1
+
+
+def test_followers_get_every_record_once_and_hear_of_those_that_are_gone() -> None:
+    aggregate = events_aggregate()
+    assert aggregate.event_outputs == ("execs",)
+    cursor, seen, missed = 0, [], 0
+    position = 0
+    generator = random.Random(23)
+    for sequence in range(1, 120):
+        count = generator.choice([1, 7, 300])
+        send_events(aggregate, sequence, chunk(range(position, position + count * 48, 48)))
+        position += count * 48
+        if generator.random() < 0.1:
+            while True:
+                page = aggregate.events_since("execs", cursor, names=PODS.get, limit=500)
+                if not page.records:
+                    break
+                seen += [record["time_ns"] for record in page.records]
+                missed, cursor = missed + page.missed, page.cursor
+    page = aggregate.events_since("execs", cursor, names=PODS.get, limit=10_000)
+    seen += [record["time_ns"] for record in page.records]
+    missed += page.missed
+    assert len(set(seen)) == len(seen)
+    assert len(seen) + missed == position // 48
+    assert missed > 0
+    assert aggregate.events_since("execs", page.cursor, names=PODS.get).records == ()
+    with pytest.raises(KeyError):
+        aggregate.events_since("nothing", 0, names=PODS.get)
+
+
+def test_of_a_large_chunk_only_the_newest_are_kept_and_all_are_counted() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk(range(0, 5000 * 48, 48)))
+    page = aggregate.events_since("execs", 0, names=PODS.get, limit=10_000)
+    assert (len(page.records), page.records[-1]["comm"], page.cursor) == (1000, f"cmd-{4999 * 48}", 5000)
+    report = ask(aggregate, 10).outputs[0]
+    assert report.events is not None
+    assert (len(report.events.records), report.events.received) == (50, 5000)
+
+
+def test_kept_records_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from probefleet_core import events
+
+    monkeypatch.setattr(events, "KEEP_BYTES", 5_000)
+    aggregate = events_aggregate()
+    for sequence in range(1, 100):
+        send_events(aggregate, sequence, chunk([sequence * 48]))
+    page = aggregate.events_since("execs", 0, names=PODS.get)
+    assert 1 < len(page.records) < 20
+    assert page.records[-1]["comm"] == f"cmd-{99 * 48}"
+
+
+# What a node must not do.
+
+
+def table(**more: object) -> stream_pb2.Table:
+    base: dict[str, object] = {
+        "policy_uid": UID, "output": "calls", "epoch": "e", "generation": 1, "new_rows": 2, "width": 1,
+        "keys": [columns.column("pod_uid", ["a", "b"])],
+        "rows": columns.pack(np.array([0, 1], np.uint32)), "values": columns.pack(np.array([5, 6], np.uint64)),
+    }  # fmt: skip
+    return stream_pb2.Table(**(base | more))
+
+
+def pack(values: list[int], dtype: type = np.uint64) -> bytes:
+    return columns.pack(np.array(values, dtype))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (table(output="nonsense"), "no output 'nonsense' of rows"),
+        (table(width=2000), "2000 values a row"),
+        (table(width=2), "2 values a row"),
+        (table(new_rows=1 << 31), "too many"),
+        (table(keys=[]), None),
+        (table(rows=pack([0, 0])), "do not ascend"),
+        (table(rows=pack([1, 2])), "a row that has no key"),
+        (table(rows=pack([0])), "2 values of uint64 for 1 rows"),
+        (table(values=pack([5, -6], np.int64)), "unsigned"),
+        (table(values=columns.pack([0.5, 1.5])), "float64"),
+        (table(values=b""), "empty column"),
+        (table(keys=[columns.column("pod_uid", ["a"])]), "1 values for 2 rows"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused_and_changes_nothing(bad: stream_pb2.Table, words: str | None) -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    batch = stream_pb2.Batch(sequence=1, time_ns=START, tables=[bad])
+    if words is None:
+        assert aggregate.apply("evil", 1, batch, START)
+        return
+    with pytest.raises(ColumnsError, match=words):
+        aggregate.apply("evil", 1, batch, START)
+    assert totals(aggregate) == {}
+    a = FakeNode("a")
+    a.add("uid-cart", count=2)
+    apply(aggregate, a, a.batch(1))
+    assert totals(aggregate) == {("cart-0",): 2}
+
+
+def test_a_key_without_its_column_is_refused() -> None:
+    aggregate = Aggregate(facts(counter("key.port")))
+    with pytest.raises(ColumnsError, match=r"without column 'key\.port'"):
+        aggregate.apply("evil", 1, stream_pb2.Batch(sequence=1, tables=[table()]), START)
+
+
+def test_wide_tables_are_bounded_by_the_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_CELLS", 1000)
+    aggregate = Aggregate(facts(counter("key.pid", kind=O.HISTOGRAM)))
+    a = FakeNode("a", keys=("key.pid",))
+    for pid in range(400):
+        a.add(pid)
+    apply(aggregate, a, a.batch(1))
+    b = FakeNode("b", keys=("key.pid",))
+    b.add(1, width=4)
+    with pytest.raises(ColumnsError, match="too many for its keys"):
+        apply(aggregate, b, b.batch(1))
+
+
+def test_rows_that_nobody_introduced_ask_for_a_new_stream() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    with pytest.raises(ResyncNeeded, match="begins with row 3"):
+        aggregate.apply("a", 1, stream_pb2.Batch(sequence=9, tables=[table(first_new_row=3)]), START)
+    aggregate.apply("a", 1, stream_pb2.Batch(sequence=10, tables=[table()]), START)
+    with pytest.raises(ResyncNeeded, match="row 7 comes after row 2"):
+        aggregate.apply("a", 1, stream_pb2.Batch(sequence=11, tables=[table(first_new_row=7)]), START)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (chunk([48, 0], end=96), "do not ascend"),
+        (chunk([0, 48], end=48), "after the chunk's end"),
+        (stream_pb2.EventChunk(policy_uid=UID, output="no", generation=1), "no output 'no' of events"),
+        (
+            stream_pb2.EventChunk(
+                policy_uid=UID, output="execs", generation=1, columns=[columns.column("c", [1])] * 65
+            ),
+            "65 columns",
+        ),
+        (
+            stream_pb2.EventChunk(policy_uid=UID, output="execs", generation=1, columns=[columns.column("c", [1])]),
+            "at most 0",
+        ),
+    ],
+)
+def test_a_chunk_that_cannot_be_is_refused(bad: stream_pb2.EventChunk, words: str) -> None:
+    aggregate = events_aggregate()
+    with pytest.raises(ColumnsError, match=words):
+        send_events(aggregate, 1, bad)
+    assert ask(aggregate, 10).outputs[0].total.whole == 0
+
+
+def test_a_clock_that_is_set_back_begins_a_new_window() -> None:
+    aggregate = Aggregate(facts(counter()))
+    a = FakeNode("a", keys=())
+    a.add(count=10)
+    apply(aggregate, a, a.batch(100))
+    a.add(count=10)
+    apply(aggregate, a, a.batch(50))
+    assert ask(aggregate, 100).outputs[0].rate_per_second == 0.0
+    a.add(count=10)
+    apply(aggregate, a, a.batch(60))
+    assert ask(aggregate, 100).outputs[0].rate_per_second == 1.0
+
+
+def test_facts_come_from_a_plan() -> None:
+    plan = plan_pb2.Plan(policy_uid="u", name="n", namespace="s", generation=3, scope=plan_pb2.SCOPE_CLUSTER)
+    plan.instance.digest = "dd"
+    assert PolicyFacts.of(plan) == PolicyFacts("u", "s", "n", 3, 10_000, (), digest="dd", cluster=True)
