@@ -82,6 +82,7 @@ class Operator:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Live until `stop`."""
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._stopper(stop), name="stopper")
@@ -89,7 +90,9 @@ class Operator:
         except* _StopRequested:
             log.info("stopping")
         except* errors.OperatorError as group:
-            raise _first(group) from group
+            failure = _first(group)
+        if failure is not None:  # raised out here: from within except* it would be wrapped into a group again
+            raise failure
 
     async def _stopper(self, stop: asyncio.Event) -> None:
         await stop.wait()

@@ -61,6 +61,7 @@ class Documents:
                 f"report/{uid}", functools.partial(self._report_document, uid), interval_seconds=self._report_seconds
             )
             self._publisher.touch(f"status/{uid}")
+            self._publisher.touch(f"report/{uid}")  # there from the start, for its query token and its coverage
         for entry in entries.values():
             if entry.refusal is not None:
                 self._recorder.warn(entry.raw, entry.refusal.reason, entry.refusal.message, action="Plan")

@@ -60,6 +60,7 @@ class FakeAgent:
         self.closed: grpc.aio.AioRpcError | None = None
         self.ended = asyncio.Event()
         self._changed = asyncio.Condition()
+        self._writing = asyncio.Lock()  # gRPC takes one write at a time
         self._channel: grpc.aio.Channel | None = None
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
@@ -122,7 +123,8 @@ class FakeAgent:
     async def send(self, message: stream_pb2.FromAgent) -> None:
         """One message; what the operator thinks of it shows in `closed`."""
         try:
-            await self._call.write(message)
+            async with self._writing:
+                await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the stream has ended: its reader says why
 

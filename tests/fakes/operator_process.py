@@ -31,6 +31,7 @@ class OperatorProcess:
     namespace: str = "probefleet"
     identity: str = "operator-0"
     options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     http_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -50,7 +51,7 @@ class OperatorProcess:
                 ],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONASYNCIODEBUG": ""},
+                env={**os.environ, **self.environment},
             )
 
     def get(self, path: str, *, token: str = "") -> tuple[int, str]:
