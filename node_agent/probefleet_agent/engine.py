@@ -33,6 +33,7 @@ from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import clock, maps, mounts, pins, symbols
 from probefleet_agent.kernel.rings import Records, RingReader
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.perf_ring import PerfRing
 from probefleet_agent.pods import Answer, Book, CgroupId, PodUid, PolicyUid, Selected
 from probefleet_agent.reconcile import Digest, MapUid
 from probefleet_agent.tracker import Tracker
@@ -86,7 +87,7 @@ class Engine:
         self._loaded: dict[Digest, Loaded] = {}
         self._maps: dict[MapUid, tuple[plan_pb2.ProbeMap, MapHandle]] = {}
         self._bound: dict[PolicyUid, Bound] = {}
-        self._rings: dict[tuple[Digest, str], RingReader] = {}
+        self._rings: dict[tuple[Digest, str], RingReader | PerfRing] = {}
         self._filters: dict[Digest, dict[CgroupId, Answer]] = {}
         self._failures: dict[Digest, Failure] = {}
         self._map_failures: dict[MapUid, Failure] = {}
@@ -406,10 +407,11 @@ class Engine:
             bound.plan, output, handle.layout, self._book, self._lookups, stacks
         )
 
-    def _ring(self, digest: Digest, handle: MapHandle) -> RingReader:
+    def _ring(self, digest: Digest, handle: MapHandle) -> RingReader | PerfRing:
         key = (digest, handle.name)
         if key not in self._rings:
-            self._rings[key] = RingReader(handle.fd)
+            perf = handle.info.type == MapType.PERF_EVENT_ARRAY
+            self._rings[key] = PerfRing(handle.fd) if perf else RingReader(handle.fd)
         return self._rings[key]
 
     def _unbind(self, uid: PolicyUid) -> None:
@@ -515,6 +517,10 @@ class Engine:
                 chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
                 chunk.epoch = f"{clock.boot_id()}:{handle.info.id}"
                 chunk.since_ns, chunk.submitted, chunk.lost = loaded.since_ns, counts[2], counts[1] + counts[3]
+                if isinstance(ring, PerfRing):
+                    chunk.epoch += ring.incarnation
+                    chunk.lost += ring.lost
+                    chunk.dropped += ring.dropped
                 chunk.gaps.extend(_gaps(loaded))
                 batch.events.append(chunk)
                 commits.append(((uid, name), reader.cursor))

@@ -144,7 +144,10 @@ class Executor:
         """Load, attach and pin. Raises ProbefleetError; then nothing of it is left."""
         with contextlib.ExitStack() as undo:
             if instance.WhichOneof("program") == "bcc":
-                raise UnsupportedFeature("inline BCC programs")
+                # Imported here: it builds on this module.
+                from probefleet_agent import bcc_programs
+
+                loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root)
             if blob is None:
                 raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
             loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)

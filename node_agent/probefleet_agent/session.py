@@ -71,7 +71,7 @@ class Session:
                     log.warning("no stream to the operator", target=self._dial.target, error=_words(error))
                 # A stream that held for a while was a good one: the operator was merely replaced.
                 wait = _LEAST_SECONDS if time.monotonic() - started > _MOST_SECONDS else min(wait * 2, _MOST_SECONDS)
-                await asyncio.sleep(random.uniform(wait / 2, wait))  # noqa: S311  (jitter, no secret)
+                await asyncio.sleep(random.uniform(wait / 2, wait))
         finally:
             self._worker.shutdown(wait=True)
 

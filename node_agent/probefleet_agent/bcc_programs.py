@@ -1,0 +1,141 @@
+"""An instance of BCC's dialect, into the kernel: compiled in a sandboxed child, linked to our own maps, loaded by our own gate.
+
+Called by ``execute`` for instances with ``bcc``; what comes back is a ``Loaded`` like any other: pinned, adopted, shared, read and
+removed the same way. Where the policy names no attachments, the functions' names say them (``tracepoint__…``, ``kprobe__…``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_agent import execute
+from probefleet_agent.decode import Layout
+from probefleet_agent.errors import ObjectError
+from probefleet_agent.execute import Loaded, MapHandle
+from probefleet_agent.kernel import bcc, btf_kernel, links, maps, syscall
+from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.kernel.uapi import MapType, ProgramType
+
+
+def load(
+    instance: plan_pb2.Instance, probe_maps: Mapping[str, MapHandle], budget_bytes: int, files_root: str = ""
+) -> Loaded:
+    """Compile and load; not yet attached. Raises ProbefleetError; then nothing of it is left."""
+    program = bcc.compile(instance.bcc.source, name=instance.bcc.file_name)
+    shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
+    sizes = {size.map: size.max_entries for size in instance.map_sizes}
+    for name in (*shared, *sizes):
+        if name not in {each.name for each in program.maps}:
+            there = ", ".join(each.name for each in program.maps) or "none"
+            raise ObjectError(f"{instance.title}: maps names {name!r}; the program has: {there}")
+    definitions = [each.definition for each in program.maps]
+    execute.check_budget(definitions, sizes, frozenset(shared), budget_bytes)
+    chosen = _attachments(instance, program)
+    for attachment in chosen:
+        refusal = links.supported(attachment, program_section=_section(program, attachment), root=files_root)
+        if refusal is not None:
+            raise refusal
+    loaded = Loaded(instance, {}, {}, {a.program: _section(program, a) for a in chosen}, chosen=chosen)
+    with contextlib.ExitStack() as undo:
+        undo.callback(loaded.close)
+        with syscall.btf_load(program.btf_bytes) as btf:
+            for each in program.maps:
+                loaded.maps[each.name] = _map(each, shared.get(each.name), sizes.get(each.name, 0), btf, instance.title)
+        fds = {name: handle.fd for name, handle in loaded.maps.items()}
+        functions = {function.name: function for function in program.functions}
+        for attachment in chosen:
+            if attachment.program not in loaded.programs:
+                function = functions[attachment.program]
+                loaded.programs[function.name] = _program(function, attachment, program, fds)
+        undo.pop_all()
+    return loaded
+
+
+def _attachments(instance: plan_pb2.Instance, program: bcc.BccProgram) -> list[plan_pb2.Attachment]:
+    there = {function.name for function in program.functions}
+    if instance.attachments:
+        for attachment in instance.attachments:
+            if attachment.program not in there:
+                names = ", ".join(sorted(there)) or "none"
+                raise ObjectError(f"{instance.title}: attach names program {attachment.program!r}; there is: {names}")
+        return list(instance.attachments)
+    found = [each for function in program.functions if (each := _attachment(function)) is not None]
+    if not found:
+        raise ObjectError(
+            f"{instance.title}: nothing says where its functions go. Name them as BCC does (kprobe__FUNCTION, "
+            "TRACEPOINT_PROBE(category, name), raw_tracepoint__NAME), or write spec.attach."
+        )
+    return found
+
+
+def _attachment(function: bcc.BccFunction) -> plan_pb2.Attachment | None:
+    hint = function.hint
+    attachment = plan_pb2.Attachment(program=function.name)
+    if hint.kind in ("kprobe", "kretprobe"):
+        attachment.kprobe.function, attachment.kprobe.on_return = hint.target, hint.kind == "kretprobe"
+    elif hint.kind == "tracepoint":
+        attachment.tracepoint.category, attachment.tracepoint.name = hint.category, hint.target
+    elif hint.kind == "raw_tracepoint":
+        attachment.raw_tracepoint.name = hint.target
+    elif hint.kind == "syscall":
+        attachment.syscall.name = hint.target
+    else:
+        return None
+    return attachment
+
+
+def _section(program: bcc.BccProgram, attachment: plan_pb2.Attachment) -> str:
+    """What SEC() would say: for ``syscall`` targets a function named ``syscall__…`` reads kprobe's arguments."""
+    hint = next(function.hint for function in program.functions if function.name == attachment.program)
+    return "kprobe" if hint.kind == "syscall" else hint.kind
+
+
+def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, title: str) -> MapHandle:
+    definition = each.definition
+    layout = _layout(each)
+    if shared is not None:
+        execute.check_fit(definition, layout, shared, title)
+        return MapHandle(each.name, shared.fd.dup(), shared.info, shared.layout or layout, shared.probe_map_uid)
+    # Perf and ring buffers carry no types of entries, and the kernel refuses them there.
+    typed = definition.key_type and definition.type not in (MapType.PERF_EVENT_ARRAY, MapType.RINGBUF)
+    fd = syscall.map_create(
+        definition.type,
+        key_size=definition.key_bytes,
+        value_size=definition.value_bytes,
+        max_entries=max_entries or definition.max_entries,
+        name=each.name,
+        flags=definition.flags,
+        btf_fd=btf if typed else 0,
+        btf_key_type_id=definition.key_type if typed else 0,
+        btf_value_type_id=definition.value_type if typed else 0,
+    )
+    return MapHandle(each.name, fd, maps.info(fd), layout)
+
+
+def _layout(each: bcc.BccMap) -> Layout | None:
+    if each.record:
+        return Layout((), 0, each.record, each.record_bytes)
+    if not each.value:
+        return None
+    return Layout(each.key, each.definition.key_bytes, each.value, each.definition.value_bytes)
+
+
+def _program(
+    function: bcc.BccFunction, attachment: plan_pb2.Attachment, program: bcc.BccProgram, fds: Mapping[str, Fd]
+) -> Fd:
+    kind, attach_type = links.program_type(attachment, _section(program, attachment))
+    attach_btf_id = 0
+    if kind == ProgramType.TRACING:
+        attach_btf_id = btf_kernel.vmlinux().require(f"btf_trace_{attachment.tp_btf.name}")
+    return syscall.prog_load(
+        function.linked(fds),
+        kind,
+        licence=program.licence,
+        name=function.name,
+        expected_attach_type=attach_type,
+        attach_btf_id=attach_btf_id,
+        kernel_version=program.kernel_version,
+    )
