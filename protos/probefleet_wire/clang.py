@@ -126,10 +126,12 @@ def compile_core(
         made = scratch / "object.o"
         data = made.read_bytes() if finished.status == 0 and made.is_file() and not made.is_symlink() else b""
     prefixes = [f"{tree}/" for tree in [scratch, *includes]]
-    diagnostics = _read(finished.stderr.decode("utf-8", "replace"), file_name, source, prefixes, [*trees, *headers])
+    diagnostics = read_diagnostics(
+        finished.stderr.decode("utf-8", "replace"), file_name, source, prefixes, _headers([*trees, *headers])
+    )
     errors = [each for each in diagnostics if each.kind != "warning"]
     if finished.limit:
-        errors.append(_general(file_name, _limit_words(finished, limits)))
+        errors.append(_general(file_name, limit_words(finished, limits)))
     if errors:
         raise CompileError(errors)
     if not data:
@@ -151,10 +153,10 @@ def _overlay(trees: Sequence[Path]) -> str:
     return json.dumps({"version": 0, "case-sensitive": "true", "fallthrough": "false", "roots": roots})
 
 
-def _read(
-    text: str, file_name: str, source: str, prefixes: Sequence[str], trees: Sequence[Path]
+def read_diagnostics(
+    text: str, file_name: str, source: str, prefixes: Sequence[str], headers: str = "the kernel's types and <bcc/*.h>"
 ) -> tuple[Diagnostic, ...]:
-    """Diagnostics from clang's text, host paths cut off."""
+    """Diagnostics from clang's text, host paths cut off; ``headers`` says in words what may be included."""
     for prefix in prefixes:
         text = text.replace(prefix, "")
     found: list[Diagnostic] = []
@@ -168,10 +170,10 @@ def _read(
                 # Of asm outside functions clang only knows the assembler's line.
                 where, number, column, excerpt = file_name, _asm_line(source, place["text"]), 1, None
             kind = "error" if "error" in place["kind"] else "warning"
-            found.append(Diagnostic(where, number, column, kind, _words(place["text"], trees)))
+            found.append(Diagnostic(where, number, column, kind, _words(place["text"], headers)))
         elif bare is not None:
             if "emitted" not in bare["text"] and "frontend command failed" not in bare["text"]:
-                found.append(_general(file_name, _words(bare["text"], trees)))
+                found.append(_general(file_name, _words(bare["text"], headers)))
             excerpt = None
         elif excerpt is not None:
             # The source line and the caret directly follow their diagnostic; notes and stack dumps do not interest.
@@ -189,14 +191,14 @@ def _asm_line(source: str, text: str) -> int:
     return next((index for index, line in enumerate(lines, 1) if host and host["path"] in line), 0)
 
 
-def _words(text: str, trees: Sequence[Path]) -> str:
+def _words(text: str, headers: str) -> str:
     """clang's words, but for files of the host, where it only says "not found"."""
     host = _HOST_FILE.match(text)
     path = (host["path"] or host["opened"]) if host else ""
     if path.startswith("/") or ".." in path.split("/"):
-        return f"#include of a host file: {path} is outside the header tree; only {_headers(trees)} may be included"
+        return f"#include of a host file: {path} is outside the header tree; only {headers} may be included"
     if host:
-        return f"'{path}' is not in the header tree; there are {_headers(trees)} (kernel types are all in vmlinux.h)"
+        return f"'{path}' is not in the header tree; there are {headers} (kernel types are all in vmlinux.h)"
     asm = _INCBIN.search(text)
     if asm:
         return f".{asm['how']} of a host file: {asm['path']} is outside the header tree; assembly may read no files"
@@ -208,7 +210,8 @@ def _headers(trees: Sequence[Path]) -> str:
     return ", ".join(names[:8]) + (" and " if names else "") + "<bpf/*.h>"
 
 
-def _limit_words(finished: sandbox.Finished, limits: sandbox.Limits) -> str:
+def limit_words(finished: sandbox.Finished, limits: sandbox.Limits) -> str:
+    """Which limit ended a compiler, for the person whose source did it."""
     words = {
         "memory": f"the compiler needed more than {limits.memory_bytes >> 20} MiB of memory",
         "cpu": f"the compiler took more than {limits.cpu_seconds} s",

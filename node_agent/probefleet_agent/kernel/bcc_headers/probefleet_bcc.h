@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: (LGPL-2.1 OR BSD-2-Clause) */
+/*
+ * The types of bpf/include/probefleet.h for BCC: `#include <probefleet.h>` in a program for BCC brings these, the map
+ * probefleet_filter and probefleet_selected(cgroup), and the map probefleet_lost and probefleet_count_lost(what).
+ */
+#pragma once
+
+typedef u64 cgroup_id_t;
+typedef u32 pid_nr_t;
+typedef u32 tid_nr_t;
+typedef u32 user_id_t;
+typedef u32 syscall_t;
+typedef s32 errno_t;
+typedef u32 device_t;
+typedef u16 port_t;
+typedef __be16 be_port_t;
+typedef __be32 ipv4_t;
+typedef u8 ipv6_t[16];
+typedef u8 ip_t[16];
+typedef u64 nanoseconds_t;
+typedef u64 ktime_t_ns;
+typedef s32 stack_id_t;
+typedef s32 kernel_stack_id_t;
+typedef s32 user_stack_id_t;
+typedef char comm_t[16];
+
+#define PROBEFLEET_COMPAT (1U << 31)
+#define PROBEFLEET_REFUSED 2
+#define PROBEFLEET_LOST_UPDATE 0
+#define PROBEFLEET_LOST_RING 1
+#define PROBEFLEET_SUBMITTED 2
+#define PROBEFLEET_LOST_OTHER 3
+#define PROBEFLEET_COUNTS 4

@@ -1,0 +1,152 @@
+"""What is done to a BCC program's text before it is compiled, and what its functions' names say. Pure.
+
+BCC finds kernel headers and tracepoints' formats by itself, on a machine that has them. The sandboxed child has neither
+(no headers exist on the node, tracefs is root's), so ``bcc.compile`` gives it what the text asks for:
+
+- every kernel header that it includes, as another name of vmlinux.h (``wrappers``);
+- the struct of every tracepoint that it names, from the format that the kernel shows (``tracepoint_struct``);
+- for ``#include <probefleet.h>`` the pod filter, on that same line: BCC rewrites map operations in the main file only,
+  and lines keep their numbers;
+- global objects of the structs that records may be made of, behind the last line: else BTF would not describe them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+ProgramKind = Literal[
+    "kprobe", "kretprobe", "tracepoint", "raw_tracepoint", "fentry", "fexit", "lsm", "iterator", "syscall", ""
+]
+_PREFIXES: tuple[tuple[str, ProgramKind], ...] = (
+    ("kprobe__", "kprobe"),
+    ("kretprobe__", "kretprobe"),
+    ("tracepoint__", "tracepoint"),
+    ("raw_tracepoint__", "raw_tracepoint"),
+    ("kfunc__", "fentry"),
+    ("kretfunc__", "fexit"),
+    ("lsm__", "lsm"),
+    ("bpf_iter__", "iterator"),
+    ("syscall__", "syscall"),
+)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([A-Za-z0-9_][A-Za-z0-9_/.-]*\.h)[>"]', re.MULTILINE)
+_OURS = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]probefleet\.h[>"][^\n]*', re.MULTILINE)
+_TRACEPOINT = re.compile(r"\bTRACEPOINT_PROBE\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)|\bstruct\s+tracepoint__(\w+?)__(\w+)\b")
+_STRUCT = re.compile(r"\b(struct|union)\s+(\w+)\s*\{")
+_TYPEDEF = re.compile(r"\btypedef\s+(?:struct|union)\s*\w*\s*\{[^{}]*\}\s*(\w+)\s*;")
+_RECORDS = re.compile(r"\bBPF_(?:PERF_OUTPUT|RINGBUF_OUTPUT)\b")
+_FIELD = re.compile(
+    r"\s*field:(?P<declaration>[^;]+);\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);\s*signed:(?P<signed>\d);"
+)
+_ARRAY = re.compile(r"(?P<type>.*?)\b(?P<name>\w+)\[(?P<count>[^\]]*)\]\Z")
+MAX_NAMES = 64
+KEEP = "__probefleet_keep_"
+_ELEMENT_BYTES = {
+    "char": 1, "unsigned char": 1, "signed char": 1, "u8": 1, "__u8": 1, "s8": 1, "short": 2, "unsigned short": 2,
+    "u16": 2, "__u16": 2, "__be16": 2, "int": 4, "unsigned int": 4, "u32": 4, "__u32": 4, "__be32": 4, "long": 8,
+    "unsigned long": 8, "u64": 8, "__u64": 8,
+}  # fmt: skip
+_FILTER = (
+    'BPF_F_TABLE("hash", u64, u8, probefleet_filter, 16384, 0); '
+    'BPF_TABLE("percpu_array", u32, u64, probefleet_lost, PROBEFLEET_COUNTS); '
+    "static inline bool probefleet_selected(u64 cgroup_id) { u8 *verdict = probefleet_filter.lookup(&cgroup_id); "
+    "return !verdict || *verdict != PROBEFLEET_REFUSED; } "
+    "static inline void probefleet_count_lost(u32 what) { u64 *count = probefleet_lost.lookup(&what); "
+    "if (count) __sync_fetch_and_add(count, 1); }"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a function's name says about where it goes; ``kind`` is "" where it says nothing."""
+
+    kind: ProgramKind
+    target: str = ""  #: function, tracepoint's name, or system call
+    category: str = ""  #: of a tracepoint
+
+
+def hint_of(function: str) -> Hint:
+    """``tracepoint__syscalls__sys_enter_execve`` → tracepoint syscalls:sys_enter_execve; names without prefix: "".
+
+    TRACEPOINT_PROBE, RAW_TRACEPOINT_PROBE, KFUNC_PROBE and LSM_PROBE are macros that make such names.
+    """
+    for prefix, kind in _PREFIXES:
+        if not function.startswith(prefix):
+            continue
+        rest = function.removeprefix(prefix)
+        if kind == "tracepoint":
+            category, _, name = rest.partition("__")
+            return Hint(kind, name, category) if name else Hint("")
+        if kind in ("fentry", "fexit"):
+            rest = rest.partition("__")[2] or rest  # kfunc__vmlinux__do_unlinkat
+        return Hint(kind, rest) if rest else Hint("")
+    return Hint("")
+
+
+def wrappers(source: str) -> tuple[str, ...]:
+    """The kernel headers that the text includes by name, such as ``linux/sched.h``; BCC has its own ``bcc/``."""
+    names = dict.fromkeys(_INCLUDE.findall(source))
+    return tuple(name for name in names if ".." not in name and not name.startswith("bcc/"))[:MAX_NAMES]
+
+
+def includes_ours(source: str) -> bool:
+    """The text includes ``probefleet.h``."""
+    return bool(_OURS.search(source))
+
+
+def tracepoints(source: str) -> tuple[tuple[str, str], ...]:
+    """(category, name) of every tracepoint whose arguments the text uses."""
+    found = _TRACEPOINT.findall(_COMMENT.sub(" ", source))
+    return tuple(dict.fromkeys((a or c, b or d) for a, b, c, d in found))[:MAX_NAMES]
+
+
+def prepared(source: str, *, keep: bool = True) -> str:
+    """The text that is compiled; every line of the source keeps its number."""
+    text = _OURS.sub(lambda _: _FILTER, source, count=1)
+    bare = _COMMENT.sub(" ", source)
+    if not keep or not _RECORDS.search(bare):
+        return text
+    names = [f"{word} {name}" for word, name in _STRUCT.findall(bare)] + _TYPEDEF.findall(bare)
+    section = '__attribute__((section(".maps.probefleet_keep"), used))'
+    kept = [f"{name} {KEEP}{index} {section};" for index, name in enumerate(dict.fromkeys(names[:MAX_NAMES]))]
+    return text + "\n" + " ".join(kept) + "\n"
+
+
+def tracepoint_struct(category: str, name: str, text: str) -> str:
+    """``struct tracepoint__CATEGORY__NAME`` from the text of a tracepoint's ``format`` file, every offset forced.
+
+    Members are called as BCC calls them: ``args->filename``, and ``data_loc_NAME`` for what lies behind the record.
+    """
+    parts, at = [], 0
+    for match in _FIELD.finditer(text):
+        offset, size = int(match["offset"]), int(match["size"])
+        declared = _declaration(match["declaration"].strip(), size, match["signed"] == "1")
+        if offset < at or not size or declared is None:
+            continue
+        if offset > at:
+            parts.append(f"char __pad{at}[{offset - at}];")
+        parts.append(declared)
+        at = offset + size
+    body = "\n\t".join(parts)
+    return f"struct tracepoint__{category}__{name} {{\n\t{body}\n}} __attribute__((packed, aligned(8)));\n"
+
+
+def _declaration(text: str, size: int, signed: bool) -> str | None:
+    if text.startswith(("__data_loc ", "__rel_loc ")):
+        name = text.rpartition(" ")[2].partition("[")[0]
+        return f"int data_loc_{name};" if size == 4 else None
+    array = _ARRAY.match(text)
+    if array:
+        kind = array["type"].strip().removeprefix("const ")
+        element = _ELEMENT_BYTES.get(kind, 0)
+        if element and size % element == 0:
+            return f"{kind} {array['name']}[{size // element}];"
+        return f"unsigned char {array['name']}[{size}];"
+    kind, _, name = text.rpartition(" ")
+    if kind.endswith("*") or name.startswith("*"):
+        name = name.lstrip("*")
+        return f"{'char' if 'char' in kind else 'void'} *{name};" if size == 8 else None
+    number = {1: "8", 2: "16", 4: "32", 8: "64"}.get(size)
+    return f"{'s' if signed else 'u'}{number} {name};" if number else f"unsigned char {name}[{size}];"
