@@ -230,12 +230,6 @@ class EventState:
 
 def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Record]:
     rows: list[Record] = [{"node": kept.node} for _ in range(high - low)]
-    for name, content in kept.columns.items():
-        if name in _IDENTITIES:
-            continue
-        part = _part(content, low, high)
-        for row, value in zip(rows, part, strict=True):
-            row[name] = value
     if "pod_uid" in kept.columns:
         uids = _part(kept.columns["pod_uid"], low, high)
         for group in ("namespace", "workload", "pod"):
@@ -246,6 +240,11 @@ def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Recor
             label = joiner.label("container")
             for row, uid, each in zip(rows, uids, _part(kept.columns["container_id"], low, high), strict=True):
                 row["container"] = label(uid, each)
+    for name, content in kept.columns.items():
+        if name not in _IDENTITIES:
+            for row, value in zip(rows, _part(content, low, high), strict=True):
+                # A program's field "node" does not take the place of the node's name.
+                row.setdefault(name, value)
     return rows
 
 

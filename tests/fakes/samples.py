@@ -100,7 +100,7 @@ def chunk(
         positions=columns.pack(np.array(positions, np.uint64)) if positions else b"",
         end_position=end if end is not None else (positions[-1] + 48 if positions else 0),
         columns=[
-            columns.column("time_ns", np.array(positions, np.uint64)),
+            columns.column("time_ns", np.array(positions, np.uint64) * 1000 + START),
             columns.column("pod_uid", ["uid-web-1"] * len(positions)),
             columns.column("container_id", ["c1"] * len(positions)),
             columns.column("comm", [f"cmd-{position}" for position in positions]),

@@ -506,7 +506,7 @@ def test_records_are_counted_once_by_their_position() -> None:
     assert (events.received, events.submitted, events.lost, events.dropped, out.lost) == (5, 5, 2, 1, 3)
     assert [record["comm"] for record in events.records] == [f"cmd-{p}" for p in (0, 48, 96, 144, 192)]
     assert events.records[0] == {
-        "node": "a", "time_ns": 0, "comm": "cmd-0",
+        "node": "a", "time_ns": START, "comm": "cmd-0",
         "namespace": "shop", "workload": "web", "pod": "web-1", "container": "nginx",
     }  # fmt: skip
     assert out.outputs[0].rate_per_second == 0.5
