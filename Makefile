@@ -2,20 +2,107 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-BUILD := build
+PYTEST := $(PYTHON) -m pytest -q
+CLUSTER := tests/cluster/cluster
+# The kernel of which `make test` boots a virtual machine: Debian 12's own, with kprobes.
+VM_SUITE ?= bookworm
+# Pure modules: their branch coverage is held at 95 %.
+PURE := $(addprefix probefleet_core.,policy planner placement aggregate report) \
+	$(addprefix probefleet_wire.,columns merge) $(addprefix probefleet_agent.,reconcile decode samples pods)
+TEST_PACKAGES := packages.txt $(wildcard tests/*/packages.txt) images/packages.txt
+
+# Install what is missing of the Debian packages in these files.
+define apt_install
+@missing=$$(for package in $$(grep -hv '^ *#' $(1) | sort -u); do \
+	dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || echo $$package; done); \
+if [ -n "$$missing" ]; then \
+	echo "installing Debian packages:" $$missing; \
+	apt-get update -qq; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >build/apt.log 2>&1 \
+		|| { tail -20 build/apt.log >&2; exit 1; }; \
+fi
+endef
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build:
+	@mkdir -p build
+
+.PHONY: packages test-packages
+packages: | build
+	$(call apt_install,packages.txt)
+test-packages: | build
+	$(call apt_install,$(TEST_PACKAGES))
 
 # Debian's own python3: python3-bpfcc comes from Debian and is seen through --system-site-packages.
-$(VENV)/.done: requirements.lock pyproject.toml
-	/usr/bin/python3 -m venv --system-site-packages $(VENV)
-	$(PYTHON) -m pip install --quiet --require-hashes --requirement requirements.lock
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+$(VENV)/.done: requirements.lock pyproject.toml | packages
+	@echo "making the virtual environment $(VENV)"
+	@/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	@$(PYTHON) -m pip install --quiet --require-hashes --requirement requirements.lock
+	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
 
-.PHONY: protos
-protos: $(VENV)/.done ## generate the wire's code from protos/
-	$(PYTHON) -m grpc_tools.protoc --proto_path=protos --python_out=protos --mypy_out=protos --grpc_python_out=protos \
-		protos/probefleet_wire/v1/*.proto
+.PHONY: venv bpf mounts setup protos lock
+venv: $(VENV)/.done
+bpf: | packages ## compile the BPF objects
+	@$(MAKE) -s -C bpf
+mounts:
+	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+setup: packages venv bpf mounts ## install and build what `probefleet run` needs on this machine
+
+protos: venv ## generate the wire's code from protos/
+	PATH=$(abspath $(VENV))/bin:$$PATH $(PYTHON) -m grpc_tools.protoc --proto_path=protos --python_out=protos \
+		--mypy_out=quiet:protos --grpc_python_out=protos protos/probefleet_wire/v1/*.proto
+	rm -f protos/probefleet_wire/v1/plan_pb2_grpc.py
+lock: ## lock the versions of all Python packages (needs uv)
+	uv pip compile --universal --python-version 3.11 --all-extras --group dev --generate-hashes -q pyproject.toml \
+		-o requirements.lock
+
+.PHONY: demo
+demo: setup ## measure this machine: a histogram, an inline BCC program, and events
+	@examples/demo
+
+.PHONY: check lint types unit
+check: lint types unit ## lint, types and unit tests (under 60 s)
+lint: venv
+	@$(VENV)/bin/ruff check -q . && $(VENV)/bin/ruff format -q --check .
+	@PATH=$(abspath $(VENV))/bin:$$PATH lint-imports --no-cache | tail -12
+types: venv
+	@$(VENV)/bin/mypy --no-error-summary
+unit: venv bpf mounts
+	@$(PYTEST) tests/unit $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered --cov-fail-under=95
+
+.PHONY: test test-kernel test-vm test-e2e
+test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
+	@$(MAKE) check
+	@$(MAKE) test-kernel
+	@$(MAKE) test-vm
+	@$(MAKE) test-e2e
+test-kernel: setup test-packages ## real BPF programs in this machine's kernel
+	@$(PYTEST) tests/kernel --ignore=tests/kernel/vm_only
+test-vm: setup test-packages ## the same in a virtual machine with kprobes
+	@tests/kernel/vm fetch $(VM_SUITE)
+	@$(MAKE) -s -C tests/workloads
+	@tests/kernel/vm run $(VM_SUITE) --seconds 1200 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
+		tests/kernel/test_links.py tests/kernel/test_catalog.py tests/kernel/vm_only
+test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
+	@$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e
+
+.PHONY: cluster-up cluster-images cluster-demo cluster-down
+cluster-up: test-packages mounts
+	@$(CLUSTER) build
+	@$(CLUSTER) up 3
+cluster-images: cluster-up bpf
+	@images/build --load
+cluster-demo: setup cluster-images ## a real cluster on this machine, with Probefleet installed and examples applied
+	@examples/cluster-demo
+cluster-down: ## stop the cluster of cluster-demo; nothing of it is left
+	@$(CLUSTER) down
