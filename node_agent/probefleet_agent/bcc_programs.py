@@ -1,7 +1,8 @@
-"""An instance of BCC's dialect, into the kernel: compiled in a sandboxed child, linked to our own maps, loaded by our own gate.
+"""An instance of BCC's dialect: compiled in a sandboxed child, linked to our own maps, loaded by our own gate.
 
-Called by ``execute`` for instances with ``bcc``; what comes back is a ``Loaded`` like any other: pinned, adopted, shared, read and
-removed the same way. Where the policy names no attachments, the functions' names say them (``tracepoint__…``, ``kprobe__…``).
+Called by ``execute`` for instances with ``bcc``; what comes back is a ``Loaded`` like any other: pinned, adopted,
+shared, read and removed the same way. Where the policy names no attachments, the functions' names say them
+(``tracepoint__…``, ``kprobe__…``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Readers: what a policy's outputs are, read from the maps and rings of the instance it is bound to.
 
-In: bytes from ``kernel.maps`` and ``kernel.rings``, identities from ``pods``. Out: ``Table`` and ``EventChunk`` messages. The
-engine makes one reader an output when it binds a policy, and asks it every interval. A map is read once for all policies
-that share an instance; each keeps only what its selection lets through.
+In: bytes from ``kernel.maps`` and ``kernel.rings``, identities from ``pods``. Out: ``Table`` and ``EventChunk``
+messages. The engine makes one reader an output when it binds a policy, and asks it every interval. A map is read
+once for all policies that share an instance; each keeps only what its selection lets through.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _listed(column: decode.Column) -> decode.Column | list[str]:
 def judge(
     book: Book, policy: PolicyUid, entries: Bytes, cgroup: Field | None
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], list[pods.Identity]]:
-    """Of each entry: does it count, must it wait, whose is it. Entries without a cgroup count for whoever reads them."""
+    """Of each entry: does it count, must it wait, whose is it. Entries without a cgroup count for all."""
     n = len(entries)
     if cgroup is None:
         return np.ones(n, bool), np.zeros(n, bool), [pods.Identity(pods.UNKNOWN, "")] * n

@@ -1,8 +1,9 @@
 """What the programs cost on this node: run counts and times of the kernel's own statistics, in sampled windows.
 
-The kernel counts runs only while somebody asks for it (``BPF_ENABLE_STATS``), and counting costs some 20 ns a run: so it is
-on for one second of ten. The engine ticks; a window that ends adds to each instance's sums, and an instance that was over
-its budget for ``STRIKES`` windows in a row is named, to be detached. Without CAP_SYS_ADMIN the cost is unknown, and said so.
+The kernel counts runs only while somebody asks for it (``BPF_ENABLE_STATS``), and counting costs some 20 ns a run:
+so it is on for one second of ten. The engine ticks; a window that ends adds to each instance's sums, and an
+instance that was over its budget for ``STRIKES`` windows in a row is named, to be detached. Without CAP_SYS_ADMIN
+the cost is unknown, and said so.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The agent without a network: pushes in, statuses and batches out. `session` wraps it for a cluster, `probefleet run` for one machine.
+"""The agent without a network: pushes in, statuses and batches out.
 
-::
+``session`` wraps it for a cluster, ``probefleet run`` for one machine::
 
     apply(Push) ─▶ reconcile ─▶ execute ─▶ status()
     collect(now) ─▶ read maps and rings once ─▶ readers of each policy ─▶ Batch        acknowledge(sequence) ─▶ rings
 
-Synchronous and single-threaded: whoever has an event loop calls it from one worker thread. It survives ``kill -9`` because what
-matters lies in the kernel: at ``open`` it adopts every pinned instance, its policies included, and goes on reading.
+Synchronous and single-threaded: whoever has an event loop calls it from one worker thread. It survives ``kill -9``
+because what matters lies in the kernel: at ``open`` it adopts every pinned instance, its policies included, and
+goes on reading.
 """
 
 from __future__ import annotations

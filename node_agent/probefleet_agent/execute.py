@@ -1,9 +1,9 @@
 """One instance, from a plan to pinned programs that count: the only place that loads, attaches and removes.
 
 The engine carries out ``reconcile``'s actions with it. An ``Instance`` (of whatever kind) becomes a ``Loaded``: its
-maps, its programs, its links, and how its bytes are read. All of it lies in one folder of pins, built aside and renamed, with a
-manifest that says everything a later process needs to *adopt* it; so counting goes on while the agent is replaced. What
-fails leaves nothing behind.
+maps, its programs, its links, and how its bytes are read. All of it lies in one folder of pins, built aside and
+renamed, with a manifest that says everything a later process needs to *adopt* it; so counting goes on while the
+agent is replaced. What fails leaves nothing behind.
 """
 
 from __future__ import annotations

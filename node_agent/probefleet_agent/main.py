@@ -1,4 +1,6 @@
-"""``probefleet-agent``: the process of the DaemonSet. Opens the engine, keeps the session, leaves programs counting at its end."""
+"""``probefleet-agent``: the process of the DaemonSet. Opens the engine, keeps the session, leaves programs counting at
+its end.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Whose cgroup is it? From cgroup ids to pods and containers, and from selections to the answer of the filter. Pure.
 
-In: paths of cgroups, as ``kernel.cgroups`` scans them and the pinned map ``cgroups`` remembers them (also of those that
-are gone), and the pods that a push names. Out: for each cgroup an ``Identity``, and for each policy which cgroups count.
-The engine calls this before it reads maps. Three answers, never two: *selected*, *refused*, and *unknown*, which is kept
-until identity comes (a pod may run before the operator has told this node about it).
+In: paths of cgroups, as ``kernel.cgroups`` scans them and the pinned map ``cgroups`` remembers them (also of those
+that are gone), and the pods that a push names. Out: for each cgroup an ``Identity``, and for each policy which
+cgroups count. The engine calls this before it reads maps. Three answers, never two: *selected*, *refused*, and
+*unknown*, which is kept until identity comes (a pod may run before the operator has told this node about it).
 """
 
 from __future__ import annotations

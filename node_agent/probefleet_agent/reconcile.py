@@ -6,9 +6,9 @@
                      ├─▶ reconcile ─▶ actions ─▶ engine executes each ─▶ Observed ─▶ reconcile …
     kernel ▶ Observed┘
 
-Each round says what can be done *now*: a policy is bound to its new instance in the round after that has loaded, and what
-nobody is bound to goes in the round after that. So a load that fails leaves the last good instance where it is, whoever
-asks for the rest. Nothing is removed but by a ``Desired``, and only an authenticated push makes one.
+Each round says what can be done *now*: a policy is bound to its new instance in the round after that has loaded,
+and what nobody is bound to goes in the round after that. So a load that fails leaves the last good instance where
+it is, whoever asks for the rest. Nothing is removed but by a ``Desired``, and only an authenticated push makes one.
 """
 
 from __future__ import annotations

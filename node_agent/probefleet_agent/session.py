@@ -6,9 +6,9 @@
                 Ack  ──▶ engine.acknowledge
     tick ─────────────▶ engine.collect ──▶ Batch ──▶ operator
 
-The engine is synchronous: every call of it runs in one worker thread, one after the other. Without an operator the node keeps
-what it has; programs go on counting, and the next stream sends everything that is due. Reconnects are spread by jitter,
-since five thousand agents lose one operator at the same moment.
+The engine is synchronous: every call of it runs in one worker thread, one after the other. Without an operator the
+node keeps what it has; programs go on counting, and the next stream sends everything that is due. Reconnects are
+spread by jitter, since five thousand agents lose one operator at the same moment.
 """
 
 from __future__ import annotations

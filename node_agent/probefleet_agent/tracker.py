@@ -1,8 +1,8 @@
 """Keeps the pinned map ``cgroups`` (id → path) alive and reads it: the source of every identity on this node.
 
-A program on ``cgroup_mkdir`` fills it in the kernel (``bpf/agent/cgroups.bpf.c``), so that pods which end within a second, or
-while the agent restarts, still have names. At its first start the cgroups that exist already are put in as well. The program
-is attached before they are looked for, so none falls in between.
+A program on ``cgroup_mkdir`` fills it in the kernel (``bpf/agent/cgroups.bpf.c``), so that pods which end within a
+second, or while the agent restarts, still have names. At its first start the cgroups that exist already are put in
+as well. The program is attached before they are looked for, so none falls in between.
 """
 
 from __future__ import annotations
