@@ -1,4 +1,4 @@
-"""How fast batches are merged: ``python tests/bench/aggregate.py`` prints rows a second on one core, unpacking included.
+"""How fast batches are merged: ``python tests/bench/aggregate.py`` prints rows a second on one core, with unpacking.
 
 The goal is 20 million value updates a second. Nodes with few rows are bound by the cost of a message, some 30 µs.
 """
