@@ -66,6 +66,8 @@ def _mount(kind: str, path: Path, there: object, advice: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KernelError(error.errno or 0, f"make the folder {path}", advice) from error
+    if there(path):  # a folder within one that is mounted
+        return path
     if _libc.mount(kind.encode(), os.fsencode(path), kind.encode(), ctypes.c_ulong(0), None) != 0:
         number = ctypes.get_errno()
         if not there(path):  # another process may have been faster
