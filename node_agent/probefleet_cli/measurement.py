@@ -1,8 +1,8 @@
 """One machine's measurement: an engine and an aggregate for each policy, from the push to the last report.
 
-``run`` and ``check`` call it with what ``preparation`` made. The engine is the agent's own, in this process; its batches
-take the same way as in a cluster: merged by ``aggregate``, put into a ProbeReport's status by ``report``. Single-threaded:
-whoever opened a ``Measurement`` calls all of it.
+``run`` and ``check`` call it with what ``preparation`` made. The engine is the agent's own, in this process; its
+batches take the same way as in a cluster: merged by ``aggregate``, put into a ProbeReport's status by ``report``.
+Single-threaded: whoever opened a ``Measurement`` calls all of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from probefleet_cli import local_pods, preparation, workspace
 from probefleet_cli.failures import Failure, KernelRefuses
 
 SESSION = 1
+LOG_LINES = 6
+BROKEN = (stream_pb2.PolicyStatus.FAILED, stream_pb2.PolicyStatus.DETACHED)
+#: Programs go on while the rings are emptied; a reading takes up to 4 MiB.
+MAX_LAST_READINGS = 32
 
 
 class Engine(Protocol):
@@ -82,16 +86,22 @@ class Measurement:
             for each in self.prepared
         ]
 
-    def sample(self, *, force: bool = False) -> bool:
-        """Read what is due and merge it; whether there was anything."""
+    def sample(self, *, force: bool = False) -> stream_pb2.Batch | None:
+        """Read what is due and merge it; the batch, where there was anything."""
         batch = self.engine.collect(time.time_ns(), force=force)
-        if batch is None:
-            return False
-        received_ns = time.time_ns()
-        for each in self.aggregates:
-            each.apply(node_name(), SESSION, batch, received_ns)
-        self.engine.acknowledge(batch.sequence)
-        return True
+        if batch is not None:
+            received_ns = time.time_ns()
+            for each in self.aggregates:
+                each.apply(node_name(), SESSION, batch, received_ns)
+            self.engine.acknowledge(batch.sequence)
+        return batch
+
+    def sample_rest(self) -> None:
+        """The last reading: all maps once, and rings until they are empty or a bound is reached."""
+        for _ in range(MAX_LAST_READINGS):
+            batch = self.sample(force=True)
+            if batch is None or not batch.events:
+                return
 
     def results(self) -> list[result.Result]:
         """Each policy's result of now."""
@@ -136,7 +146,9 @@ def measure(
     except agent_errors.ProbefleetError as error:
         raise KernelRefuses(f"this machine does not allow it: {error}. probefleet doctor tells more") from error
     except PermissionError as error:
-        raise Failure(f"{error}. Loading programs needs root: sudo probefleet …; probefleet doctor tells more") from error
+        raise Failure(
+            f"{error}. Loading programs needs root: sudo probefleet …; probefleet doctor tells more"
+        ) from error
 
 
 def refusal(each: preparation.Prepared, status: stream_pb2.PolicyStatus, *, whole_log: bool = False) -> str:
@@ -148,7 +160,3 @@ def refusal(each: preparation.Prepared, status: stream_pb2.PolicyStatus, *, whol
     if not whole_log and len(lines) > LOG_LINES:
         lines = [f"… (check -v shows {len(lines) - LOG_LINES} more lines)", *lines[-LOG_LINES:]]
     return "\n".join([text, *(f"    {line}" for line in lines)])
-
-
-LOG_LINES = 6
-BROKEN = (stream_pb2.PolicyStatus.FAILED, stream_pb2.PolicyStatus.DETACHED)

@@ -47,13 +47,16 @@ def list_private(bpffs: Path) -> list[Found]:
     """All runs' folders under that bpffs."""
     found = []
     for path in sorted(bpffs.glob(f"{PREFIX}*")):
+        if path.is_mount():
+            continue  # a bpffs of its own is not of our making
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue  # its owner was faster
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append(Found(path, in_use=False))
+            # Between making its folder and locking it a run is known by its pid.
+            found.append(Found(path, in_use=Path("/proc", path.name.removeprefix(PREFIX)).exists()))
         except BlockingIOError:
             found.append(Found(path, in_use=True))
         finally:

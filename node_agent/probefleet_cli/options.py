@@ -1,0 +1,55 @@
+"""What several commands take on their command line: durations, settings, and where this machine's things are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from probefleet_agent.kernel import mounts
+from probefleet_core import quantities
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FORMATS = ("table", "json", "yaml", "folded", "svg")
+
+
+class Duration(click.ParamType):
+    """``30s``, ``1h30m`` → seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """click's; fails with the reason."""
+        if isinstance(value, float):
+            return value
+        try:
+            return quantities.duration_ns(str(value)) / 1e9
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}.", param, ctx)
+
+
+def machine(command: Command) -> Command:
+    """``--bpffs`` and ``--cgroup-root``."""
+    command = click.option(
+        "--cgroup-root",
+        default="/",
+        show_default=True,
+        envvar="PROBEFLEET_CGROUP_ROOT",
+        help="Only processes of this cgroup and below count as this machine.",
+    )(command)
+    return click.option(
+        "--bpffs",
+        type=click.Path(path_type=Path),
+        default=mounts.BPFFS,
+        show_default=True,
+        envvar="PROBEFLEET_BPFFS",
+        help="Where bpffs is mounted (or is to be).",
+    )(command)
+
+
+def settings(command: Command) -> Command:
+    """``--set``."""
+    return click.option(
+        "--set", "settings", multiple=True, metavar="PARAMETER=VALUE", help="A catalog probe's parameter; repeatable."
+    )(command)

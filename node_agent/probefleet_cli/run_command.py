@@ -1,0 +1,135 @@
+"""``probefleet run``: a ProbePolicy on this machine, without Kubernetes.
+
+words ─▶ sources ─▶ preparation ─▶ measurement ─▶ screen. The command's own part is time: it samples until --for is over
+or someone presses Ctrl-C, and then reads once more, so that the report at the end has everything.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from probefleet_core import report, result
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_cli import interruption, measurement, options, preparation, screen, sources
+from probefleet_cli.failures import BadInput, KernelRefuses
+
+#: How often the engine is asked whether something is due; rings are emptied as often.
+TICK_SECONDS = 0.1
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="NAME|FILE...")
+@click.option("-n", "--namespace", help="Count only pods of this namespace that are on this machine.")
+@click.option("--pid", type=click.IntRange(min=1), help="Only this process, where the program can tell.")
+@click.option("--for", "duration", type=options.Duration(), help="Stop after this time (30s, 5m). Without: Ctrl-C.")
+@click.option("--interval", help="How often values are read (1s to 1h). Probes by name: 1s.")
+@options.settings
+@click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
+@options.machine
+def run(
+    what: tuple[str, ...],
+    *,
+    namespace: str | None,
+    pid: int | None,
+    duration: float | None,
+    interval: str | None,
+    settings: tuple[str, ...],
+    output: str,
+    bpffs: Path,
+    cgroup_root: str,
+) -> None:
+    """Measure on this machine: probes of the catalog by NAME, or ProbePolicies in FILEs.
+
+    Everything is removed at the end, and the reports that a cluster would write are printed.
+
+    \b
+      probefleet run runqlat --for 30s
+      probefleet run syscount --set syscalls=openat,read --output json --for 5s
+      probefleet run policy.yaml map.yaml -n shop
+    """
+    catalog = sources.load_catalog()
+    given = sources.read(
+        what,
+        catalog=catalog,
+        settings=sources.parse_settings(settings),
+        interval=interval,
+        default_interval=interval or "1s",
+    )
+    screen.progress("preparing …")
+    prepared = preparation.prepare(given, catalog=catalog, namespace=namespace or "default", pid=pid or 0)
+    if output in ("folded", "svg") and not any(_has_stacks(each) for each in prepared):
+        raise BadInput(
+            f"--output {output} is for outputs of kind stacks, and there is none. Try: probefleet run profile"
+        )
+    screen.progress("loading …")
+    with (
+        interruption.Interruption() as stop,
+        measurement.measure(prepared, bpffs=bpffs, cgroup_root=cgroup_root, namespace=namespace) as measured,
+    ):
+        refusals = _refusals(measured)
+        if len(refusals) == len(prepared):
+            raise KernelRefuses("\n".join(refusals))
+        for text in refusals:
+            click.secho(text, err=True, fg="red")
+        screen.progress("counting …" + ("" if duration else " Ctrl-C ends it and prints the report"))
+        _watch(measured, stop, duration, output)
+        measured.sample_rest()
+        late = [text for text in _refusals(measured) if text not in refusals]
+        results = measured.results()
+    screen.print_reports(_shown(measured.prepared, results), output=output, stream=sys.stdout)
+    if refusals or late:
+        raise KernelRefuses("\n".join(late) or f"{len(refusals)} of {len(prepared)} policies did not run, see above")
+
+
+def _watch(
+    measured: measurement.Measurement, stop: interruption.Interruption, duration: float | None, output: str
+) -> None:
+    """Sample until the time is over or someone asks to stop."""
+    began = time.monotonic()
+    with screen.Screen(output=output) as view:
+        while not stop.asked:
+            left = TICK_SECONDS if duration is None else min(TICK_SECONDS, began + duration - time.monotonic())
+            if left <= 0 or stop.wait(left):
+                return
+            if measured.sample() is not None and view.live:
+                view.show(_shown(measured.prepared, measured.results()))
+            if all(status.state in measurement.BROKEN for status in measured.statuses()):
+                return
+
+
+def _refusals(measured: measurement.Measurement) -> list[str]:
+    statuses: Sequence[stream_pb2.PolicyStatus] = measured.statuses()
+    return [
+        measurement.refusal(each, status)
+        for each, status in zip(measured.prepared, statuses, strict=True)
+        if status.state in measurement.BROKEN
+    ]
+
+
+def _has_stacks(each: preparation.Prepared) -> bool:
+    return any(output.kind == plan_pb2.Output.STACKS for output in each.planned.plan.outputs)
+
+
+def _shown(prepared: Sequence[preparation.Prepared], results: Sequence[result.Result]) -> list[screen.Shown]:
+    return [
+        screen.Shown(each.policy.name, report.status(found), each.policy.namespace, _stacks(found))
+        for each, found in zip(prepared, results, strict=True)
+    ]
+
+
+def _stacks(found: result.Result) -> dict[str, int]:
+    """All stacks of a result, folded: a report shows fewer, and cuts long ones."""
+    counts: dict[str, int] = {}
+    for output in found.outputs:
+        if output.output.kind == plan_pb2.Output.STACKS:
+            for labels, weight in zip(output.total.labels, output.total.weights.tolist(), strict=True):
+                folded = ";".join(str(label) for label in labels)
+                counts[folded] = counts.get(folded, 0) + int(weight)
+            if output.total.other is not None:
+                counts[result.OTHER] = counts.get(result.OTHER, 0) + int(output.total.other.sum())
+    return counts
