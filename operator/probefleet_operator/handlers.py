@@ -14,7 +14,7 @@ import asyncio
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kopf
@@ -28,6 +28,15 @@ RELIST_SECONDS = 60.0
 STOP_SECONDS = 2.0
 
 
+class ForEver:
+    """Seconds between attempts, without an end: an API server that is away is no reason for kopf to stop."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (1, 1, 2, 3, 5, 8)
+        while True:
+            yield reflector.jittered(15)
+
+
 def settings_for(settings: kopf.OperatorSettings) -> kopf.OperatorSettings:
     """What suits an operator that only listens."""
     settings.peering.standalone = True
@@ -37,6 +46,7 @@ def settings_for(settings: kopf.OperatorSettings) -> kopf.OperatorSettings:
     settings.watching.client_timeout = 660
     settings.watching.connect_timeout = 10
     settings.networking.request_timeout = 60
+    settings.networking.error_backoffs = ForEver()
     return settings
 
 
@@ -119,6 +129,8 @@ class Watcher:
         """`on_change()` is called in the main loop whenever the store has changed or become complete."""
         self._client, self._store, self._on_change = client, store, on_change
         logging.getLogger("kopf").setLevel(logging.WARNING)
+        # It warns that signals are not its business in a thread: right so.
+        logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
 
     async def run(self) -> None:
         """List until it works, start kopf, relist for ever; raises OperatorError where kopf ends by itself."""

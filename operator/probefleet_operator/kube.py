@@ -72,7 +72,10 @@ class Publisher:
 
     def offer(self, key: str, render: Render, *, interval_seconds: float) -> None:
         """Publish a document from now on, and look at it at once."""
-        if key not in self._publications:
+        known = self._publications.get(key)
+        if known is not None:
+            known.interval_seconds = interval_seconds
+        else:
             self._publications[key] = _Publication(render, interval_seconds, due=0.0)
             self._wake.set()
 

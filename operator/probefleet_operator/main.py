@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_operator import api, app, errors, settings
+from probefleet_operator import api, errors, settings
 
 log = structlog.get_logger("probefleet_operator")
 
@@ -94,6 +94,9 @@ def run_until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         return 2
     except errors.OperatorError as problem:
         log.error("stopped", error=str(problem), kind=type(problem).__name__)  # noqa: TRY400  as above
+        return 1
+    except Exception:
+        log.exception("stopped by a bug")
         return 1
     return 0
 
@@ -171,6 +174,11 @@ def main(
         series_per_policy=series_per_policy,
         report_seconds=report_seconds,
     )
+
+    # gRPC's core writes a line of its own, and no JSON, for each bad handshake: anybody could fill the log. It reads
+    # this when it is imported, so the parts that import it come after.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from probefleet_operator import app
 
     async def operate(stop: asyncio.Event) -> None:
         await app.operate(options, stop)

@@ -271,7 +271,7 @@ class Planning:
     def _retain_blobs(self) -> None:
         wanted = {sha256 for entry in self.entries.values() if entry.planned for sha256 in entry.planned.objects}
         # A changed policy's old plan may still be pushed until the new one is there.
-        if self.idle:
+        if self.idle and self._blobs.names() - wanted:
             self._blobs.retain(wanted | self._pushed_objects())
 
 

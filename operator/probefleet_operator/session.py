@@ -21,6 +21,9 @@ from probefleet_operator import errors, identity
 MAX_MESSAGE_BYTES = 16 << 20
 # A Push stays well below the limit; blobs that do not fit come with the next one.
 MAX_PUSH_BLOB_BYTES = 12 << 20
+MAX_POLICIES = 2_000
+MAX_REASON = 128
+MAX_TEXT = 4_096
 
 BlobOf = Callable[[str], bytes | None]
 """sha256 (hex) → the object as a zstd frame."""
@@ -81,7 +84,13 @@ class Session:
         self._wake.set()
 
     def take_status(self, status: stream_pb2.Status) -> None:
-        """Remember what the node runs."""
+        """Remember what the node runs; raises ProtocolViolation for more than a node can run."""
+        if len(status.policies) > MAX_POLICIES or len(status.probe_maps) > MAX_POLICIES:
+            raise errors.ProtocolViolation(f"a Status with more than {MAX_POLICIES} policies or maps")
+        for each in status.policies:
+            # Texts of thousands of nodes stay in memory: each as long as it will ever be shown.
+            each.reason, each.message = each.reason[:MAX_REASON], each.message[:MAX_TEXT]
+            each.log_tail = each.log_tail[-MAX_TEXT:]
         self.running = {values.PolicyUid(each.policy_uid): each for each in status.policies}
         self.probe_maps = tuple(status.probe_maps)
         if status.term == self._term:

@@ -98,7 +98,7 @@ def _count(facts: Facts) -> Mapping[str, int]:
         "desired": len(facts.nodes),
         "updated": sum(each.state == READY for each in current),
         "ready": sum(each.state == READY for each in said),
-        "failed": sum(each.state in BROKEN for each in said) + sum(max(0, held.waiting) for held in facts.held),
+        "failed": sum(each.state in BROKEN for each in said),
     }
 
 

@@ -142,6 +142,10 @@ class Blobs:
         """The zstd frame of an object."""
         return self._packed.get(sha256)
 
+    def names(self) -> set[str]:
+        """sha256 of all that is kept."""
+        return set(self._packed)
+
     def put(self, sha256: str, data: bytes) -> None:
         """Keep an object."""
         if sha256 not in self._packed:

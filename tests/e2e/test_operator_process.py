@@ -356,12 +356,13 @@ async def test_garbage_and_oversized_messages_harm_nobody(plane: ControlPlane, o
         with socket.create_connection(("127.0.0.1", operator.port)) as raw:
             raw.sendall(bytes(range(256)) * 64)
 
-    async with agent_of(plane, operator, "node1") as good, agent_of(plane, operator, "node2") as bad:
+    async with agent_of(plane, operator, "node1") as good, agent_of(plane, operator, "node2", answer=None) as bad:
         await asyncio.to_thread(shout)
         await bad.send_batch(events=[stream_pb2.EventChunk(positions=bytes(17 << 20))])
         assert (await bad.refused()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await good.send_batch()
         await good.acknowledged(1)
+    assert operator.log(), "every line is JSON, whatever came in"
 
 
 async def test_the_query_api_needs_the_reports_token(plane: ControlPlane, operator: OperatorProcess) -> None:
@@ -428,8 +429,10 @@ def test_the_ca_is_made_once_and_survives_restarts(
         assert plane.secret(NAMESPACE, "probefleet-authority")["ca.crt"] == first
         assert plane.ca_bundle(NAMESPACE) == first
         shown = subprocess.run(
-            ["openssl", "s_client", "-connect", f"127.0.0.1:{again.port}", "-alpn", "h2", "-verify_return_error"]
-            + ["-verify_hostname", "localhost", "-CAfile", "/dev/stdin"],
+            [
+                *("openssl", "s_client", "-connect", f"127.0.0.1:{again.port}", "-alpn", "h2"),
+                *("-verify_return_error", "-verify_hostname", "localhost", "-CAfile", "/dev/stdin"),
+            ],
             input=first,
             capture_output=True,
             check=False,

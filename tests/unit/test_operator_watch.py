@@ -42,14 +42,25 @@ async def known(fake: FakeApiServer) -> AsyncIterator[tuple[inventory.Inventory,
         kept = inventory.Inventory(
             client, on_node=lambda _: None, on_pod=lambda each, gone: told.append((each.name, gone))
         )
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                kept.start(tasks)
-                await kept.wait_complete()
-                yield kept, told
-                raise StopAsyncIteration
-        except* StopAsyncIteration:
-            pass
+        async with watching(kept):
+            yield kept, told
+
+
+@asynccontextmanager
+async def watching(kept: inventory.Inventory) -> AsyncIterator[None]:
+    """Its watches run, and its lists are complete."""
+
+    async def watch() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            kept.start(tasks)
+
+    task = asyncio.create_task(watch())
+    try:
+        await kept.wait_complete()
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.fixture(autouse=True)
@@ -130,19 +141,12 @@ async def test_heartbeats_of_nodes_are_no_news() -> None:
     changed: list[str] = []
     async with fake.running() as client:
         kept = inventory.Inventory(client, on_node=changed.append, on_pod=lambda *_: None)
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                kept.start(group)
-                await kept.wait_complete()
-                beaten = node("node1")
-                beaten["status"]["conditions"][0]["lastHeartbeatTime"] = "later"
-                fake.put("/api/v1/nodes/node1", beaten)
-                fake.put("/api/v1/nodes/node2", node("node2"))
-                await until(lambda: "node2" in changed)
-                raise StopAsyncIteration
-        except* StopAsyncIteration:
-            assert not tasks
+        async with watching(kept):
+            beaten = node("node1")
+            beaten["status"]["conditions"][0]["lastHeartbeatTime"] = "later"
+            fake.put("/api/v1/nodes/node1", beaten)
+            fake.put("/api/v1/nodes/node2", node("node2"))
+            await until(lambda: "node2" in changed)
         assert changed == ["node1", "node2"]
 
 
