@@ -180,6 +180,8 @@ def _word(facts: Facts, counts: Mapping[str, int], conditions: Sequence[Conditio
         return "Ready"
     if counts["failed"] and not counts["ready"]:
         return "Failed"
+    if not facts.settled or not facts.placed:
+        return "Progressing"
     programmed = by_type["Programmed"]
     if counts["failed"] or programmed.reason in ("NodesAway", "NoNodes") or by_type["WithinBudget"].status == "False":
         return "Degraded"
