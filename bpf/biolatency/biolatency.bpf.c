@@ -64,14 +64,18 @@ struct request___before_5_17 {
  * a54895fa057c, "block: remove the request_queue to argument request based tracepoints", 5.11 and some of 5.10: the
  * request is the first argument, or the second behind its queue. The version does not tell. A request does: the
  * hardware queue that it names belongs to the queue that it names.
+ *
+ * The second argument is read as memory: a program that reads args[1] is not attached where there is but one.
  */
-static __always_inline struct request *request_of(u64 first, u64 second)
+static __always_inline struct request *request_of(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct request *request = (void *)first;
+	struct request *request = (void *)ctx->args[0];
 	struct request_queue *queue = BPF_CORE_READ(request, q);
+	u64 second = 0;
 
 	if (queue && BPF_CORE_READ(request, mq_hctx, queue) == queue)
 		return request;
+	bpf_probe_read_kernel(&second, sizeof(second), (void *)ctx + sizeof(u64));
 	return (void *)second;
 }
 
@@ -114,13 +118,13 @@ static __always_inline device_t device_of(struct request *request)
 SEC("raw_tp/block_rq_insert")
 int block_rq_insert(struct bpf_raw_tracepoint_args *ctx)
 {
-	return enter(request_of(ctx->args[0], ctx->args[1]), false);
+	return enter(request_of(ctx), false);
 }
 
 SEC("raw_tp/block_rq_issue")
 int block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 {
-	return enter(request_of(ctx->args[0], ctx->args[1]), true);
+	return enter(request_of(ctx), true);
 }
 
 SEC("raw_tp/block_rq_complete")

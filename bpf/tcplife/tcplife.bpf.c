@@ -100,7 +100,7 @@ static __always_inline void begin(const struct sock *socket, bool accepted)
 /* tcp_fin() marks the socket done; rcv_nxt, and with it bytes_received, has then gone one past the last byte. */
 static __always_inline u64 received_bytes(const struct tcp_sock *tcp)
 {
-	u64 flags = BPF_CORE_READ((const struct sock *)tcp, sk_flags);
+	u64 flags = BPF_CORE_READ((const struct sock *)tcp, __sk_common.skc_flags);
 	u64 fin = flags >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
 	u64 bytes = BPF_CORE_READ(tcp, bytes_received);
 
