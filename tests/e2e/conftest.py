@@ -1,0 +1,47 @@
+"""Probefleet on a real cluster, installed by helm as a user does. Skips nothing: without a cluster these tests fail."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e import kube
+
+
+@pytest.fixture(scope="session")
+def installed() -> str:
+    """The chart, installed or upgraded to this tree's images; the system namespace. It stays for the next run."""
+    assert os.environ.get("KUBECONFIG"), (
+        "no cluster: run these as `make test-e2e` (it makes one), or name yours by KUBECONFIG"
+    )
+    kube.run(
+        "helm", "upgrade", "--install", "probefleet", str(kube.ROOT / "charts/probefleet"), "--namespace", kube.SYSTEM,
+        "--create-namespace", "--values", str(kube.VALUES), "--wait", "--timeout", "3m", seconds=200,
+    )  # fmt: skip
+    # Images carry one tag: after a rebuild the pods have to be replaced.
+    kube.kubectl("-n", kube.SYSTEM, "rollout", "restart", "deployment,daemonset")
+    for each in kube.kubectl("-n", kube.SYSTEM, "get", "deployment,daemonset", "-o", "name").split():
+        kube.kubectl("-n", kube.SYSTEM, "rollout", "status", each, "--timeout=120s", seconds=130)
+    return kube.SYSTEM
+
+
+@pytest.fixture
+def namespace(installed: str) -> Iterator[str]:
+    """A namespace of the test's own."""
+    name = f"shop-{uuid.uuid4().hex[:6]}"
+    kube.kubectl("create", "namespace", name)
+    yield name
+    kube.kubectl("delete", "probepolicy", "--all", "-n", name, "--wait=true", seconds=60)
+    kube.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def other_namespace(installed: str) -> Iterator[str]:
+    """Another one, whose pods must not count."""
+    name = f"other-{uuid.uuid4().hex[:6]}"
+    kube.kubectl("create", "namespace", name)
+    yield name
+    kube.kubectl("delete", "namespace", name, "--wait=false")

@@ -1,0 +1,136 @@
+"""What the end-to-end tests say to a real API server: through kubectl and helm, as a user does, and wait for answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM = "probefleet-system"
+TEST_IMAGE = os.environ.get("PROBEFLEET_TEST_IMAGE", "localhost/probefleet-test:dev")
+VALUES = Path(os.environ.get("PROBEFLEET_TEST_VALUES", ROOT / "tests/e2e/values.yaml"))
+T = TypeVar("T")
+
+
+def run(*command: str, stdin: str = "", check: bool = True, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """A command, its output as text; a failure shows what it said."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=seconds)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def kubectl(*arguments: str, stdin: str = "", check: bool = True, seconds: float = 120) -> str:
+    """What kubectl prints."""
+    return run("kubectl", *arguments, stdin=stdin, check=check, seconds=seconds).stdout
+
+
+def apply(*manifests: Mapping[str, Any]) -> None:
+    """kubectl apply."""
+    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(manifests))
+
+
+def refused(manifest: Mapping[str, Any], *arguments: str) -> str:
+    """kubectl apply, which must fail: what it says."""
+    done = run("kubectl", "apply", "-f", "-", *arguments, stdin=yaml.safe_dump(dict(manifest)), check=False)
+    assert done.returncode, f"accepted: {done.stdout}"
+    return done.stderr
+
+
+def get(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
+    """One object, {} where there is none."""
+    place = ("-n", namespace) if namespace else ()
+    text = kubectl("get", kind, name, *place, "-o", "json", "--ignore-not-found")
+    return json.loads(text) if text.strip() else {}
+
+
+def eventually(question: Callable[[], T | None], what: str, *, seconds: float = 60) -> T:
+    """The first answer that is not empty. Asks again and again: the API server's state has no event for every question."""
+    ends = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        if time.monotonic() > ends:
+            raise AssertionError(f"waited {seconds:.0f} s in vain for: {what}")
+        time.sleep(0.25)
+
+
+def policy(name: str, namespace: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A ProbePolicy."""
+    return {
+        "apiVersion": "probefleet.io/v1alpha1",
+        "kind": "ProbePolicy",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": dict(spec),
+    }
+
+
+def pod(
+    name: str,
+    namespace: str,
+    command: Sequence[str],
+    *,
+    node: str = "",
+    labels: Mapping[str, str] | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """A pod of the test image that runs one command once."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "labels": dict(labels or {"app": name})},
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 0,
+            "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
+            "containers": [
+                {
+                    "name": "main",
+                    "image": TEST_IMAGE,
+                    "imagePullPolicy": "IfNotPresent",
+                    "command": list(command),
+                    "stdin": True,
+                }
+            ],
+            **spec,
+        },
+    }
+
+
+def wait_programmed(name: str, namespace: str, *, seconds: int = 60) -> dict[str, Any]:
+    """Wait as a user would, with kubectl wait; the policy."""
+    kubectl(
+        "wait",
+        f"probepolicy/{name}",
+        "-n",
+        namespace,
+        "--for=condition=Programmed",
+        f"--timeout={seconds}s",
+        seconds=seconds + 10,
+    )
+    return get("probepolicy", name, namespace)
+
+
+def report(name: str, namespace: str) -> dict[str, Any]:
+    """The report's status, {} while there is none."""
+    found: dict[str, Any] = get("probereport", name, namespace).get("status", {})
+    return found
+
+
+def totals(status: Mapping[str, Any], output: str) -> dict[tuple[str, ...], int]:
+    """Total value by key of one output."""
+    for each in status.get("outputs", []):
+        if each["name"] == output:
+            rows = {tuple(row["key"]): int(row["value"]) for row in each["total"].get("rows", [])}
+            if int((each["total"].get("other") or {}).get("value", 0)):
+                rows["(other)",] = int(each["total"]["other"]["value"])
+            return rows
+    return {}
