@@ -23,6 +23,7 @@ from probefleet_operator import (
     authority,
     controller,
     documents,
+    drain,
     election,
     errors,
     exposition,
@@ -67,7 +68,10 @@ class Operator:
         self._controller: controller.Controller | None = None
         self._queries = query.QueryApi()
         self.http = http_server.HttpServer(
-            options.http, registry=REGISTRY, ready=self._missing, routes=self._queries.routes()
+            options.http,
+            registry=REGISTRY,
+            ready=self._missing,
+            routes=[*self._queries.routes(), *drain.Drain(lambda: self._controller).routes()],
         )
 
     def _missing(self) -> str:
@@ -177,6 +181,7 @@ class Operator:
             return authority.GivenCertificate(
                 self._client,
                 namespace=options.namespace,
+                secret=options.secret,
                 bundle=options.bundle,
                 certificate=options.tls_certificate,
                 key=options.tls_key,

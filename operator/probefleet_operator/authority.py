@@ -274,7 +274,7 @@ class AuthorityStore:
 
     async def _publish(self, bundle: bytes) -> None:
         if bundle != self._published:
-            await publish_bundle(self._client, self._namespace, self._bundle, bundle)
+            await publish_bundle(self._client, self._namespace, self._bundle, bundle, secret=self._secret)
             self._published = bundle
 
 
@@ -282,9 +282,17 @@ class GivenCertificate:
     """A certificate that somebody else makes and renews (cert-manager): read from files, again when they change."""
 
     def __init__(
-        self, client: api.Api, *, namespace: str, bundle: str, certificate: Path, key: Path, ca: Path | None
+        self,
+        client: api.Api,
+        *,
+        namespace: str,
+        secret: str,
+        bundle: str,
+        certificate: Path,
+        key: Path,
+        ca: Path | None,
     ) -> None:
-        self._client, self._namespace, self._bundle = client, namespace, bundle
+        self._client, self._namespace, self._secret, self._bundle = client, namespace, secret, bundle
         self._certificate, self._key, self._ca = certificate, key, ca
         self._server: ServerCertificate | None = None
         self._published = b""
@@ -303,7 +311,7 @@ class GivenCertificate:
         except (OSError, ValueError) as problem:
             raise errors.SettingsError(f"--tls-cert, --tls-key or --tls-ca cannot be read: {problem}") from problem
         if bundle and bundle != self._published:
-            await publish_bundle(self._client, self._namespace, self._bundle, bundle)
+            await publish_bundle(self._client, self._namespace, self._bundle, bundle, secret=self._secret)
             self._published = bundle
         if current == self._server:
             return False
@@ -311,16 +319,19 @@ class GivenCertificate:
         return True
 
 
-async def publish_bundle(client: api.Api, namespace: str, name: str, bundle: bytes) -> None:
-    """Put the CA bundle where agents mount it from."""
+async def publish_bundle(client: api.Api, namespace: str, name: str, bundle: bytes, *, secret: str) -> None:
+    """Put the CA bundle where agents mount it from. It is owned by the Secret, so an uninstallation takes both."""
+    metadata: api.Json = {"name": name, "namespace": namespace, "labels": LABELS}
+    try:
+        owner = await client.get(f"/api/v1/namespaces/{namespace}/secrets/{secret}")
+    except errors.NotFound:
+        pass  # with a certificate given and no chart nobody made one
+    else:
+        reference = {"apiVersion": "v1", "kind": "Secret", "name": secret, "uid": owner["metadata"]["uid"]}
+        metadata["ownerReferences"] = [reference]
     await client.apply(
         f"/api/v1/namespaces/{namespace}/configmaps/{name}",
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": name, "namespace": namespace, "labels": LABELS},
-            "data": {"ca.crt": bundle.decode()},
-        },
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"ca.crt": bundle.decode()}},
     )
 
 

@@ -76,6 +76,14 @@ class Controller:
         """The last Hello of a node, open session or not."""
         return self._hellos.get(node)
 
+    def seen(self) -> frozenset[values.NodeName]:
+        """Nodes of the cluster whose agent has been connected since this process began to lead."""
+        return frozenset(self._hellos)
+
+    def policies(self) -> int:
+        """How many ProbePolicies there are, those included that run nowhere."""
+        return len(self._store.all("ProbePolicy"))
+
     def desired(self) -> Names:
         """Which nodes each policy selects; empty before the first decision."""
         return self.placement.desired if self.placement else {}
