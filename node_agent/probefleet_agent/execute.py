@@ -148,9 +148,10 @@ class Executor:
                 from probefleet_agent import bcc_programs
 
                 loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root)
-            if blob is None:
+            elif blob is None:
                 raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
-            loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)
+            else:
+                loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)
             undo.callback(loaded.close)
             with self.root.staging(instance.digest) as folder:
                 for handle in loaded.maps.values():
