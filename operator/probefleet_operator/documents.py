@@ -15,7 +15,7 @@ import structlog
 from probefleet_core import aggregate, report, values
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_operator import api, controller, kube, planning, query, results, session, status
+from probefleet_operator import api, controller, kube, map_status, planning, query, results, session, status
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,7 @@ class Documents:
         self._publisher, self._recorder, self._tokens = publisher, recorder, tokens
         self._report_seconds = report_seconds
         self._conditions: dict[values.PolicyUid, list[api.Json]] = {}
+        self._map_conditions: dict[str, list[api.Json]] = {}
         self._latest: dict[values.PolicyUid, aggregate.Result] = {}
         merged.on_samples = self._samples_changed
         merged.on_status = self._status_changed
@@ -54,6 +55,7 @@ class Documents:
         self._merged.refresh()
         entries = self._plans.entries
         wanted = {f"{kind}/{uid}" for uid in entries for kind in ("status", "report")}
+        wanted |= {f"map/{uid}" for uid in self._plans.maps}
         for key in self._publisher.keys() - wanted:
             self._publisher.withdraw(key, delete=key.startswith("report/"))
         status_seconds = max(STATUS_SECONDS, STATUS_SECONDS_PER_NODE * len(self._control.sessions()))
@@ -66,11 +68,17 @@ class Documents:
             )
             self._publisher.touch(f"status/{uid}")
             self._publisher.touch(f"report/{uid}")  # there from the start, for its query token and its coverage
+        for map_uid in self._plans.maps:
+            key = f"map/{map_uid}"
+            self._publisher.offer(key, functools.partial(self._map_document, map_uid), interval_seconds=status_seconds)
+            self._publisher.touch(key)
         for entry in entries.values():
             if entry.refusal is not None:
                 self._recorder.warn(entry.raw, entry.refusal.reason, entry.refusal.message, action="Plan")
         for uid in self._conditions.keys() - entries.keys():
             del self._conditions[uid]
+        for gone in self._map_conditions.keys() - self._plans.maps.keys():
+            del self._map_conditions[gone]
         for uid in self._latest.keys() - entries.keys():
             del self._latest[uid]
 
@@ -140,6 +148,39 @@ class Documents:
             "metadata": {"namespace": entry.namespace, "name": entry.name},
             "status": body,
         }
+
+    def _map_document(self, uid: str) -> kube.Document | None:
+        entry, raw = self._plans.maps.get(uid), self._plans.raw_map(uid)
+        if entry is None or raw is None:
+            return None
+        users = [each for each in self._plans.entries.values() if planning.uses_map(each, uid)]
+        desired = self._control.desired()
+        nodes = sorted({node for user in users for node in desired.get(user.uid, ())})
+        facts = map_status.MapFacts(
+            generation=int(raw["metadata"].get("generation", 0)),
+            settled=entry.generation == int(raw["metadata"].get("generation", 0)),
+            refusal=(entry.refusal.reason, entry.refusal.message) if entry.refusal else None,
+            policies=[user.name for user in users],
+            said={node: self._map_on(node, uid) for node in nodes},
+        )
+        previous = self._map_conditions.get(uid) or (raw.get("status") or {}).get("conditions") or []
+        rendered = map_status.status_of(facts, previous=previous, now=datetime.datetime.now(datetime.UTC))
+        self._map_conditions[uid] = rendered["conditions"]
+        return kube.Document(
+            kind="ProbeMap",
+            path=f"{api.GROUP_PATH}/namespaces/{entry.namespace}/probemaps/{entry.name}",
+            body=None,
+            status={
+                "apiVersion": "probefleet.io/v1alpha1",
+                "kind": "ProbeMap",
+                "metadata": {"name": entry.name, "uid": entry.uid},
+                "status": rendered,
+            },
+        )
+
+    def _map_on(self, node: values.NodeName, uid: str) -> stream_pb2.MapStatus | None:
+        here = self._control.sessions().get(node)
+        return next((each for each in here.probe_maps if each.uid == uid), None) if here else None
 
     def _facts(self, entry: planning.Entry) -> status.Facts:
         decided = self._control.placement

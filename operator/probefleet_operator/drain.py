@@ -112,9 +112,7 @@ async def drain(client: api.Api, operator: str, timeout_seconds: float, say: Cal
             await asyncio.sleep(ASK_SECONDS)
     say(f"after {timeout_seconds:.0f} s: {last}")
     if left["busyNodes"] == 0 and left["policies"] == 0:
-        say(
-            f"Going on without them. Their pins stay until `probefleet purge` or a reboot: {left['away']}"
-        )
+        say(f"Going on without them. Their pins stay until `probefleet purge` or a reboot: {left['away']}")
         return 0
     say(
         "Programs may be left on nodes. Mend the operator or the agents and uninstall again; or uninstall with "

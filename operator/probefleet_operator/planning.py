@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 
 import structlog
@@ -106,6 +106,10 @@ class Planning:
     def idle(self) -> bool:
         """Everything has been planned or refused."""
         return not any(entry.pending for entry in self.entries.values())
+
+    def raw_map(self, uid: str) -> api.Json | None:
+        """A ProbeMap as the API server has it."""
+        return self._store.all("ProbeMap").get(uid)
 
     def candidates(self) -> list[placement.Candidate]:
         """For `placement.place`."""
@@ -290,13 +294,9 @@ def _refused(base: Entry, parsed: values.ProbePolicy | None, reason: str, messag
     return refused if parsed is None else replace(refused, policy=parsed, planned=None)
 
 
-def used_maps(entries: Iterable[Entry]) -> dict[str, list[str]]:
-    """ProbeMap uid → policies that use it."""
-    users: dict[str, list[str]] = {}
-    for entry in entries:
-        for probe_map in entry.planned.probe_maps if entry.planned else ():
-            users.setdefault(probe_map.uid, []).append(entry.name)
-    return users
+def uses_map(entry: Entry, uid: str) -> bool:
+    """Whether a policy's plan shares a ProbeMap."""
+    return entry.planned is not None and any(each.uid == uid for each in entry.planned.probe_maps)
 
 
 def program_title(entry: Entry) -> str:

@@ -73,13 +73,14 @@ def status_of(facts: Facts, *, previous: Iterable[api.Json], now: datetime.datet
     failures = _failures(facts)
     status: api.Json = {
         "observedGeneration": facts.generation,
-        "conditions": _timed(conditions, facts.generation, previous, now),
+        "conditions": timed(conditions, facts.generation, previous, now),
         "columns": {
             "program": facts.program,
             "nodes": f"{counts['ready']}/{counts['desired']}",
             "rate": facts.rate,
             "overhead": facts.overhead,
             "status": word,
+            "failure": _failure_column(facts, failures),
         },
         "nodes": dict(counts),
         "kernels": _kernels(facts),
@@ -190,7 +191,7 @@ def _word(facts: Facts, counts: Mapping[str, int], conditions: Sequence[Conditio
     return "Progressing"
 
 
-def _timed(
+def timed(
     conditions: Iterable[Condition], generation: int, previous: Iterable[api.Json], now: datetime.datetime
 ) -> list[api.Json]:
     """With transition times: a condition keeps its time as long as its status stays."""
@@ -261,6 +262,16 @@ def _failures(facts: Facts) -> list[api.Json]:
             failure["log"] = said.log_tail[-MAX_LOG_TAIL:]
         failures.append(failure)
     return failures
+
+
+def _failure_column(facts: Facts, failures: Sequence[api.Json]) -> str:
+    """What went wrong, in a word or two."""
+    if facts.refusal is not None:
+        return facts.refusal[0]
+    if not failures:
+        return ""
+    more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+    return cut(f"{failures[0]['reason']} on {failures[0]['nodes']} nodes{more}", 256)
 
 
 def _summary(facts: Facts, counts: Mapping[str, int], word: str, failures: Sequence[api.Json]) -> list[str]:

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def plane() -> Iterator[ControlPlane]:
     with tempfile.TemporaryDirectory() as folder, control_plane.running(Path(folder)) as running:
-        running.install_crds(ROOT / "charts" / "probefleet")
+        running.install_crds(ROOT / "charts" / "probefleet" / "files" / "crds")
         running.create("/api/v1/namespaces", {"metadata": {"name": "shop"}})
         running.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
         running.add_node("node1", labels={"pool": "web"})
@@ -190,6 +190,7 @@ async def test_apply_push_status_report_delete(plane: ControlPlane, operator: Op
         live = json.loads(operator.get(f"{base}/report", token=token)[1])
         assert live["status"]["outputs"][0]["total"]["value"] == 1020
 
+        assert not [line for line in operator.log() if line["event"] in ("cannot write", "cannot render")]
         plane.request("DELETE", f"{POLICIES}/calls")
         gone = await one.pushed(has_policy())
         assert (gone.term, gone.version > first.version) == (first.term, True)
@@ -267,6 +268,84 @@ async def test_a_policy_that_cannot_be_planned_is_refused_in_words(
         assert "syscount" in accepted["message"], "it says what was probably meant"
 
 
+SHARED = """
+#include "vmlinux.h"
+#include <bpf/bpf_helpers.h>
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, %s);
+	__type(value, __u64);
+} seen SEC(".maps");
+SEC("tracepoint/syscalls/sys_enter_getppid")
+int count(void *context)
+{
+	%s key = 1;
+	__u64 one = 1, *value = bpf_map_lookup_elem(&seen, &key);
+	if (value)
+		__sync_fetch_and_add(value, 1);
+	else
+		bpf_map_update_elem(&seen, &key, &one, BPF_ANY);
+	return 0;
+}
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def shared_by(source: str) -> dict[str, Any]:
+    return {
+        "scope": "Cluster",
+        "program": {"c": {"source": source}},
+        "maps": [{"name": "seen", "share": {"probeMap": "seen"}}],
+    }
+
+
+async def test_c_is_compiled_maps_are_shared_and_mistakes_are_words(
+    plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    maps = "/apis/probefleet.io/v1alpha1/namespaces/shop/probemaps"
+    plane.create(
+        maps,
+        {
+            "apiVersion": "probefleet.io/v1alpha1",
+            "kind": "ProbeMap",
+            "metadata": {"name": "seen"},
+            "spec": {"type": "hash", "maxEntries": 64, "key": "u32", "value": "u64"},
+        },
+    )
+
+    def answer(push: stream_pb2.Push) -> stream_pb2.Status:
+        said = everything_ready(push)
+        for each in push.probe_maps:
+            said.probe_maps.add(uid=each.uid, kernel_map_id=7, bytes=4096)
+        return said
+
+    async with agent_of(plane, operator, "node1", answer=answer) as agent:
+        apply(plane, "writer", **shared_by(SHARED % ("__u32", "__u32")))
+        push = await agent.pushed(has_policy("writer"))
+        assert [each.name for each in push.probe_maps] == ["seen"]
+        assert {blob.sha256 for each in agent.pushes for blob in each.blobs} == {
+            push.plans[0].instance.object.sha256,
+            push.probe_maps[0].sha256,
+        }
+        status = await eventually(
+            lambda: plane.request("GET", f"{maps}/seen")["status"], lambda seen: seen["nodes"]["ready"] == 1
+        )
+        assert (status["policies"], status["bytes"]) == (["writer"], 4096)
+
+        apply(plane, "misfit", **shared_by(SHARED % ("__u64", "__u64")))
+        apply(plane, "typo", scope="Cluster", program={"c": {"source": "int main(void) { return x; }\n"}})
+        for name, word in (("misfit", "does not fit"), ("typo", "undeclared identifier")):
+            refused = await eventually(
+                lambda name=name: plane.request("GET", f"{POLICIES}/{name}")["status"],
+                lambda seen: seen["columns"]["status"] == "Invalid",
+            )
+            accepted = next(each for each in refused["conditions"] if each["type"] == "Accepted")
+            assert word in accepted["message"]
+        assert has_policy("writer")(agent.pushes[-1]), "what was refused was never pushed"
+    plane.request("DELETE", f"{maps}/seen")
+
+
 async def test_a_restart_while_the_api_server_is_away_removes_nothing(
     plane: ControlPlane, operator: OperatorProcess, tmp_path: Path
 ) -> None:
@@ -299,7 +378,10 @@ async def test_while_the_api_server_is_away_sessions_and_counts_go_on(
     pod = plane.add_pod("shop", "web-1", "node1")["metadata"]["uid"]
     async with agent_of(plane, operator, "node1") as agent:
         apply(
-            plane, "goes-on", outputs=[{"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["pod"]}]
+            plane,
+            "goes-on",
+            interval="60s",
+            outputs=[{"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["pod"]}],
         )
         push = await agent.pushed(has_policy("goes-on"))
         pushes = len(agent.pushes)

@@ -276,20 +276,9 @@ class ControlPlane:
         )
         return str(review["status"]["token"])
 
-    def install_crds(self, chart: Path) -> None:
-        """The chart's CRDs, rendered by helm; without a chart, CRDs that let everything through."""
-        if (chart / "Chart.yaml").exists():
-            rendered = subprocess.run(
-                [str(self.bin / "helm"), "template", "probefleet", str(chart), "--namespace=probefleet"],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            documents = [each for each in rendered.split("\n---") if "kind: CustomResourceDefinition" in each]
-            self.kubectl("apply", "--server-side", "-f", "-", stdin="\n---".join(documents))
-        else:
-            for kind in ("ProbePolicy", "ProbeReport", "ProbeMap"):
-                self.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", open_crd(kind))
+    def install_crds(self, folder: Path) -> None:
+        """The CRDs of the chart, from charts/probefleet/files/crds."""
+        self.kubectl("apply", "--server-side", "-f", str(folder))
         for plural in ("probepolicies", "probereports", "probemaps"):
             self.kubectl("wait", "--for=condition=Established", f"crd/{plural}.probefleet.io", "--timeout=20s")
 
@@ -301,33 +290,6 @@ class ControlPlane:
     def secret(self, namespace: str, name: str) -> dict[str, bytes]:
         found = self.request("GET", f"/api/v1/namespaces/{namespace}/secrets/{name}")
         return {key: base64.b64decode(value) for key, value in found["data"].items()}
-
-
-def open_crd(kind: str) -> dict[str, Any]:
-    """A CRD whose schema takes anything."""
-    plural = "probepolicies" if kind == "ProbePolicy" else kind.lower() + "s"
-    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.probefleet.io"},
-        "spec": {
-            "group": "probefleet.io",
-            "scope": "Namespaced",
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
-            "versions": [
-                {
-                    "name": "v1alpha1",
-                    "served": True,
-                    "storage": True,
-                    "subresources": {"status": {}},
-                    "schema": {
-                        "openAPIV3Schema": {"type": "object", "properties": {"spec": anything, "status": anything}}
-                    },
-                }
-            ],
-        },
-    }
 
 
 def _end(process: subprocess.Popen[bytes] | None) -> None:
