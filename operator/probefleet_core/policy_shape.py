@@ -488,7 +488,7 @@ def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Prob
                 join(path, name),
                 "missing",
                 why=f"a map of type {kind} has a {name}",
-                write=f'Write it in C, such as {name}: "u32 pid" or a struct.',
+                write=f"Write it in C, such as {name}: {'u32 pid' if name == 'key' else 'u64 count'}, or a struct.",
             )
     if kind not in hashes and value.get("key"):
         problems.add(
