@@ -57,7 +57,8 @@ class TableReader:
         key = self.layout.key
         self._cgroup = decode.with_typedef(key, *decode.CGROUP) or self._named("cgroup")
         slots = self.output.histogram.slots
-        self._slot = decode.find(key, slots[len("key.") :], "the key") if slots.startswith("key.") else None
+        slot = slots.removeprefix("key").removeprefix(".")  # empty: the whole key is the slot, as in BPF_HISTOGRAM
+        self._slot = decode.find(key, slot, "the key") if slots.startswith("key") else None
         names = [POD_COLUMN] if any(group in _POD or group == "container" for group in self.output.group_by) else []
         names += [CONTAINER_COLUMN] if "container" in self.output.group_by else []
         names += [group for group in self.output.group_by if group == "key" or group.startswith("key.")]
