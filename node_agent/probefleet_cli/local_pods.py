@@ -7,7 +7,6 @@ namespace with it, and reports show names instead of uids. Workloads are not kno
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +58,6 @@ def find(pods: Path = PODS, containers: Path = CONTAINERS) -> LocalPods:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []

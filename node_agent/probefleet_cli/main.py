@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_cli import run_command
+from probefleet_cli import check_commands, machine_commands, run_command
 from probefleet_cli.failures import BAD_INPUT, DONE, INTERNAL, Failure
 
 INTERRUPTED = 130
@@ -33,7 +33,9 @@ def machine(*, verbose: bool) -> None:
     configure_logs(verbose=verbose)
 
 
-machine.add_command(run_command.run)
+TOOLS = (machine_commands.catalog, check_commands.explain, machine_commands.version, machine_commands.completion)
+for _command in (run_command.run, check_commands.check, machine_commands.doctor, machine_commands.purge, *TOOLS):
+    machine.add_command(_command)
 
 
 def configure_logs(*, verbose: bool) -> None:

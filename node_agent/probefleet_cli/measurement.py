@@ -21,7 +21,7 @@ from probefleet_core import aggregate, report, result
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_cli import local_pods, preparation, workspace
-from probefleet_cli.failures import Failure, KernelRefuses
+from probefleet_cli.failures import BadInput, Failure, KernelRefuses
 
 SESSION = 1
 LOG_LINES = 6
@@ -131,7 +131,7 @@ def measure(
     pods = local_pods.find()
     if namespace and not pods.of_namespace(namespace):
         there = ", ".join(pods.namespaces) or "none at all"
-        raise KernelRefuses(
+        raise BadInput(
             f"-n {namespace}: no pod of this namespace is on this machine ({local_pods.PODS} has pods of: {there}). "
             "Leave -n out to measure everything here, or run: kubectl probefleet run"
         )

@@ -90,7 +90,9 @@ def prepare(
 def only_process(
     parsed: values.ProbePolicy, pid: int, catalog: catalog_module.Catalog, where: str
 ) -> values.ProbePolicy:
-    """Restrict a policy to one process: by its probe's parameter ``pid``, or at its uprobes. BadInput where neither is."""
+    """Restrict a policy to one process: by its probe's parameter ``pid``, or at its uprobes. BadInput where neither
+    is.
+    """
     program = parsed.program
     if isinstance(program, values.CatalogProgram):
         probe = catalog.get(program.name)
@@ -109,7 +111,9 @@ def only_process(
     return replace(parsed, attach=attach)
 
 
-def push(prepared: Sequence[Prepared], *, pods: local_pods.LocalPods, namespace: str | None, version: int) -> stream_pb2.Push:
+def push(
+    prepared: Sequence[Prepared], *, pods: local_pods.LocalPods, namespace: str | None, version: int
+) -> stream_pb2.Push:
     """This machine's whole desired state.
 
     Scope Cluster sees everything, unless ``namespace`` narrows it; scope Namespace sees the pods of the policy's own

@@ -1,0 +1,89 @@
+"""``probefleet check`` and ``explain``: what a policy amounts to, before anything is measured.
+
+``check`` goes all the way into the kernel and back: valid, compiled, planned, loaded and attached here for a moment in a
+folder of its own. ``explain`` stops at the plan, so it works on a laptop, and needs no root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from probefleet_core import quantities
+
+from probefleet_cli import interruption, measurement, options, preparation, sources
+from probefleet_cli.failures import KernelRefuses
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...")
+@options.settings
+@click.option("-v", "--verbose", is_flag=True, help="All of the verifier's log that the agent keeps.")
+@options.machine
+def check(what: tuple[str, ...], *, settings: tuple[str, ...], verbose: bool, bpffs: Path, cgroup_root: str) -> None:
+    """Is it valid, and would it load here? Loads every program once and removes it at once.
+
+    Exit status 2 for what is wrong with a policy, 3 for what this kernel refuses.
+    """
+    prepared = _prepare(what, settings)
+    refusals: list[str] = []
+    with interruption.Interruption(), measurement.measure(prepared, bpffs=bpffs, cgroup_root=cgroup_root) as measured:
+        for each, status in zip(prepared, measured.statuses(), strict=True):
+            if status.state in measurement.BROKEN:
+                refusals.append(measurement.refusal(each, status, whole_log=verbose))
+                continue
+            instructions = status.verified_instructions
+            checked = f", {instructions:,} instructions verified" if instructions else ""
+            click.echo(f"{each.where}: ok, loads on this kernel{checked}")
+            for way in status.ways:
+                click.echo(f"  {way}")
+    if refusals:
+        raise KernelRefuses("\n".join(refusals))
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...")
+@options.settings
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="For how many nodes to reckon.")
+def explain(what: tuple[str, ...], *, settings: tuple[str, ...], nodes: int) -> None:
+    """What a policy would put on each node, and which rights it takes to apply it."""
+    for index, each in enumerate(_prepare(what, settings, nodes=nodes)):
+        if index:
+            click.echo()
+        for line in _explained(each, nodes):
+            click.echo(line)
+
+
+def _prepare(what: tuple[str, ...], settings: tuple[str, ...], *, nodes: int = 1) -> list[preparation.Prepared]:
+    catalog = sources.load_catalog()
+    given = sources.read(what, catalog=catalog, settings=sources.parse_settings(settings), interval=None)
+    return preparation.prepare(given, catalog=catalog, node_count=nodes)
+
+
+def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
+    plan, summary = each.planned.plan, each.planned.summary
+    yield f"{each.policy.namespace}/{each.policy.name} ({plan.instance.title}, scope {each.policy.scope})"
+    yield f"  digest    {plan.instance.digest}: policies with this digest share one program"
+    yield from _listed("programs", summary.programs)
+    yield from _listed("maps", [f"{name}: {quantities.show_bytes(size)}" for name, size in summary.maps])
+    total = quantities.show_bytes(summary.map_bytes)
+    times = f" × {nodes} nodes = {quantities.show_bytes(summary.map_bytes * nodes)}" if nodes > 1 else " on a node"
+    yield f"  map bytes {total}{times}"
+    outputs = [f"{output.name}, by {', '.join(output.group_by) or 'nothing'}" for output in plan.outputs]
+    yield from _listed("outputs", outputs)
+    yield from _listed("pins", summary.pins)
+    budget = plan.budget
+    cpu = f"{budget.cpu_millicores}m CPU" if budget.cpu_millicores else "no limit of CPU"
+    yield f"  budget    {cpu}, {quantities.show_bytes(budget.map_memory_bytes)} of maps, on each node"
+    yield f"  interval  {plan.interval_ms / 1000:g} s"
+    yield from _listed("needs", summary.verbs)
+
+
+def _listed(title: str, items: tuple[str, ...] | list[str]) -> Iterator[str]:
+    with contextlib.suppress(StopIteration):
+        left = iter(items)
+        yield f"  {title:9} {next(left)}"
+        for item in left:
+            yield f"  {'':9} {item}"

@@ -1,0 +1,150 @@
+"""``probefleet doctor``, ``catalog``, ``purge``, ``version`` and ``completion``: what belongs to no policy."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import click
+from click.shell_completion import get_completion_class
+from probefleet_agent import errors as agent_errors
+from probefleet_core import catalog as catalog_module
+from probefleet_core import errors as core_errors
+
+from probefleet_cli import sources, workspace
+from probefleet_cli.failures import BadInput, Failure
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True)
+def doctor(*, output: str) -> None:
+    """Can this machine run probes, and if not, what is to be changed? Exit status 1 if something fails."""
+    from probefleet_agent import doctor as examination
+
+    found = examination.checks()
+    if output == "json":
+        rows = [{"name": c.name, "level": str(c.level), "detail": c.detail, "advice": c.advice} for c in found]
+        click.echo(json.dumps({"checks": rows, "worst": str(examination.worst(found))}, indent=2, ensure_ascii=False))
+    else:
+        width = max(len(check.name) for check in found)
+        for check in found:
+            level = click.style(f"{check.level:4}", fg=_COLOURS[check.level])
+            click.echo(f"{level}  {check.name:{width}}  {check.detail}")
+            if check.advice:
+                click.echo(f"{'':4}  {'':{width}}  → {check.advice}")
+    if examination.worst(found) is examination.Level.FAIL:
+        failed = ", ".join(check.name for check in found if check.level is examination.Level.FAIL)
+        raise Failure(f"this machine cannot run probes as it is: {failed}")
+
+
+@click.command()
+@click.argument("name", required=False)
+def catalog(name: str | None) -> None:
+    """The probes that Probefleet ships; with a NAME, its documentation and parameters."""
+    known = sources.load_catalog()
+    if name is None:
+        width = max(len(probe.name) for probe in known)
+        for probe in known:
+            click.echo(f"{probe.name:{width}}  {probe.title}")
+        click.echo("\nprobefleet catalog NAME tells more; probefleet run NAME measures.")
+        return
+    found = known.get(name)
+    if found is None:
+        near = core_errors.did_you_mean(name, known.names, what="probe in the catalog")
+        raise BadInput(f"no probe {name!r} in the catalog. {near}")
+    for line in described(found):
+        click.echo(line)
+
+
+def described(probe: catalog_module.Probe) -> Iterator[str]:
+    """One probe's documentation."""
+    yield f"{probe.name}: {probe.title}"
+    yield from ("", probe.description, "", f"Whose events: {probe.identity_says}")
+    if probe.parameters:
+        yield from ("", "Parameters:")
+    for parameter in probe.parameters:
+        choices = f" ({', '.join(parameter.choices)})" if parameter.choices else ""
+        default = parameter.default or "empty"
+        yield f"  {parameter.name}: {parameter.type}{choices}, default {default}. {parameter.doc}"
+    yield from ("", "Outputs:")
+    for each in probe.outputs:
+        output = each.output
+        unit = f", {output.unit}" if output.unit else ""
+        by = f", by {', '.join(output.group_by)}" if output.group_by else ""
+        yield f"  {output.name}: {output.kind}{unit}{by}"
+        if each.allowed_group_by:
+            yield f"    groupBy can be: node, {', '.join(each.allowed_group_by)}"
+    yield from ("", "Maps:")
+    for each_map in probe.maps:
+        yield f"  {each_map.name} ({each_map.max_entries:,}): {each_map.holds}; when full: {each_map.full}"
+    yield from ("", "As a policy:")
+    manifest = sources.of_catalog(
+        probe.name, catalog_module.Catalog({probe.name: probe}), scope="Namespace", interval="10s", namespace="default"
+    )
+    yield from (f"  {line}" for line in _yaml(manifest))
+
+
+def _yaml(manifest: sources.Manifest) -> list[str]:
+    import yaml
+
+    return str(yaml.safe_dump(manifest, sort_keys=False)).splitlines()
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--bpffs",
+    type=click.Path(path_type=Path),
+    default=workspace.mounts.BPFFS,
+    show_default=True,
+    envvar="PROBEFLEET_BPFFS",
+    help="Where bpffs is mounted.",
+)
+def purge(*, yes: bool, bpffs: Path) -> None:
+    """Detach and remove everything that Probefleet has pinned on this machine.
+
+    An agent that runs here notices at its next push and loads its policies anew, with counts from zero. Runs that are
+    under way in other terminals are left alone.
+    """
+    tree = workspace.pins.root(bpffs)
+    instances, maps = tree.list_instances(), tree.list_maps()
+    dead = [found.path for found in workspace.list_private(bpffs) if not found.in_use]
+    busy = [found.path for found in workspace.list_private(bpffs) if found.in_use]
+    for path in busy:
+        click.echo(f"{path} belongs to a run that is under way; end that one with Ctrl-C")
+    if not tree.path.exists() and not dead:
+        click.echo(f"nothing of ours is pinned under {bpffs}")
+        return
+    what = f"{len(instances)} instances and {len(maps)} maps under {tree.path}, and {len(dead)} left by runs that died"
+    if not yes:
+        click.confirm(f"Remove {what}?", abort=True, err=True)
+    try:
+        tree.purge()
+        workspace.sweep(bpffs)
+    except agent_errors.ProbefleetError as error:
+        raise Failure(f"not everything could be removed: {error}") from error
+    click.echo(f"removed {what}")
+
+
+@click.command()
+def version() -> None:
+    """Versions of Probefleet, Python and the kernel."""
+    click.echo(
+        f"probefleet {metadata.version('probefleet')}, Python {platform.python_version()}, Linux {platform.release()}"
+    )
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the code that completes commands and options: source <(probefleet completion bash)."""
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    root = context.find_root()
+    click.echo(kind(root.command, {}, "probefleet", "_PROBEFLEET_COMPLETE").source())

@@ -1,0 +1,144 @@
+"""The command line on this kernel: exact numbers, exit statuses that scripts can rely on, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from probefleet_agent.kernel import features
+
+from tests.workloads import run as workloads
+
+BPFFS = Path("/sys/fs/bpf")
+RARE = "sched_get_priority_max"
+KPROBE = """
+apiVersion: probefleet.io/v1alpha1
+kind: ProbePolicy
+metadata: {name: sends}
+spec:
+  scope: Cluster
+  program:
+    c:
+      source: |
+        #include <probefleet.h>
+        struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64); }
+        sends SEC(".maps");
+        SEC("kprobe/tcp_sendmsg") int on_send(void *ctx) { u32 zero = 0; probefleet_add(&sends, &zero, 1); return 0; }
+        char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "probefleet_cli.main", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], *, status: int = 0) -> tuple[str, str]:
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    return said, errors
+
+
+def pins_of(process: subprocess.Popen[str]) -> list[str]:
+    folder = BPFFS / f"probefleet-run-{process.pid}" / "probefleet" / "instances"
+    return [path.name for path in folder.glob("[0-9a-f]*/link_*")]
+
+
+def wait_until_attached(process: subprocess.Popen[str]) -> None:
+    # bpffs tells nobody of new names, so this looks again and again; a run that died ends it.
+    deadline = time.monotonic() + 60
+    while not pins_of(process):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def total(report: dict[str, Any], output: str) -> int:
+    found = next(each for each in report["status"]["outputs"] if each["name"] == output)
+    return int(found["total"]["value"])
+
+
+def test_a_run_counts_a_workload_exactly() -> None:
+    with workloads.in_cgroup("web") as cgroup, workloads.start("calls", "rare", 997, cgroup=cgroup) as workload:
+        process = start("run", "syscount", "--set", f"syscalls={RARE}", "--output", "json")
+        wait_until_attached(process)
+        workload.go()
+        assert workload.done()["calls"] == 997
+        process.send_signal(signal.SIGINT)
+        said, errors = finish(process)
+    report = json.loads(said)
+    assert report["kind"] == "ProbeReport" and report["metadata"]["name"] == "syscount"
+    assert total(report, "calls") == 997 and total(report, "latency") == 997
+    rows = report["status"]["outputs"][0]["total"]["rows"]
+    assert [(row["key"], row["value"]) for row in rows] == [["(host)", RARE], 997] or rows[0]["key"][1] == RARE
+    assert report["status"]["lost"] == 0
+    assert errors == "", "nothing but the report where nobody looks"
+
+
+def test_a_run_ends_by_itself_and_leaves_nothing() -> None:
+    process = start("run", "syscount", "--for", "2s", "--output", "json")
+    wait_until_attached(process)
+    said, _ = finish(process)
+    assert total(json.loads(said), "calls") > 0
+    assert not (BPFFS / f"probefleet-run-{process.pid}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_prints_its_report_and_leaves_nothing(number: signal.Signals) -> None:
+    process = start("run", "syscount", "runqlat")
+    wait_until_attached(process)
+    process.send_signal(number)
+    said, _ = finish(process)
+    assert "== syscount ==" in said and "== runqlat ==" in said
+    assert not (BPFFS / f"probefleet-run-{process.pid}").exists()
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
+    process = start("run", "syscount")
+    wait_until_attached(process)
+    process.kill()
+    process.communicate()
+    left = BPFFS / f"probefleet-run-{process.pid}"
+    assert left.exists(), "pins outlive their process"
+    finish(start("run", "runqlat", "--for", "1s"))
+    assert not left.exists()
+
+
+def test_a_bad_policy_ends_with_2_and_says_all_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("apiVersion: probefleet.io/v1alpha1\nkind: ProbePolicy\nmetadata: {name: x}\nspec: {scop: Cluster}\n")
+    said, errors = finish(start("run", path), status=2)
+    assert said == ""
+    assert "spec.scop: unknown field" in errors and "Did you mean scope?" in errors and "spec.program: missing" in errors
+
+
+def test_what_this_kernel_refuses_ends_with_3(tmp_path: Path) -> None:
+    if features.kprobes():
+        pytest.skip("this kernel has kprobes; there is nothing for it to refuse here")
+    path = tmp_path / "sends.yaml"
+    path.write_text(KPROBE)
+    _, errors = finish(start("run", path, "--for", "1s"), status=3)
+    assert "UnsupportedFeature" in errors and "no kprobes" in errors
+    _, errors = finish(start("check", path), status=3)
+    assert "no kprobes" in errors
+
+
+def test_check_loads_and_leaves_nothing() -> None:
+    process = start("check", "syscount", "execsnoop")
+    said, _ = finish(process)
+    assert "catalog syscount: ok, loads on this kernel" in said and "catalog execsnoop: ok" in said
+    assert not (BPFFS / f"probefleet-run-{process.pid}").exists()
+
+
+def test_without_root_it_says_so() -> None:
+    command = [sys.executable, "-m", "probefleet_cli.main", "run", "syscount", "--for", "1s"]
+    done = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, cwd="/", env=dict(os.environ))
+    assert done.returncode in (1, 3), done.stderr
+    assert "root" in done.stderr or "not permitted" in done.stderr
