@@ -102,9 +102,7 @@ class Btf:
             raise BtfError(f"BTF of {len(data)} bytes; at most {MAX_BYTES} are read")
         if len(data) < HEADER.size:
             raise BtfError(f"BTF ends within its header: {len(data)} bytes of {HEADER.size}")
-        magic, version, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = (
-            HEADER.unpack_from(data)
-        )
+        magic, version, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = HEADER.unpack_from(data)
         if magic == 0x9FEB:
             raise BtfError("BTF is big-endian; only little-endian nodes and objects are supported")
         if magic != MAGIC:
@@ -202,8 +200,11 @@ class Btf:
         found = self._base.find_all(name, *kinds) if self._base else ()
         if not name or not len(self._starts):
             return found
-        own = np.flatnonzero(np.isin(self._name_offsets, self._offsets_of(name)))
-        ids = (TypeId(int(index) + self._first_id) for index in own)
+        # One plain comparison an offset, and no np.isin: on an emulated CPU (QEMU's, numpy 2) that was seen to add two
+        # types of other names, and a wrong struct is the last thing that a decoder should get.
+        rows = [np.flatnonzero(self._name_offsets == offset) for offset in self._offsets_of(name)]
+        own = sorted(int(index) for row in rows for index in row)
+        ids = (TypeId(index + self._first_id) for index in own)
         return found + tuple(each for each in ids if not kinds or self.kind_of(each) in kinds)
 
     def find(self, name: str, *kinds: Kind) -> TypeId | None:
@@ -333,9 +334,7 @@ class Btf:
             )
             return Enum(name, word, flag, values)
         if kind == Kind.ENUM64:
-            wide = (
-                (each, words[each + 1] | words[each + 2] << 32) for each in range(body, body + 3 * vlen, 3)
-            )
+            wide = ((each, words[each + 1] | words[each + 2] << 32) for each in range(body, body + 3 * vlen, 3))
             return Enum(
                 name,
                 word,
@@ -356,8 +355,7 @@ class Btf:
     def _function_type(self, body: int, vlen: int, returns: TypeId) -> FuncProto:
         words = self.words
         parameters = [
-            Parameter(self.string(words[each]), TypeId(words[each + 1]))
-            for each in range(body, body + 2 * vlen, 2)
+            Parameter(self.string(words[each]), TypeId(words[each + 1])) for each in range(body, body + 2 * vlen, 2)
         ]
         # A last parameter of type void is how BTF writes `...`.
         variadic = bool(parameters) and parameters[-1].type == VOID

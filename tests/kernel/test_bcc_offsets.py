@@ -75,7 +75,7 @@ def test_every_member_lies_where_btf_says(btf: Btf) -> None:
             function = f"f{len(wanted)}"
             wanted[function] = offset
             lines.append(f"u64 {function}(struct {name} *p) {{ return (u64)&p->{member}; }} // {name}.{member}")
-    assert len(wanted) > 2500
+    assert len(wanted) > 2000
     names = {line.split()[1].partition("(")[0]: line.rpartition("// ")[2] for line in lines}
     wrong = []
     # BCC takes a limited source at a time.
