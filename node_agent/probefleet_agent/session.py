@@ -91,6 +91,8 @@ class Session:
         async with grpc.aio.secure_channel(self._dial.target, credentials, options=options) as channel:
             outgoing: asyncio.Queue[stream_pb2.FromAgent] = asyncio.Queue(_QUEUE)
             await outgoing.put(stream_pb2.FromAgent(hello=await self._call(self._engine.hello)))
+            # The operator pushes to nobody who has not said what he runs: it could not know what to keep.
+            await outgoing.put(stream_pb2.FromAgent(status=await self._call(self._engine.status)))
             call = stream_pb2_grpc.FleetStub(channel).Session(
                 _drain(outgoing), metadata=(("authorization", f"Bearer {token}"),)
             )
