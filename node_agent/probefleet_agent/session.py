@@ -91,9 +91,11 @@ class Session:
         async with grpc.aio.secure_channel(self._dial.target, credentials, options=options) as channel:
             outgoing: asyncio.Queue[stream_pb2.FromAgent] = asyncio.Queue(_QUEUE)
             await outgoing.put(stream_pb2.FromAgent(hello=await self._call(self._engine.hello)))
+            # What runs here: the operator pushes nothing before it knows.
+            await outgoing.put(stream_pb2.FromAgent(status=await self._call(self._engine.status)))
             # The operator pushes to nobody who has not said what he runs: it could not know what to keep.
             await outgoing.put(stream_pb2.FromAgent(status=await self._call(self._engine.status)))
-            call = stream_pb2_grpc.FleetStub(channel).Session(
+            call = stream_pb2_grpc.FleetStub(channel).Session(  # type: ignore[no-untyped-call]  # generated code
                 _drain(outgoing), metadata=(("authorization", f"Bearer {token}"),)
             )
             sampler = asyncio.create_task(self._sample(outgoing), name="sampler")

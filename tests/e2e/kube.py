@@ -52,7 +52,7 @@ def get(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
 
 
 def eventually(question: Callable[[], T | None], what: str, *, seconds: float = 60) -> T:
-    """The first answer that is not empty. Asks again and again: the API server's state has no event for every question."""
+    """The first answer that is not empty; asked again and again, since not every question has an event to wait for."""
     ends = time.monotonic() + seconds
     while True:
         answer = question()

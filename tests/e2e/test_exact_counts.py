@@ -1,4 +1,4 @@
-"""End-to-end test 1: pods on several nodes make exactly known numbers of calls; one report says them, and nothing else."""
+"""End-to-end test 1: pods on several nodes make exactly known numbers of calls; one report says just them."""
 
 from __future__ import annotations
 
