@@ -1,7 +1,7 @@
 """``probefleet check`` and ``explain``: what a policy amounts to, before anything is measured.
 
-``check`` goes all the way into the kernel and back: valid, compiled, planned, loaded and attached here for a moment in a
-folder of its own. ``explain`` stops at the plan, so it works on a laptop, and needs no root.
+``check`` goes all the way into the kernel and back: valid, compiled, planned, loaded and attached here for a moment in
+a folder of its own. ``explain`` stops at the plan, so it works on a laptop, and needs no root.
 """
 
 from __future__ import annotations

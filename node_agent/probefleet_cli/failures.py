@@ -3,7 +3,8 @@
 Everything below ``main`` raises ``Failure`` for what a person can understand and change; ``main`` prints it and exits
 with its status. What is not a ``Failure`` (nor click's own) is a mistake of ours and ends with ``INTERNAL``.
 
-    0  done    1  could not be done, or a mistake of ours    2  a bad policy or command line    3  refused by this kernel
+    0  done    1  could not be done, or a mistake of ours    2  a bad policy or command line    3  refused by this
+    kernel
 """
 
 from __future__ import annotations

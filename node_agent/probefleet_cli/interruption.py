@@ -1,8 +1,9 @@
 """Ctrl-C as a wish, not as an accident: signals end a wait, and what was begun is taken down in order.
 
-``run`` and the cluster's commands wait by ``Interruption.wait``. The first SIGINT, SIGTERM or SIGHUP makes it return True;
-a second one raises KeyboardInterrupt wherever the process is, for someone who does not want to wait for the report.
-A pipe and select() rather than an Event: a handler that runs in the middle of Event.wait() could lock itself out.
+``run`` and the cluster's commands wait by ``Interruption.wait``. The first SIGINT, SIGTERM or SIGHUP makes it
+return True; a second one raises KeyboardInterrupt wherever the process is, for someone who does not want to wait
+for the report. A pipe and select() rather than an Event: a handler that runs in the middle of Event.wait() could
+lock itself out.
 """
 
 from __future__ import annotations

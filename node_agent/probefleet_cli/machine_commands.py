@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 from probefleet_agent import errors as agent_errors
+from probefleet_agent.kernel import mounts, pins
 from probefleet_core import catalog as catalog_module
 from probefleet_core import errors as core_errors
 
@@ -100,7 +101,7 @@ def _yaml(manifest: sources.Manifest) -> list[str]:
 @click.option(
     "--bpffs",
     type=click.Path(path_type=Path),
-    default=workspace.mounts.BPFFS,
+    default=mounts.BPFFS,
     show_default=True,
     envvar="PROBEFLEET_BPFFS",
     help="Where bpffs is mounted.",
@@ -111,7 +112,7 @@ def purge(*, yes: bool, bpffs: Path) -> None:
     An agent that runs here notices at its next push and loads its policies anew, with counts from zero. Runs that are
     under way in other terminals are left alone.
     """
-    tree = workspace.pins.root(bpffs)
+    tree = pins.root(bpffs)
     instances, maps = tree.list_instances(), tree.list_maps()
     dead = [found.path for found in workspace.list_private(bpffs) if not found.in_use]
     busy = [found.path for found in workspace.list_private(bpffs) if found.in_use]

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_cli import check_commands, machine_commands, run_command
+from probefleet_cli import check_commands, cluster_commands, machine_commands, run_command
 from probefleet_cli.failures import BAD_INPUT, DONE, INTERNAL, Failure
 
 INTERRUPTED = 130
@@ -33,9 +33,21 @@ def machine(*, verbose: bool) -> None:
     configure_logs(verbose=verbose)
 
 
+@click.group(context_settings=CONTEXT)
+def cluster() -> None:
+    """The same on a whole cluster, by the caller's own kubeconfig and rights.
+
+    Exit status: 0 done, 1 failed, 2 a bad policy or command line, 3 refused by every node's kernel.
+    """
+    configure_logs(verbose=False)
+
+
 TOOLS = (machine_commands.catalog, check_commands.explain, machine_commands.version, machine_commands.completion)
 for _command in (run_command.run, check_commands.check, machine_commands.doctor, machine_commands.purge, *TOOLS):
     machine.add_command(_command)
+for _command in (cluster_commands.run, cluster_commands.events, cluster_commands.nodes, *TOOLS):
+    cluster.add_command(_command)
+machine.add_command(cluster)
 
 
 def configure_logs(*, verbose: bool) -> None:
@@ -48,7 +60,7 @@ def configure_logs(*, verbose: bool) -> None:
 
 def command_for(program: str) -> click.Group:
     """The commands that belong to the name we were called by."""
-    return machine
+    return cluster if program.endswith("kubectl-probefleet") else machine
 
 
 def invoke(command: click.Group, arguments: Sequence[str], *, program: str) -> int:

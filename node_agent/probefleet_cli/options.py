@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("table", "json", "yaml", "folded", "svg")
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """``30s``, ``1h30m`` → seconds."""
 
     name = "duration"

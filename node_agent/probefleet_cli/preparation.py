@@ -105,8 +105,8 @@ def only_process(
     )
     if not attach or not all(isinstance(each.target, values.Uprobe) for each in attach):
         raise BadInput(
-            f"{where}: --pid {pid}: this program has no parameter `pid` and is not attached by uprobes only, so it cannot "
-            "tell one process from another. Leave --pid out, or group its output by a field of the key"
+            f"{where}: --pid {pid}: this program has no parameter `pid` and is not attached by uprobes only, so it "
+            "cannot tell one process from another. Leave --pid out, or group its output by a field of the key"
         )
     return replace(parsed, attach=attach)
 

@@ -1,8 +1,8 @@
 """What to run: catalog names and files on the command line in, manifests out, as ``kubectl apply`` would send them.
 
-``run``, ``check`` and ``explain`` call ``read``; the cluster's ``run`` calls ``of_catalog``. A name becomes the ProbePolicy
-that a user would have written for it, so that there is one way from here on. Nothing is judged here but what no
-manifest at all can be made of; ``preparation`` hands each to the core.
+``run``, ``check`` and ``explain`` call ``read``; the cluster's ``run`` calls ``of_catalog``. A name becomes the
+ProbePolicy that a user would have written for it, so that there is one way from here on. Nothing is judged here but
+what no manifest at all can be made of; ``preparation`` hands each to the core.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def read(
         if source.kind == "ProbePolicy":
             _override(source.manifest, settings, interval)
     if settings and not any(_catalog_program(source.manifest) is not None for source in found):
-        raise BadInput("--set gives parameters of catalog probes, and there is none here: write its name, as in syscount")
+        raise BadInput(
+            "--set gives parameters of catalog probes, and there is none here: write its name, as in syscount"
+        )
     return _named_once(found)
 
 
@@ -100,7 +102,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise BadInput(f"--set {text}: there is no parameter=value in it. Write for example --set syscalls=openat,read")
+            raise BadInput(
+                f"--set {text}: there is no parameter=value in it. Write for example --set syscalls=openat,read"
+            )
         settings[name.strip()] = value
     return settings
 
@@ -113,12 +117,18 @@ def _from_file(word: str, stdin: Iterable[str] | None) -> Iterator[Source]:
         else:
             path = Path(word)
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise BadInput(f"{word}: it has more than {MAX_FILE_BYTES >> 20} MiB; a policy has at most 96 KiB of source")
+                raise BadInput(
+                    f"{word}: it has more than {MAX_FILE_BYTES >> 20} MiB; a policy has at most 96 KiB of source"
+                )
             text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"{shown}: cannot be read: {error.strerror}. Write the path of a file, or a name: probefleet catalog") from error
+        raise BadInput(
+            f"{shown}: cannot be read: {error.strerror}. Write the path of a file, or a name: probefleet catalog"
+        ) from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{shown}: this is not text in UTF-8 (byte {error.start}). Write a ProbePolicy in YAML") from error
+        raise BadInput(
+            f"{shown}: this is not text in UTF-8 (byte {error.start}). Write a ProbePolicy in YAML"
+        ) from error
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:
@@ -170,6 +180,8 @@ def _named_once(sources: list[Source]) -> list[Source]:
             continue
         key = (source.kind, str(metadata.get("namespace") or ""), str(metadata.get("name")))
         if key in seen:
-            raise BadInput(f"{source.where}: {key[0]} {key[2]!r} is in {seen[key]} as well. Give one of them another name")
+            raise BadInput(
+                f"{source.where}: {key[0]} {key[2]!r} is in {seen[key]} as well. Give one of them another name"
+            )
         seen[key] = source.where
     return sources
