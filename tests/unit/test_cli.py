@@ -1,0 +1,234 @@
+"""The command line without a kernel: usage, exit statuses, what becomes of names and files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from probefleet_cli import interruption, local_pods, main, options, preparation, screen, selectors, sources
+from probefleet_cli.failures import BadInput
+from probefleet_core import catalog as catalog_module
+from probefleet_core import values
+from probefleet_core.parameters import Parameter, ParameterType
+
+UID = "0f1e2d3c-0000-4000-8000-123456789abc"
+CONTAINER = "ab" * 32
+
+
+def probe(name: str, *parameters: str) -> catalog_module.Probe:
+    return catalog_module.Probe(
+        name=name,
+        title="A title",
+        description="What it does.",
+        identity=catalog_module.Identity.CURRENT,
+        identity_says="The task that runs.",
+        parameters=tuple(Parameter(each, ParameterType.INTEGER, "0", "A number.") for each in parameters),
+        programs=(),
+        maps=(),
+        outputs=(),
+        elf=b"",
+        sha256="",
+    )
+
+
+CATALOG = catalog_module.Catalog({"runqlat": probe("runqlat", "pid"), "syscount": probe("syscount")})
+
+
+def read(*words: str, settings: dict[str, str] | None = None, interval: str | None = None) -> list[sources.Source]:
+    return sources.read(words, catalog=CATALOG, settings=settings or {}, interval=interval)
+
+
+def status_of(*arguments: str, program: str = "probefleet") -> int:
+    return main.invoke(main.command_for(program), arguments, program=program)
+
+
+def test_the_name_decides_which_commands_come_first() -> None:
+    assert {"run", "check", "explain", "doctor", "catalog", "purge", "cluster"} <= main.machine.commands.keys()
+    plugin = main.command_for("kubectl-probefleet")
+    assert {"run", "events", "nodes", "catalog"} <= plugin.commands.keys()
+    assert "doctor" not in plugin.commands and main.command_for("probefleet") is main.machine
+
+
+@pytest.mark.parametrize("command", sorted({*main.machine.commands} - {"cluster"}))
+def test_every_command_explains_itself(command: str) -> None:
+    said = CliRunner().invoke(main.machine, [command, "--help"])
+    assert said.exit_code == 0
+    first = said.output.splitlines()[2].strip()
+    assert len(first) > 20, "the first line says what it is for"
+
+
+def test_the_help_of_run_names_every_option() -> None:
+    said = CliRunner().invoke(main.machine, ["run", "--help"]).output
+    shown = set(re.findall(r"^\s+(?:-\w, )?(--[a-z-]+)", said, re.MULTILINE))
+    wanted = "--namespace --pid --for --interval --set --output --bpffs --cgroup-root --help"
+    assert shown == set(wanted.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("run",), "Missing argument"),
+        (("run", "x", "--for", "10"), "a duration is a whole number and a unit"),
+        (("run", "x", "--output", "xml"), "'xml' is not one of"),
+        (("run", "/nowhere/policy.yaml"), "/nowhere/policy.yaml: cannot be read"),
+    ],
+)
+def test_wrong_usage_ends_with_2(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "load_catalog", lambda: CATALOG)
+    assert status_of(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_ends_with_1_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> catalog_module.Catalog:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(sources, "load_catalog", broken)
+    assert status_of("catalog") == 1
+    assert "a mistake of ours: KeyError: 'oops'" in capsys.readouterr().err
+
+
+def test_the_catalog_lists_probes_and_documents_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "load_catalog", lambda: CATALOG)
+    assert status_of("catalog") == 0
+    assert capsys.readouterr().out.startswith("runqlat   A title\nsyscount  A title\n")
+    assert status_of("catalog", "runqlat") == 0
+    said = capsys.readouterr().out
+    assert "Whose events: The task that runs." in said and "pid: integer, default 0. A number." in said
+    assert status_of("catalog", "runqlta") == 2
+    assert "Did you mean runqlat?" in capsys.readouterr().err
+
+
+def test_a_name_becomes_the_policy_that_a_user_would_write() -> None:
+    (source,) = read("runqlat", settings={"pid": "5"}, interval="5s")
+    assert source.where == "catalog runqlat"
+    assert source.manifest == {
+        "apiVersion": "probefleet.io/v1alpha1",
+        "kind": "ProbePolicy",
+        "metadata": {"name": "runqlat"},
+        "spec": {
+            "scope": "Cluster",
+            "program": {"catalog": {"name": "runqlat", "parameters": {"pid": "5"}}},
+            "interval": "5s",
+        },
+    }
+
+
+def test_a_file_may_have_several_objects_and_lists(tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(
+        "kind: ProbeMap\nmetadata: {name: m}\n---\n"
+        "kind: List\nitems:\n- kind: ProbePolicy\n  metadata: {name: a}\n- kind: ProbePolicy\n  metadata: {name: b}\n"
+    )
+    assert [(each.kind, each.manifest["metadata"]["name"]) for each in read(str(path))] == [
+        ("ProbeMap", "m"),
+        ("ProbePolicy", "a"),
+        ("ProbePolicy", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "there is no object in it"),
+        ("a: [", "this is not YAML"),
+        ("kind: Pod\n", "kind 'Pod': only ProbePolicy and ProbeMap"),
+        ("- 1\n", "kind 'list'"),
+        ("kind: ProbePolicy\nmetadata: {name: a}\n---\nkind: ProbePolicy\nmetadata: {name: a}\n", "'a' is in"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=re.escape(words)) as refusal:
+        read(str(path))
+    assert str(path) in str(refusal.value)
+
+
+def test_an_unknown_name_is_answered_with_near_ones() -> None:
+    with pytest.raises(BadInput, match="Did you mean syscount"):
+        read("syscuont")
+
+
+def test_set_needs_a_catalog_probe(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("kind: ProbePolicy\nmetadata: {name: a}\nspec: {program: {c: {source: x}}}\n")
+    with pytest.raises(BadInput, match="there is none here"):
+        read(str(path), settings={"minimum": "1ms"})
+    assert sources.parse_settings(["a=1", "b=x=y", "a=2"]) == {"a": "2", "b": "x=y"}
+    with pytest.raises(BadInput, match="no parameter=value"):
+        sources.parse_settings(["minimum"])
+
+
+def policy(program: values.Program, *attach: values.Attachment) -> values.ProbePolicy:
+    return values.ProbePolicy(
+        uid=values.PolicyUid("u"), namespace="default", name="p", generation=1, created_ns=0, deleting=False,
+        scope=values.Scope.CLUSTER, program=program, attach=attach,
+    )  # fmt: skip
+
+
+def test_pid_goes_to_where_a_program_can_tell_and_is_refused_elsewhere() -> None:
+    by_parameter = preparation.only_process(policy(values.CatalogProgram("runqlat")), 7, CATALOG, "here")
+    assert by_parameter.program == values.CatalogProgram("runqlat", (("pid", "7"),))
+    uprobe = values.Attachment("f", values.Uprobe("/bin/x", "main"))
+    by_uprobe = preparation.only_process(policy(values.CProgram("…"), uprobe), 7, CATALOG, "here")
+    assert by_uprobe.attach == (values.Attachment("f", values.Uprobe("/bin/x", "main", pid=7)),)
+    with pytest.raises(BadInput, match="cannot tell one process from another"):
+        preparation.only_process(policy(values.CatalogProgram("syscount")), 7, CATALOG, "here")
+
+
+def test_pods_of_this_machine_are_found_by_the_kubelets_names(tmp_path: Path) -> None:
+    (tmp_path / "pods" / f"shop_web-1_{UID}" / "nginx").mkdir(parents=True)
+    (tmp_path / "pods" / "nonsense").mkdir()
+    (tmp_path / "containers").mkdir()
+    (tmp_path / "containers" / f"web-1_shop_nginx-{CONTAINER}.log").touch()
+    found = local_pods.find(tmp_path / "pods", tmp_path / "containers")
+    assert found.of_namespace("shop") == (UID,) and found.of_namespace("other") == ()
+    pod = found.name_of(UID)
+    assert pod is not None and (pod.name, dict(pod.containers)) == ("web-1", {CONTAINER: "nginx"})
+    assert local_pods.find(tmp_path / "none", tmp_path / "none").namespaces == ()
+
+
+def test_selectors_are_read_as_kubectl_reads_them() -> None:
+    assert selectors.parse("app=web, tier in (a, b),!old,zone!=x,new") == {
+        "matchLabels": {"app": "web"},
+        "matchExpressions": [
+            {"key": "tier", "operator": "In", "values": ["a", "b"]},
+            {"key": "old", "operator": "DoesNotExist"},
+            {"key": "zone", "operator": "NotIn", "values": ["x"]},
+            {"key": "new", "operator": "Exists"},
+        ],
+    }
+    with pytest.raises(BadInput, match="is no requirement"):
+        selectors.parse("app=web,=x")
+
+
+def test_the_first_signal_ends_a_wait_and_the_second_everything() -> None:
+    import os
+    import signal
+
+    with interruption.Interruption() as stop:
+        assert not stop.wait(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(3600) and stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_stacks_are_asked_of_outputs_that_have_them() -> None:
+    with pytest.raises(BadInput, match="kind stacks"):
+        screen.print_reports([screen.Shown("p", {"outputs": [{"kind": "counter"}]})], output="svg")
+
+
+def test_durations_have_a_unit() -> None:
+    assert options.Duration().convert("1m30s", None, None) == 90.0
