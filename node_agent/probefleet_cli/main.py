@@ -16,8 +16,17 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_cli import check_commands, cluster_commands, machine_commands, run_command
+from probefleet_cli import check_commands, machine_commands, run_command
 from probefleet_cli.failures import BAD_INPUT, DONE, INTERNAL, Failure
+
+CLUSTER_COMMANDS: tuple[click.Command, ...] = ()
+try:
+    from probefleet_cli import cluster_commands
+except ModuleNotFoundError as missing:
+    if missing.name != "urllib3":  # the agent's image has no HTTP client: a node talks to no API server
+        raise
+else:
+    CLUSTER_COMMANDS = (cluster_commands.run, cluster_commands.events, cluster_commands.nodes)
 
 INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -45,9 +54,10 @@ def cluster() -> None:
 TOOLS = (machine_commands.catalog, check_commands.explain, machine_commands.version, machine_commands.completion)
 for _command in (run_command.run, check_commands.check, machine_commands.doctor, machine_commands.purge, *TOOLS):
     machine.add_command(_command)
-for _command in (cluster_commands.run, cluster_commands.events, cluster_commands.nodes, *TOOLS):
+for _command in (*CLUSTER_COMMANDS, *TOOLS):
     cluster.add_command(_command)
-machine.add_command(cluster)
+if CLUSTER_COMMANDS:
+    machine.add_command(cluster)
 
 
 def configure_logs(*, verbose: bool) -> None:
