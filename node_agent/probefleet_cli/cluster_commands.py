@@ -204,8 +204,8 @@ def events(
                 screen.progress(f"{error}; trying again")
             if not follow:
                 return
-            if len(cursors) == 1:
-                parameters["since"] = str(next(iter(cursors.values())))
+            if cursors:
+                parameters["since"] = str(min(cursors.values()))
             time.sleep(RECONNECT_SECONDS)
 
 
@@ -253,10 +253,14 @@ def _report(cluster: cluster_api.Cluster, namespace: str, name: str) -> Json:
 
 
 def _print_page(page: Json, output: str, cursors: dict[str, int]) -> None:
-    name = str(page["output"])
-    cursors[name] = int(page["cursor"])
+    name, cursor = str(page["output"]), int(page["cursor"])
+    known = cursors.get(name, 0)
+    cursors[name] = cursor
+    # One `since` serves all outputs after a break, so some send again what was printed. (A cursor that goes back is that
+    # of an operator who began anew.)
+    printed = max(0, known - (cursor - len(page["records"]))) if known <= cursor else 0
     if page.get("missed"):
         click.echo(f"{page['missed']} records of {name} were gone before they could be read", err=True)
-    for record in page["records"]:
+    for record in page["records"][printed:]:
         click.echo(json.dumps(record, ensure_ascii=False) if output == "json" else render.event_line(record))
     sys.stdout.flush()

@@ -190,6 +190,16 @@ def test_events_are_one_a_line(fake: FakeServer, kubeconfig: Path, capsys: pytes
     assert "3 records of execs were gone" in said.err
 
 
+def test_after_a_break_no_event_is_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    cursors: dict[str, int] = {}
+    first: Json = {"output": "execs", "cursor": 2, "missed": 0, "records": [{"pid": 1}, {"pid": 2}]}
+    again: Json = {"output": "execs", "cursor": 3, "missed": 0, "records": [{"pid": 1}, {"pid": 2}, {"pid": 3}]}
+    anew: Json = {"output": "execs", "cursor": 1, "missed": 0, "records": [{"pid": 4}]}
+    for page in (first, again, anew):
+        cluster_commands._print_page(page, "table", cursors)
+    assert capsys.readouterr().out == "pid=1\npid=2\npid=3\npid=4\n"
+
+
 def test_nodes_are_a_table_with_reasons(fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake.answers[f"GET {POLICIES}/slow"] = {"kind": "ProbePolicy"}
     fake.answers[f"GET {REPORTS}/slow"] = {"status": STATUS}
