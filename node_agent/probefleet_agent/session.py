@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,9 @@ class Session:
                     log.info("the operator ended the stream")
                 except (grpc.aio.AioRpcError, OSError, ValueError) as error:
                     log.warning("no stream to the operator", target=self._dial.target, error=_words(error))
+                except Exception:
+                    # A bug of ours must not stop the node's counting: a new stream begins afresh.
+                    log.exception("the stream broke")
                 # A stream that held for a while was a good one: the operator was merely replaced.
                 wait = _LEAST_SECONDS if time.monotonic() - started > _MOST_SECONDS else min(wait * 2, _MOST_SECONDS)
                 await asyncio.sleep(random.uniform(wait / 2, wait))
@@ -91,24 +94,30 @@ class Session:
         async with grpc.aio.secure_channel(self._dial.target, credentials, options=options) as channel:
             outgoing: asyncio.Queue[stream_pb2.FromAgent] = asyncio.Queue(_QUEUE)
             await outgoing.put(stream_pb2.FromAgent(hello=await self._call(self._engine.hello)))
-            # What runs here: the operator pushes nothing before it knows.
-            await outgoing.put(stream_pb2.FromAgent(status=await self._call(self._engine.status)))
             # The operator pushes to nobody who has not said what he runs: it could not know what to keep.
             await outgoing.put(stream_pb2.FromAgent(status=await self._call(self._engine.status)))
             call = stream_pb2_grpc.FleetStub(channel).Session(  # type: ignore[no-untyped-call]  # generated code
                 _drain(outgoing), metadata=(("authorization", f"Bearer {token}"),)
             )
-            sampler = asyncio.create_task(self._sample(outgoing), name="sampler")
+            # Whichever ends first ends the other: a stream that nobody samples for is no stream.
+            tasks = [
+                asyncio.create_task(self._listen(call, outgoing), name="listener"),
+                asyncio.create_task(self._sample(outgoing), name="sampler"),
+            ]
             try:
-                async for message in call:
-                    await self._receive(message, outgoing)
-                    if sampler.done():
-                        break
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                sampler.cancel()
-                results = await asyncio.gather(sampler, return_exceptions=True)
-            if isinstance(results[0], Exception):
-                raise results[0]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            for task in done:
+                task.result()
+
+    async def _listen(
+        self, call: AsyncIterable[stream_pb2.FromOperator], outgoing: asyncio.Queue[stream_pb2.FromAgent]
+    ) -> None:
+        async for message in call:
+            await self._receive(message, outgoing)
 
     async def _receive(self, message: stream_pb2.FromOperator, outgoing: asyncio.Queue[stream_pb2.FromAgent]) -> None:
         if message.WhichOneof("message") == "ack":
