@@ -256,8 +256,8 @@ def _print_page(page: Json, output: str, cursors: dict[str, int]) -> None:
     name, cursor = str(page["output"]), int(page["cursor"])
     known = cursors.get(name, 0)
     cursors[name] = cursor
-    # One `since` serves all outputs after a break, so some send again what was printed. (A cursor that goes back is that
-    # of an operator who began anew.)
+    # One `since` serves all outputs after a break, so some send again what was printed. (A cursor that goes back is
+    # that of an operator who began anew.)
     printed = max(0, known - (cursor - len(page["records"]))) if known <= cursor else 0
     if page.get("missed"):
         click.echo(f"{page['missed']} records of {name} were gone before they could be read", err=True)
