@@ -224,8 +224,10 @@ async def test_suspend_and_ttl_remove_programs_and_keep_the_policy(
             lambda seen: {each["type"]: each["reason"] for each in seen["conditions"]}["Ready"] == "Expired",
         )
         assert status["columns"]["status"] == "Expired"
-        paused = plane.request("GET", f"{POLICIES}/paused")["status"]
-        assert paused["columns"]["status"] == "Suspended"
+        await eventually(
+            lambda: plane.request("GET", f"{POLICIES}/paused")["status"]["columns"]["status"],
+            lambda seen: seen == "Suspended",
+        )
 
 
 async def test_a_failure_stands_in_the_status_and_as_an_event(plane: ControlPlane, operator: OperatorProcess) -> None:

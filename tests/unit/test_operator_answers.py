@@ -72,6 +72,7 @@ def test_all_is_well() -> None:
         "rate": "2.1M/s",
         "overhead": "0.31%",
         "status": "Ready",
+        "failure": "",
     }
     assert {kind: state for kind, (state, _) in conditions(body).items()} == {
         "Accepted": "True",
