@@ -351,7 +351,7 @@ class Engine:
                 budget_bytes=min((p.budget.map_memory_bytes for p in plans if p.budget.map_memory_bytes), default=0),
                 filter_on=self._book.root != "/" or not all(self._everything(plan) for plan in plans),
             )
-        except (ProbefleetError, ValueError, KeyError) as error:
+        except (ProbefleetError, ValueError, KeyError, OSError) as error:
             self._failures[digest] = _failure(error)
             log.warning("cannot run", digest=digest, title=instance.title, reason=self._failures[digest].reason)
             return
@@ -435,7 +435,7 @@ class Engine:
         uid = MapUid(spec.uid)
         try:
             self._maps[uid] = (spec, self._executor.make_map(spec, self._blobs[spec.sha256]))
-        except (ProbefleetError, KeyError) as error:
+        except (ProbefleetError, KeyError, OSError) as error:
             self._map_failures[uid] = _failure(error)
 
     def _remove_map(self, uid: MapUid) -> None:
