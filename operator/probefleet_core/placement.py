@@ -163,7 +163,8 @@ class _Board:
         self._previous_maps = {name: {each.uid: each for each in state.probe_maps} for name, state in previous.items()}
         self._plans: dict[values.NodeName, list[plan_pb2.Plan]] = {node.name: [] for node in self._reachable}
         self._proven = self._ready_digests()
-        self._trials: dict[tuple[str, KernelClass], values.NodeName] = {}
+        #: Where an unproven digest is tried in a class, and by which plan.
+        self._trials: dict[tuple[str, KernelClass], tuple[Node, plan_pb2.Plan]] = {}
         self.desired: dict[values.PolicyUid, frozenset[values.NodeName]] = {}
         self.waiting: dict[values.PolicyUid, list[values.NodeName]] = {}
         self.held: list[Held] = []
@@ -196,8 +197,8 @@ class _Board:
         digest = plan.instance.digest
         if kernel is not None and (digest, kernel) not in self._proven:
             # Another policy may try the same digest on this class already; its node serves for both where it can.
-            first = self._trials.get((digest, kernel)) or self._canary(members, plan).name
-            self._trials[digest, kernel] = first
+            trial = self._trials.setdefault((digest, kernel), (self._canary(members, plan), plan))
+            first = trial[0].name
         else:
             first = None
         others = []
@@ -208,24 +209,14 @@ class _Board:
             else:
                 others.append(node)
                 self._keep(node, candidate)
-        if first is None or kernel is None or not others:
-            if kernel is not None and first is not None:
-                self._note_failure(candidate, plan, kernel, first, 0)
+        if kernel is None or first is None or not others:
             return
-        if not self._note_failure(candidate, plan, kernel, first, len(others)):
-            self.waiting.setdefault(candidate.uid, []).extend(node.name for node in others)
-
-    def _note_failure(
-        self, candidate: Candidate, plan: plan_pb2.Plan, kernel: KernelClass, first: values.NodeName, waiting: int
-    ) -> bool:
-        """List the class as held, where its first node could not run the plan."""
-        node = next(each for each in self._reachable if each.name == first)
-        status = self._tried(node, candidate.uid, plan)
+        node, tried = self._trials[digest, kernel]
+        status = self._tried(node, values.PolicyUid(tried.policy_uid), tried)
         if status is None:
-            return False
-        if waiting:
-            self.held.append(Held(candidate.uid, kernel, first, status.reason, status.message, waiting))
-        return True
+            self.waiting.setdefault(candidate.uid, []).extend(each.name for each in others)
+        else:
+            self.held.append(Held(candidate.uid, kernel, first, status.reason, status.message, len(others)))
 
     def _canary(self, members: list[Node], plan: plan_pb2.Plan) -> Node:
         """The class's first node: one that tried the plan already, else one that has it, else the first by name."""

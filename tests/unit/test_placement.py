@@ -176,6 +176,14 @@ def test_two_policies_with_one_digest_have_one_canary() -> None:
     assert digests(placed) == {"a": [NEW, NEW], "b": []}
 
 
+def test_a_failure_under_one_policy_holds_the_others_of_the_same_digest() -> None:
+    elsewhere = policy("p2", nodes=values.Selector((("pool", "db"),)))
+    nodes = [node("a", said("p1", "", State.FAILED)), node("b", labels={"pool": "db"})]
+    placed = place([candidate(made=plan()), candidate(elsewhere, plan("p2"))], nodes)
+    assert digests(placed) == {"a": [NEW], "b": []}
+    assert [(held.policy, held.node, held.waiting) for held in placed.held] == [("p1", "a", 1), ("p2", "a", 1)]
+
+
 def test_new_outputs_of_a_running_digest_go_everywhere_at_once() -> None:
     nodes = running(NEW, "a", "b")
     placed = place([candidate(policy(generation=2), plan(generation=2))], nodes)
