@@ -96,7 +96,8 @@ class Engine:
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
         self._stream = samples.Stream()
         self._costs = costs.Costs(enabled=stats)
-        self._term = self._version = 0
+        # Of the last push, also an earlier process's: an operator that was replaced cannot come back.
+        self._term, self._version = self._tracker.term, self._tracker.version
         self._remembered_ns = time.time_ns()
         self._scanned_ns = 0
 
@@ -183,6 +184,7 @@ class Engine:
         self._reconcile(specs)
         self._fill_filters()
         self._forget_blobs()
+        self._tracker.note_push(push.term, push.version)
 
     def status(self) -> stream_pb2.Status:
         """What runs, and why the rest does not."""
@@ -355,7 +357,6 @@ class Engine:
             self._failures[digest] = _failure(error)
             log.warning("cannot run", digest=digest, title=instance.title, reason=self._failures[digest].reason)
             return
-        loaded.asked_ns = time.time_ns()
         self._loaded[digest] = loaded
         took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
         log.info("loaded", digest=digest, title=instance.title, ways=loaded.ways, took_ms=took_ms)

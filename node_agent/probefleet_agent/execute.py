@@ -159,7 +159,7 @@ class Executor:
                 for name, fd in loaded.programs.items():
                     folder.pin_program(name, fd)
                 # Counting begins with the links: what comes before them cannot fail any more.
-                loaded.since_ns = time.time_ns()
+                loaded.since_ns = loaded.asked_ns = time.time_ns()
                 self._attach(loaded)
                 for number, link in enumerate(loaded.links):
                     if link.pinnable:

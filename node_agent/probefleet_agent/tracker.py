@@ -8,6 +8,8 @@ as well. The program is attached before they are looked for, so none falls in be
 from __future__ import annotations
 
 import contextlib
+import struct
+import time
 
 import numpy as np
 from probefleet_wire import resources
@@ -19,6 +21,8 @@ from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.pods import CgroupId
 
 PATH_BYTES = 256
+#: When the agent was last alive (wall clock, ns), and the term and version of the last push.
+_NOTES = struct.Struct("<QQQ")
 _PROGRAM = "on_cgroup_mkdir"
 _ATTACHMENT = plan_pb2.Attachment(program=_PROGRAM, raw_tracepoint=plan_pb2.RawTracepoint(name="cgroup_mkdir"))
 
@@ -34,7 +38,7 @@ class Tracker:
             self._owned.close()
             raise
         self._info = maps.info(self._cgroups)
-        self.stopped_ns = self._read_beat()
+        self.stopped_ns, self.term, self.version = self._read_notes()
 
     def paths(self) -> dict[CgroupId, str]:
         """Every cgroup remembered, by id."""
@@ -60,7 +64,12 @@ class Tracker:
 
     def beat(self, now_ns: int) -> None:
         """Note that the agent is alive, so that the next one knows since when it was not."""
-        syscall.map_update(self._beat, bytes(4), now_ns.to_bytes(8, "little"))
+        syscall.map_update(self._beat, bytes(4), _NOTES.pack(now_ns, self.term, self.version))
+
+    def note_push(self, term: int, version: int) -> None:
+        """Note which push was carried out last."""
+        self.term, self.version = term, version
+        self.beat(time.time_ns())
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -72,8 +81,9 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_beat(self) -> int:
-        return int.from_bytes(syscall.map_lookup(self._beat, bytes(4), 8) or b"", "little")
+    def _read_notes(self) -> tuple[int, int, int]:
+        beat, term, version = _NOTES.unpack(syscall.map_lookup(self._beat, bytes(4), _NOTES.size) or bytes(_NOTES.size))
+        return beat, term, version
 
     def _adopt(self, root: pins.Root) -> tuple[Fd, Fd, Fd] | None:
         found = [root.identity_map(name) for name in ("cgroups", "lost", "beat", "link")]
@@ -85,6 +95,10 @@ class Tracker:
             root.remove_identity()
             root.identity.mkdir(mode=0o700, parents=True, exist_ok=True)
             return None
+        if maps.info(present[2]).value_size != _NOTES.size:
+            root.remove_identity()  # of an older agent
+            root.identity.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return None
         return present[0], present[1], present[2]
 
     def _load(self, root: pins.Root) -> tuple[Fd, Fd, Fd]:
@@ -93,7 +107,9 @@ class Tracker:
             table = self._own(opened.map_fd("cgroups"))
             lost = self._own(opened.map_fd("probefleet_lost"))
             program = self._own(opened.program_fd(_PROGRAM))
-        beat = self._own(syscall.map_create(MapType.ARRAY, key_size=4, value_size=8, max_entries=1, name="pf_beat"))
+        beat = self._own(
+            syscall.map_create(MapType.ARRAY, key_size=4, value_size=_NOTES.size, max_entries=1, name="pf_beat")
+        )
         link = links.attach(program, _ATTACHMENT)
         self._owned.callback(link.close)
         self._cgroups, self._info = table, maps.info(table)
