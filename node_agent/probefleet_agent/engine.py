@@ -135,6 +135,16 @@ class Engine:
         self._costs.close()
         self._tracker.close()
 
+    def leave(self) -> bool:
+        """Remove the agent's own memory too, where nothing runs and no map is held: an uninstallation leaves no pin.
+
+        With programs pinned it stays, for it names the pods that they count while no agent is there.
+        """
+        if self._wanted or self._root.list_instances() or self._root.list_maps():
+            return False
+        self._root.purge()
+        return True
+
     def __enter__(self) -> Engine:
         return self
 

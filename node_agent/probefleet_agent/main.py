@@ -75,7 +75,8 @@ def main(
     with engine:
         log.info("started", version=VERSION, cgroup_root=cgroup_root)
         asyncio.run(_run(engine, Dial(target, ca_file, token_file, server_name)))
-    log.info("stopped; what is pinned goes on counting")
+        empty = engine.leave()
+    log.info("stopped; nothing is left on this node" if empty else "stopped; what is pinned goes on counting")
 
 
 async def _run(engine: Engine, dial: Dial) -> None:
