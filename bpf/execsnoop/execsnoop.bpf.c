@@ -21,10 +21,10 @@ struct event {
 	pid_nr_t pid;
 	pid_nr_t parent;
 	user_id_t user;
-	u32 argument_bytes;		/* as long as they were; what is beyond ARGUMENT_BYTES is cut off */
+	u32 argument_bytes; /* as long as they were; what is beyond ARGUMENT_BYTES is cut off */
 	comm_t command;
 	char file[FILE_BYTES];
-	char arguments[ARGUMENT_BYTES];	/* separated by spaces */
+	char arguments[ARGUMENT_BYTES]; /* separated by spaces */
 };
 
 struct {

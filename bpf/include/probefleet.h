@@ -45,21 +45,21 @@
  * Meaning by name. BTF keeps the names of typedefs, so these decide how a field of a map's key or of a record is shown.
  * Whatever has another type is shown as the number that it is.
  */
-typedef u64 cgroup_id_t;	/* cgroup v2 id: namespace, pod and container. One such field says whose event it is */
-typedef u32 pid_nr_t;		/* process (tgid): command */
-typedef u32 tid_nr_t;		/* thread */
-typedef u32 user_id_t;		/* uid: user name */
-typedef u32 syscall_t;		/* number: name; PROBEFLEET_COMPAT is set for calls by 32-bit programs */
-typedef s32 errno_t;		/* positive or negative errno: name; 0 is shown as success */
-typedef u32 device_t;		/* dev_t of the kernel (major << 20 | minor): name */
-typedef u16 port_t;		/* in host byte order */
-typedef __be16 be_port_t;	/* in network byte order */
+typedef u64 cgroup_id_t;  /* cgroup v2 id: namespace, pod and container. One such field says whose event it is */
+typedef u32 pid_nr_t;	  /* process (tgid): command */
+typedef u32 tid_nr_t;	  /* thread */
+typedef u32 user_id_t;	  /* uid: user name */
+typedef u32 syscall_t;	  /* number: name; PROBEFLEET_COMPAT is set for calls by 32-bit programs */
+typedef s32 errno_t;	  /* positive or negative errno: name; 0 is shown as success */
+typedef u32 device_t;	  /* dev_t of the kernel (major << 20 | minor): name */
+typedef u16 port_t;	  /* in host byte order */
+typedef __be16 be_port_t; /* in network byte order */
 typedef __be32 ipv4_t;
 typedef u8 ipv6_t[16];
-typedef u8 ip_t[16];		/* IPv6, or IPv4 mapped into it (::ffff:a.b.c.d) */
-typedef u64 nanoseconds_t;	/* a length of time */
-typedef u64 ktime_t_ns;		/* a moment, bpf_ktime_get_ns(): wall clock */
-typedef s32 stack_id_t;		/* of bpf_get_stackid(); the two below say whose symbols to look up */
+typedef u8 ip_t[16];	   /* IPv6, or IPv4 mapped into it (::ffff:a.b.c.d) */
+typedef u64 nanoseconds_t; /* a length of time */
+typedef u64 ktime_t_ns;	   /* a moment, bpf_ktime_get_ns(): wall clock */
+typedef s32 stack_id_t;	   /* of bpf_get_stackid(); the two below say whose symbols to look up */
 typedef s32 kernel_stack_id_t;
 typedef s32 user_stack_id_t;
 typedef char comm_t[16];
@@ -69,10 +69,10 @@ typedef char comm_t[16];
 /* -- What was lost ------------------------------------------------------------------------------------------------ */
 
 enum probefleet_count {
-	PROBEFLEET_LOST_UPDATE = 0,	/* a map was full or busy: something is missing from its numbers */
-	PROBEFLEET_LOST_RING = 1,	/* the ring buffer was full: a record is missing */
-	PROBEFLEET_SUBMITTED = 2,	/* records that did reach the ring buffer */
-	PROBEFLEET_LOST_OTHER = 3,	/* anything else; probe.yaml says what */
+	PROBEFLEET_LOST_UPDATE = 0, /* a map was full or busy: something is missing from its numbers */
+	PROBEFLEET_LOST_RING = 1,   /* the ring buffer was full: a record is missing */
+	PROBEFLEET_SUBMITTED = 2,   /* records that did reach the ring buffer */
+	PROBEFLEET_LOST_OTHER = 3,  /* anything else; probe.yaml says what */
 	PROBEFLEET_COUNTS = 4,
 };
 

@@ -13,7 +13,7 @@ const volatile bool failed = false;
 
 struct result_key {
 	cgroup_id_t cgroup;
-	errno_t result;			/* 0 or a negative errno */
+	errno_t result; /* 0 or a negative errno */
 };
 
 struct event {
@@ -22,15 +22,15 @@ struct event {
 	pid_nr_t pid;
 	tid_nr_t thread;
 	user_id_t user;
-	errno_t result;			/* the descriptor, or a negative errno */
-	u32 flags;			/* O_* */
+	errno_t result; /* the descriptor, or a negative errno */
+	u32 flags;	/* O_* */
 	comm_t command;
-	char file[FILE_BYTES];		/* as the program wrote it; longer names are cut off */
+	char file[FILE_BYTES]; /* as the program wrote it; longer names are cut off */
 };
 
 struct flight {
 	cgroup_id_t cgroup;
-	u64 file;			/* an address in the program */
+	u64 file; /* an address in the program */
 	u32 flags;
 };
 
@@ -66,11 +66,12 @@ struct {
 #define NR_OPENAT 56
 #endif
 #define NR_OPENAT2 437
-#define CREAT_FLAGS 01101		/* O_CREAT | O_WRONLY | O_TRUNC */
+#define CREAT_FLAGS 01101 /* O_CREAT | O_WRONLY | O_TRUNC */
 
 static __always_inline bool is_open(long number)
 {
-	return number == NR_OPENAT || number == NR_OPENAT2 || (NR_OPEN >= 0 && (number == NR_OPEN || number == NR_CREAT));
+	return number == NR_OPENAT || number == NR_OPENAT2 ||
+	       (NR_OPEN >= 0 && (number == NR_OPEN || number == NR_CREAT));
 }
 
 SEC("tp_btf/sys_enter")

@@ -10,7 +10,7 @@
 struct cpu_sample {
 	cgroup_id_t cgroup;
 	pid_nr_t pid;
-	kernel_stack_id_t kernel_stack;	/* negative errno: none (in user mode), or lost */
+	kernel_stack_id_t kernel_stack; /* negative errno: none (in user mode), or lost */
 	user_stack_id_t user_stack;	/* negative errno: none (a kernel thread), or lost */
 };
 

@@ -14,7 +14,7 @@ const volatile bool processes = false;
 
 struct waiter {
 	cgroup_id_t cgroup;
-	pid_nr_t process;		/* 0 unless asked for */
+	pid_nr_t process; /* 0 unless asked for */
 };
 
 struct duration {

@@ -19,7 +19,7 @@ struct target {
 struct failure {
 	cgroup_id_t cgroup;
 	port_t port;
-	errno_t error;			/* 0: given up by the program itself */
+	errno_t error; /* 0: given up by the program itself */
 };
 
 struct duration {

@@ -13,7 +13,7 @@
 
 struct side {
 	cgroup_id_t cgroup;
-	port_t port;			/* of the service: remote where the pod connected, local where it accepted */
+	port_t port; /* of the service: remote where the pod connected, local where it accepted */
 	bool accepted;
 };
 
@@ -24,14 +24,14 @@ struct traffic {
 };
 
 struct event {
-	ktime_t_ns time;		/* of the end */
+	ktime_t_ns time; /* of the end */
 	cgroup_id_t cgroup;
 	nanoseconds_t duration;
 	u64 sent_bytes;
 	u64 received_bytes;
 	ip_t local;
 	ip_t remote;
-	pid_nr_t pid;			/* who connected or closed it; 0 where that was no task's doing */
+	pid_nr_t pid; /* who connected or closed it; 0 where that was no task's doing */
 	port_t local_port;
 	port_t remote_port;
 	bool accepted;
@@ -183,7 +183,7 @@ static __always_inline int change(const struct sock *socket, int old, int new)
 	if (!found)
 		return 0;
 	/* Only close(), shutdown() and exit make these of an open connection: the task that runs is the socket's. */
-	if (!found->pid && (new == TCP_LAST_ACK || (new == TCP_FIN_WAIT1 && old == TCP_ESTABLISHED))) {
+	if (!found->pid && (new == TCP_LAST_ACK || (new == TCP_FIN_WAIT1 &&old == TCP_ESTABLISHED))) {
 		note_task(found);
 		if (!found->cgroup)
 			found->cgroup = probefleet_current_cgroup();

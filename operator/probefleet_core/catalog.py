@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import yaml
 from probefleet_wire.bpf_object import BpfObject, Variable
@@ -26,6 +27,7 @@ from probefleet_core.parameters import Parameter, ParameterError, ParameterType
 
 ENVIRONMENT = "PROBEFLEET_CATALOG"
 OBJECTS_ENVIRONMENT = "PROBEFLEET_CATALOG_OBJECTS"
+E = TypeVar("E", bound=enum.StrEnum)
 IDENTITIES = ("namespace", "workload", "pod", "container")
 
 
@@ -195,6 +197,14 @@ class _Fields:
             raise CatalogError(f"{self.where}.{key}: expected text, found {value!r}; put it in quotes")
         return value
 
+    def choice(self, key: str, choices: type[E]) -> E:
+        value = self.text(key)
+        try:
+            return choices(value)
+        except ValueError as error:
+            there = ", ".join(str(each) for each in choices)
+            raise CatalogError(f"{self.where}.{key}: {value!r} is none of {there}") from error
+
     def number(self, key: str, default: int | None = None) -> int | None:
         value = self._left.pop(key, default)
         if value is not None and not isinstance(value, int):
@@ -251,7 +261,7 @@ def parse_probe(name: str, text: str, elf: bytes) -> Probe:
         name=name,
         title=top.text("title"),
         description=top.text("description"),
-        identity=Identity(identity.text("of")),
+        identity=identity.choice("of", Identity),
         identity_says=identity.text("says"),
         parameters=parameters,
         programs=programs,
@@ -269,7 +279,7 @@ def parse_probe(name: str, text: str, elf: bytes) -> Probe:
 
 def _parameter(fields: _Fields, variables: Mapping[str, Variable]) -> Parameter:
     name = fields.text("name")
-    kind = ParameterType(fields.text("type"))
+    kind = fields.choice("type", ParameterType)
     attaches = fields.has("sets")
     if attaches and fields.text("sets") != "frequency":
         raise CatalogError(f"{fields.where}.sets: only `frequency` (of perf events) can be set")
@@ -344,13 +354,13 @@ def _output(fields: _Fields, compiled: BpfObject) -> Output:
     histogram = None
     if fields.has("histogram"):
         inner = fields.fields("histogram")
-        scale, step = values.Scale(inner.text("scale")), inner.number("step", 0)
+        scale, step = inner.choice("scale", values.Scale), inner.number("step", 0)
         histogram = values.Histogram(scale=scale, step=step or 0, slots=inner.text("slots"))
         inner.end()
     output = values.Output(
         name=fields.text("name"),
         map=fields.text("map"),
-        kind=values.Kind(fields.text("kind")),
+        kind=fields.choice("kind", values.Kind),
         value=fields.text("value", ""),
         histogram=histogram,
         group_by=fields.texts("groupBy"),
