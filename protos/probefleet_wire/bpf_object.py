@@ -103,9 +103,7 @@ class BpfObject:
         """Read an object; raises ``ElfError`` or ``BtfError`` with the reason."""
         elf = Elf.parse(data)
         if elf.machine != EM_BPF:
-            raise ElfError(
-                f"ELF file is for machine {elf.machine}, not BPF ({EM_BPF}): compile with -target bpf"
-            )
+            raise ElfError(f"ELF file is for machine {elf.machine}, not BPF ({EM_BPF}): compile with -target bpf")
         licence = elf.section("license")
         btf_section, ext = elf.section(".BTF"), elf.section(".BTF.ext")
         btf = Btf.parse(btf_section.data) if btf_section else None
@@ -247,9 +245,7 @@ def _programs(elf: Elf) -> tuple[ProgramDef, ...]:
             end = symbol.value + symbol.size_bytes
             if end > section.size_bytes:
                 raise ElfError(f"function {symbol.name!r} lies outside its section {section.name!r}")
-            found.append(
-                ProgramDef(symbol.name, section.name, symbol.value, section.data[symbol.value : end])
-            )
+            found.append(ProgramDef(symbol.name, section.name, symbol.value, section.data[symbol.value : end]))
     return tuple(found)
 
 
@@ -263,9 +259,7 @@ def _variables(elf: Elf, btf: Btf) -> tuple[Variable, ...]:
         if not section.name.startswith((".rodata", ".data", ".bss")):
             continue
         if section.size_bytes > MAX_DATA_BYTES:
-            raise ElfError(
-                f"section {section.name!r} has {section.size_bytes} bytes; at most {MAX_DATA_BYTES}"
-            )
+            raise ElfError(f"section {section.name!r} has {section.size_bytes} bytes; at most {MAX_DATA_BYTES}")
         datasec = btf.datasec(section.name)
         initial = section.data or bytes(section.size_bytes)
         taken = 0

@@ -116,9 +116,7 @@ def dtype_of(btf: Btf, type_id: int) -> np.dtype[np.void] | np.dtype[np.generic]
     return _dtype(btf, type_id, 0, [0])
 
 
-def _dtype(
-    btf: Btf, type_id: int, depth: int, counted: list[int]
-) -> np.dtype[np.void] | np.dtype[np.generic]:
+def _dtype(btf: Btf, type_id: int, depth: int, counted: list[int]) -> np.dtype[np.void] | np.dtype[np.generic]:
     depth = _deeper(depth, type_id)
     found = btf.type(btf.resolve(type_id))
     if isinstance(found, Array):
@@ -138,9 +136,7 @@ def _dtype(
             raise BtfError(f"struct {found.name!r} is too large for NumPy")
         if not names:
             return np.dtype(f"V{found.size_bytes}")
-        return np.dtype(
-            {"names": names, "formats": formats, "offsets": offsets, "itemsize": found.size_bytes}
-        )
+        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": found.size_bytes})
     scalar = _scalar(btf, type_id)
     return _scalar_dtype(scalar)
 
@@ -169,9 +165,7 @@ def _members(
         size = size_of(btf, member.type)
         _inside(record, member.name, member.offset_bytes, size)
         name = member.name or f"_{at}"
-        if (
-            not size or name in names
-        ):  # a flexible array or group marker; a name that an anonymous part had already
+        if not size or name in names:  # a flexible array or group marker; a name that an anonymous part had already
             continue
         names.append(name)
         formats.append(_dtype(btf, member.type, depth, counted))
@@ -218,9 +212,7 @@ def _flatten(btf: Btf, type_id: int, name: str, base: int, depth: int, in_union:
                 dotted = ".".join(part for part in (name + index, member.name) if part)
                 overlaps = in_union or isinstance(found, Union)
                 if member.bitfield_bits:
-                    _add_bitfield(
-                        btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, flat
-                    )
+                    _add_bitfield(btf, member.type, dotted, here * 8 + member.bit_offset, member.bitfield_bits, flat)
                     continue
                 _inside(found, member.name, member.offset_bytes, size_of(btf, member.type))
                 _flatten(btf, member.type, dotted, here + member.offset_bytes, depth, overlaps, flat)
@@ -287,9 +279,7 @@ def _scalar(btf: Btf, type_id: int) -> _Scalar:
             return _Scalar("bytes", found.size_bytes, found.signed)
         if found.is_bool:
             return _Scalar("bool", found.size_bytes, False)
-        return _Scalar(
-            "char" if found.is_char and found.size_bytes == 1 else "int", found.size_bytes, found.signed
-        )
+        return _Scalar("char" if found.is_char and found.size_bytes == 1 else "int", found.size_bytes, found.signed)
     raise BtfError(f"type {type_id} ({c_name_of(btf, type_id)}) is no number and cannot be decoded")
 
 

@@ -130,9 +130,7 @@ class Elf:
                 continue
             layout = _REL if table.type == SHT_REL else _RELA
             if len(table.data) % layout.size:
-                raise ElfError(
-                    f"section {table.name!r} has {len(table.data)} bytes, no multiple of {layout.size}"
-                )
+                raise ElfError(f"section {table.name!r} has {len(table.data)} bytes, no multiple of {layout.size}")
             for entry in layout.iter_unpack(table.data):
                 offset, info = entry[0], entry[1]
                 if info >> 32 >= len(self.symbols):

@@ -77,9 +77,7 @@ def test_typedefs_are_followed_and_named_outermost_first() -> None:
 def test_the_layout_lists_every_scalar_at_its_place() -> None:
     data, ids = example()
     fields = Btf.parse(data).layout_of(ids["key"])
-    places = {
-        field.name: (field.offset_bytes, field.size_bytes, field.kind, field.in_union) for field in fields
-    }
+    places = {field.name: (field.offset_bytes, field.size_bytes, field.kind, field.in_union) for field in fields}
     assert places == {
         "pid": (0, 4, "int", False),
         "comm": (4, 16, "char", False),
@@ -242,17 +240,13 @@ def test_random_types_never_do_more_than_raise(body: bytes) -> None:
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
 
-@pytest.mark.skipif(
-    not VMLINUX.exists(), reason="this kernel has no BTF; run on one with CONFIG_DEBUG_INFO_BTF"
-)
+@pytest.mark.skipif(not VMLINUX.exists(), reason="this kernel has no BTF; run on one with CONFIG_DEBUG_INFO_BTF")
 def test_the_kernels_own_btf_is_read_whole() -> None:
     btf = Btf.parse(VMLINUX.read_bytes())
     task = btf.type(btf.require("task_struct", Kind.STRUCT))
     assert isinstance(task, Struct)
     tgid = next(member for member in task.members if member.name == "tgid")
-    fields = {
-        field.name: field.offset_bytes for field in btf.layout_of(btf.require("task_struct", Kind.STRUCT))
-    }
+    fields = {field.name: field.offset_bytes for field in btf.layout_of(btf.require("task_struct", Kind.STRUCT))}
     assert fields["tgid"] == tgid.offset_bytes
     assert btf.dtype_of(btf.require("task_struct", Kind.STRUCT)).itemsize == task.size_bytes
     assert not any(isinstance(btf.type(each), Fwd) for each in btf.find_all("task_struct", Kind.STRUCT))
