@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,17 @@ def test_folders_without_objects_and_empty_ones_say_what_to_do(tmp_path: Path, m
     monkeypatch.setenv(catalog.OBJECTS_ENVIRONMENT, str(tmp_path))
     with pytest.raises(catalog.CatalogError, match="run `make bpf`"):
         catalog.load()
+
+
+def test_the_same_source_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    """Instances are known by digest: two builds of one release must not look like two programs."""
+    objects = []
+    for folder in (tmp_path / "a", tmp_path / "somewhere" / "else"):
+        copy = folder / "bpf"
+        shutil.copytree(ROOT / "bpf" / "include", copy / "include")
+        shutil.copytree(ROOT / "bpf" / "tcplife", copy / "tcplife")
+        shutil.copy(ROOT / "bpf" / "Makefile", copy)
+        subprocess.run(["make", "-C", str(copy), "--silent"], check=True, capture_output=True)
+        objects.append((folder / "build" / "bpf" / "tcplife.bpf.o").read_bytes())
+    assert objects[0] == objects[1]
+    assert str(tmp_path).encode() not in objects[0]
