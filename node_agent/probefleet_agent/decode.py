@@ -194,11 +194,15 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
         at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
         render = _address if decoder == "ip" else bytes.hex
         return _each(at.view(f"V{field.size_bytes}").reshape(-1), lambda value: render(bytes(value)))
+    if decoder != "text" and (field.shape or field.kind in ("char", "bytes")):
+        raise DecodeError(
+            f"field {field.name} is {field.type_name}{list(field.shape)}: decoder {decoder} reads one number"
+        )
     values = raw(buffer, field)
     if decoder == "text":
         if field.kind != "char":
-            values = np.ascontiguousarray(values).view(np.uint8).reshape(len(buffer), -1)
-            values = values.view(f"S{values.shape[1]}").reshape(-1)
+            at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
+            values = at.view(f"S{field.size_bytes}").reshape(-1)
         return _each(values, lambda value: _text(bytes(value)))
     if decoder == "float":
         return values.astype(np.float64)
@@ -223,7 +227,7 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
 
 def _each(values: npt.NDArray[Any], name: Callable[[Any], str]) -> npt.NDArray[np.object_]:
     distinct, index = np.unique(values, return_inverse=True)
-    return np.array([name(value) for value in distinct.tolist()] or [""], dtype=object)[index]
+    return np.array([name(value) for value in distinct.tolist()] or [""], dtype=object)[index.reshape(-1)]
 
 
 def numbers(values: Bytes | npt.NDArray[np.uint8], layout: Layout, name: str) -> npt.NDArray[np.uint64]:

@@ -52,6 +52,12 @@ _RING_READ_BYTES = 4 << 20
 log = structlog.get_logger("agent")
 
 
+class StalePush(ProbefleetError):
+    """A push that is not newer than the last: of an operator that was replaced, or sent twice."""
+
+    reason = "StalePush"
+
+
 @dataclass(slots=True)
 class Failure:
     """Why an instance or a ProbeMap does not run."""
@@ -164,10 +170,11 @@ class Engine:
         )  # fmt: skip
 
     def apply(self, push: stream_pb2.Push) -> None:
-        """Make the node what the push says. Raises ValueError for one that is older than the last; errors of single
-        policies are not raised but stand in ``status``."""
+        """Make the node what the push says. Raises StalePush for one that is older than the last; errors of single
+        policies are not raised but stand in ``status``.
+        """
         if (push.term, push.version) <= (self._term, self._version):
-            raise ValueError(f"push {push.term}.{push.version} is not newer than {self._term}.{self._version}")
+            raise StalePush(f"push {push.term}.{push.version} is not newer than {self._term}.{self._version}")
         for blob in push.blobs:
             data = zstandard.ZstdDecompressor().decompress(blob.zstd, max_output_size=MAX_BLOB_BYTES)
             self._blobs[blob.sha256] = data
@@ -522,7 +529,11 @@ class Engine:
                     continue
                 data = _records(records, reader.layout.value_bytes)
                 self._know_records(reader, data, now_ns)
-                chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
+                try:
+                    chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
+                except DecodeError as error:
+                    bound.failure = _failure(error)
+                    continue
                 if chunk is None:
                     continue
                 counts = loaded.lost()

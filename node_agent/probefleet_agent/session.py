@@ -27,6 +27,7 @@ import structlog
 from probefleet_wire.v1 import stream_pb2, stream_pb2_grpc
 
 from probefleet_agent.engine import Engine
+from probefleet_agent.errors import ProbefleetError
 
 log = structlog.get_logger("session")
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Session:
                 try:
                     await self._stream()
                     log.info("the operator ended the stream")
-                except (grpc.aio.AioRpcError, OSError, ValueError) as error:
+                except (grpc.aio.AioRpcError, OSError, ProbefleetError) as error:
                     log.warning("no stream to the operator", target=self._dial.target, error=_words(error))
                 except Exception:
                     # A bug of ours must not stop the node's counting: a new stream begins afresh.
