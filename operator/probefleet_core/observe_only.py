@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from probefleet_wire.bpf_object import BpfObject
+from probefleet_wire.btf_types import Kind
 from probefleet_wire.elf import Elf
 
 from probefleet_core import values
@@ -108,10 +109,13 @@ def refused_in_object(data: bytes, parsed: BpfObject) -> Iterator[Refusal]:
             }
     for number in sorted(called & REFUSED_HELPERS.keys()):
         yield _calls(REFUSED_HELPERS[number])
-    ksyms = parsed.btf.datasec(".ksyms") if parsed.btf else None
-    for each in ksyms.variables if ksyms and parsed.btf else ():
-        name = parsed.btf.name_of(each.type)
-        if parsed.btf.kind_of(each.type).name == "FUNC" and not _WATCHING_KFUNC.fullmatch(name):
+    btf = parsed.btf
+    ksyms = btf.datasec(".ksyms") if btf else None
+    if btf is None or ksyms is None:
+        return
+    for each in ksyms.variables:
+        name = btf.name_of(each.type)
+        if btf.kind_of(each.type) is Kind.FUNC and not _WATCHING_KFUNC.fullmatch(name):
             yield _calls(name)
 
 

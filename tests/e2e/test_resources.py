@@ -74,7 +74,10 @@ def compare(text: str, golden: Path) -> None:
     assert text == golden.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+OURS = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if "probefleet.io" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_examples_are_taken(cluster: Cluster, path: Path) -> None:
     cluster.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", str(path))
 
@@ -83,7 +86,9 @@ def test_examples_are_taken(cluster: Cluster, path: Path) -> None:
 def test_mistakes_are_answered_with_what_to_write(cluster: Cluster, path: Path) -> None:
     done = cluster.kubectl("apply", "--validate=strict", "-f", "-", stdin=path.read_text(), check=False)
     assert done.returncode == 1
-    compare(done.stderr.replace('"STDIN"', '"policy.yaml"'), path.with_suffix(".kubectl.txt"))
+    # The API server lists what it found in no certain order.
+    first, *rest = done.stderr.replace('"STDIN"', '"policy.yaml"').splitlines(keepends=True)
+    compare("".join([first, *sorted(rest)]), path.with_suffix(".kubectl.txt"))
 
 
 @pytest.mark.parametrize("field", EXPLAINED)

@@ -581,7 +581,7 @@ class Output(_message.Message):
     """EVENTS: the C struct of a record, where the map itself does not say it"""
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"node" is added by the operator and never here. "namespace", "workload", "pod" and "container" are identities:
+        """"node" is for the operator alone, agents pass over it. "namespace", "workload", "pod" and "container" are identities:
         the agent sends pod uid (and container id) and the operator puts names to them. "key.FIELD" or "key" is a field of
         the map's key. Empty: everything in one row.
         """
