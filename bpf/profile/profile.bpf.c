@@ -23,7 +23,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_STACK_TRACE);
-	__uint(max_entries, 8192);
+	__uint(max_entries, 16384);
 	__uint(key_size, sizeof(u32));
 	__uint(value_size, MAX_DEPTH * sizeof(u64));
 } stacks SEC(".maps");

@@ -210,7 +210,9 @@ def test_samples_are_as_many_as_the_cpu_time_and_say_the_function(web: Path) -> 
         used_seconds = workload.done()["cpu_us"] / 1e6
         keys, counts = probe.rows("samples", cgroup=run.cgroup_id(web))
         assert set(keys["pid"]) == {workload.pid}
-        assert 0.8 * 199 * used_seconds <= counts.sum() <= 1.1 * 199 * used_seconds + 2
+        # An emulated CPU answers its timer late, and the kernel drops the ticks that it missed.
+        least = 0.2 if os.environ.get("VM") else 0.8
+        assert least * 199 * used_seconds <= counts.sum() <= 1.1 * 199 * used_seconds + 2
         by_function: dict[str, int] = {}
         symbolizer = symbols.Symbolizer()
         info = maps.info(probe.maps["stacks"])
