@@ -242,7 +242,7 @@ def numbers(values: Bytes | npt.NDArray[np.uint8], layout: Layout, name: str) ->
     if values.ndim == 2:
         return raw(values, field).astype(np.uint64)
     n, cpus = values.shape[:2]
-    each = raw(values.reshape(n * cpus, -1), field)
+    each = raw(values.reshape(n * cpus, values.shape[2]), field)
     total: npt.NDArray[np.uint64] = each.astype(np.uint64).reshape(n, cpus, *field.shape).sum(axis=1, dtype=np.uint64)
     return total
 
@@ -253,5 +253,5 @@ def folded(values: npt.NDArray[np.uint8], layout: Layout, name: str, how: str) -
     if values.ndim == 2 or how == "sum":
         return numbers(values, layout, name)
     n, cpus = values.shape[:2]
-    each = raw(values.reshape(n * cpus, -1), field).astype(np.uint64).reshape(n, cpus, *field.shape)
+    each = raw(values.reshape(n * cpus, values.shape[2]), field).astype(np.uint64).reshape(n, cpus, *field.shape)
     return np.asarray(each.min(axis=1) if how == "min" else each.max(axis=1), dtype=np.uint64)
