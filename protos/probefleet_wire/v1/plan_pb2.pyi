@@ -69,7 +69,9 @@ class Plan(_message.Message):
     filters_pods: _builtins.bool
     """the program asks probefleet_selected(): its filter map may be written"""
     @_builtins.property
-    def instance(self) -> Global___Instance: ...
+    def instance(self) -> Global___Instance:
+        """absent: keep what runs of this policy; the operator does not know its plan (yet)"""
+
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
