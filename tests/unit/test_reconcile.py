@@ -1,0 +1,221 @@
+"""Reconciliation: from anywhere to where the push wants to be, without ever losing what still works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+from probefleet_agent import reconcile
+from probefleet_agent.pods import PolicyUid
+from probefleet_agent.reconcile import (
+    Action,
+    Bind,
+    Desired,
+    Digest,
+    Load,
+    MakeMap,
+    MapUid,
+    Observed,
+    Remove,
+    RemoveMap,
+    Unbind,
+    Wanted,
+)
+
+#: A map is made, an instance loaded, a policy bound, the old instance removed: one round each.
+MOST_ROUNDS = 4
+
+POLICIES = [PolicyUid(f"policy-{n}") for n in range(4)]
+MAPS = [MapUid(f"map-{n}") for n in range(3)]
+DIGESTS = [Digest(f"digest-{n}") for n in range(5)]
+OLD, NEW = DIGESTS[:2]
+SLOW, FAST = POLICIES[:2]
+SHARED = MAPS[0]
+
+
+@dataclass
+class Node:
+    """A node as ``reconcile`` sees it: what is asked for is done, but what is named in ``broken`` fails."""
+
+    observed: Observed
+    needs: dict[Digest, frozenset[MapUid]] = field(default_factory=dict)
+    broken: frozenset[str] = frozenset()
+
+    def do(self, action: Action) -> None:
+        now = self.observed
+        match action:
+            case MakeMap(uid) if uid in self.broken:
+                self.observed = replace(now, failed_maps=now.failed_maps | {uid})
+            case MakeMap(uid):
+                assert uid not in now.maps
+                self.observed = replace(now, maps=now.maps | {uid})
+            case Load(digest) if digest in self.broken or not self.needs.get(digest, frozenset()) <= now.maps:
+                self.observed = replace(now, failed=now.failed | {digest})
+            case Load(digest):
+                assert digest not in now.instances
+                uses = self.needs.get(digest, frozenset())
+                self.observed = replace(now, instances={**now.instances, digest: uses})
+            case Bind(policy, digest):
+                assert digest in now.instances
+                self.observed = replace(now, bindings={**now.bindings, policy: digest})
+            case Unbind(policy):
+                self.observed = replace(now, bindings={p: d for p, d in now.bindings.items() if p != policy})
+            case Remove(digest):
+                assert digest not in now.bindings.values(), "removed while a policy reads from it"
+                self.observed = replace(now, instances={d: m for d, m in now.instances.items() if d != digest})
+            case RemoveMap(uid):
+                assert all(uid not in uses for uses in now.instances.values()), "removed while a program uses it"
+                self.observed = replace(now, maps=now.maps - {uid})
+
+    def settle(self, desired: Desired) -> list[list[Action]]:
+        """Round by round until there is nothing more to do."""
+        rounds: list[list[Action]] = []
+        while actions := reconcile.reconcile(desired, self.observed):
+            rounds.append(actions)
+            assert len(rounds) <= MOST_ROUNDS, rounds
+            for action in actions:
+                self.do(action)
+        return rounds
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[Desired, Node]:
+    """Any push, any node, anything broken."""
+    some_maps = st.frozensets(st.sampled_from(MAPS))
+    # What a program needs is part of its digest: it is the same wherever the digest is named.
+    needs = {digest: draw(some_maps) for digest in DIGESTS}
+    wishes = draw(st.dictionaries(st.sampled_from(POLICIES), st.sampled_from([None, *DIGESTS])))
+    desired = Desired(
+        {policy: Wanted(digest, needs.get(digest, frozenset())) for policy, digest in wishes.items()},  # type: ignore[arg-type]
+        draw(some_maps),
+    )
+    running = draw(st.frozensets(st.sampled_from(DIGESTS)))
+    used = frozenset(uid for digest in running for uid in needs[digest])
+    bindings = draw(st.dictionaries(st.sampled_from(POLICIES), st.sampled_from(sorted(running)))) if running else {}
+    observed = Observed(
+        instances={digest: needs[digest] for digest in running},
+        bindings=bindings,
+        maps=used | draw(some_maps),
+        failed=draw(st.frozensets(st.sampled_from(DIGESTS))) - running,
+        failed_maps=draw(some_maps),
+    )
+    return desired, Node(observed, needs, draw(st.frozensets(st.sampled_from([*DIGESTS, *MAPS]))))
+
+
+@given(situations())
+def test_any_node_comes_to_rest_whatever_fails(situation: tuple[Desired, Node]) -> None:
+    desired, node = situation
+    node.settle(desired)
+    assert reconcile.reconcile(desired, node.observed) == []
+
+
+@given(situations())
+def test_at_rest_every_policy_reads_what_it_wants_or_what_it_had(situation: tuple[Desired, Node]) -> None:
+    desired, node = situation
+    before = dict(node.observed.bindings)
+    node.settle(desired)
+    after = node.observed
+    for policy, wish in desired.policies.items():
+        if wish.digest in after.instances:
+            assert after.bindings[policy] == wish.digest
+        else:
+            assert after.bindings.get(policy) == before.get(policy)
+    assert set(after.bindings) <= set(desired.policies)
+
+
+@given(situations())
+def test_at_rest_nothing_runs_that_nobody_asked_for_and_what_is_read_still_runs(
+    situation: tuple[Desired, Node],
+) -> None:
+    desired, node = situation
+    node.settle(desired)
+    after = node.observed
+    wanted = {wish.digest for wish in desired.policies.values()}
+    assert set(after.bindings.values()) <= set(after.instances)
+    assert set(after.instances) <= set(after.bindings.values()) | wanted
+    used = {uid for uses in after.instances.values() for uid in uses}
+    needed = {uid for wish in desired.policies.values() for uid in wish.maps}
+    assert used <= after.maps <= used | needed
+
+
+@given(situations())
+def test_no_round_removes_what_is_bound_or_wanted(situation: tuple[Desired, Node]) -> None:
+    desired, node = situation
+    bound = {digest for policy, digest in node.observed.bindings.items() if policy in desired.policies}
+    for action in reconcile.reconcile(desired, node.observed):
+        if isinstance(action, Remove):
+            assert action.digest not in {wish.digest for wish in desired.policies.values()}
+            kept_for = {p for p, d in node.observed.bindings.items() if d == action.digest and p in desired.policies}
+            # Only where the policy has moved on, in this same round, to an instance that runs already.
+            assert action.digest not in bound or all(
+                desired.policies[p].digest in node.observed.instances for p in kept_for
+            )
+        if isinstance(action, RemoveMap):
+            assert all(action.uid not in wish.maps for wish in desired.policies.values())
+        if isinstance(action, Unbind):
+            assert action.policy not in desired.policies
+
+
+@given(situations())
+def test_the_same_question_has_the_same_answer(situation: tuple[Desired, Node]) -> None:
+    desired, node = situation
+    assert reconcile.reconcile(desired, node.observed) == reconcile.reconcile(desired, node.observed)
+
+
+def test_a_new_policy_is_loaded_then_bound() -> None:
+    node = Node(Observed())
+    assert node.settle(Desired({SLOW: Wanted(NEW)})) == [[Load(NEW)], [Bind(SLOW, NEW)]]
+
+
+def test_a_changed_policy_reads_the_old_instance_until_the_new_one_runs() -> None:
+    node = Node(Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD}))
+    assert node.settle(Desired({SLOW: Wanted(NEW)})) == [[Load(NEW)], [Bind(SLOW, NEW), Remove(OLD)]]
+
+
+def test_a_load_that_fails_keeps_the_last_good_instance() -> None:
+    node = Node(Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD}), broken=frozenset({NEW}))
+    assert node.settle(Desired({SLOW: Wanted(NEW)})) == [[Load(NEW)]]
+    assert node.observed.bindings == {SLOW: OLD}
+    assert OLD in node.observed.instances
+    assert node.observed.failed == {NEW}
+
+
+def test_a_policy_without_a_plan_keeps_what_it_has() -> None:
+    node = Node(Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD}))
+    assert node.settle(Desired({SLOW: Wanted(None)})) == []
+
+
+def test_an_instance_goes_with_the_last_policy_that_shares_it() -> None:
+    node = Node(Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD, FAST: OLD}))
+    assert node.settle(Desired({FAST: Wanted(OLD)})) == [[Unbind(SLOW)]]
+    assert node.settle(Desired({})) == [[Unbind(FAST), Remove(OLD)]]
+    assert node.observed == Observed()
+
+
+def test_two_policies_of_one_digest_load_it_once() -> None:
+    node = Node(Observed())
+    rounds = node.settle(Desired({SLOW: Wanted(NEW), FAST: Wanted(NEW)}))
+    assert rounds == [[Load(NEW)], [Bind(SLOW, NEW), Bind(FAST, NEW)]] or rounds == [
+        [Load(NEW)],
+        [Bind(FAST, NEW), Bind(SLOW, NEW)],
+    ]
+
+
+def test_a_shared_map_is_made_before_its_users_and_goes_after_them() -> None:
+    node = Node(Observed(), needs={NEW: frozenset({SHARED})})
+    desired = Desired({SLOW: Wanted(NEW, frozenset({SHARED}))}, frozenset({SHARED}))
+    assert node.settle(desired) == [[MakeMap(SHARED)], [Load(NEW)], [Bind(SLOW, NEW)]]
+    assert node.settle(Desired({})) == [[Unbind(SLOW), Remove(NEW), RemoveMap(SHARED)]]
+
+
+def test_a_program_whose_map_was_not_pushed_waits() -> None:
+    node = Node(Observed(), needs={NEW: frozenset({SHARED})})
+    assert node.settle(Desired({SLOW: Wanted(NEW, frozenset({SHARED}))})) == []
+
+
+def test_a_program_whose_map_failed_is_tried_so_that_its_failure_has_a_reason() -> None:
+    node = Node(Observed(), needs={NEW: frozenset({SHARED})}, broken=frozenset({SHARED}))
+    desired = Desired({SLOW: Wanted(NEW, frozenset({SHARED}))}, frozenset({SHARED}))
+    assert node.settle(desired) == [[MakeMap(SHARED)], [Load(NEW)]]
+    assert node.observed.failed == {NEW}
