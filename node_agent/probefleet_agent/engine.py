@@ -200,7 +200,7 @@ class Engine:
         self._wanted = wanted
         self._reconcile(specs)
         self._fill_filters()
-        self._forget_blobs()
+        self._forget_blobs(specs.values())
         self._tracker.note_push(push.term, push.version)
 
     def status(self) -> stream_pb2.Status:
@@ -617,10 +617,10 @@ class Engine:
             loaded.asked_ns = now_ns
             self._executor.remember(loaded)
 
-    def _forget_blobs(self) -> None:
-        """Objects are needed again only to load: keep those of wanted plans."""
+    def _forget_blobs(self, specs: Iterable[plan_pb2.ProbeMap]) -> None:
+        """Objects are needed again only to load: keep those of the newest push, as the operator reckons with."""
         needed = {plan.instance.object.sha256 for plan in self._wanted.values()}
-        needed |= {spec.sha256 for spec, _ in self._maps.values()}
+        needed |= {spec.sha256 for spec in specs}
         self._blobs = {digest: data for digest, data in self._blobs.items() if digest in needed}
 
     def _policy_status(self, uid: PolicyUid, plan: plan_pb2.Plan) -> stream_pb2.PolicyStatus:

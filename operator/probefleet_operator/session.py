@@ -141,6 +141,10 @@ class Session:
                 continue
             room -= self._add(push, needed)
             push.probe_maps.append(probe_map)
+        # An agent keeps the objects of its newest push and no others: a policy that comes again brings its own again.
+        self._carried &= {sha256 for plan in push.plans for sha256 in needed_objects(plan)} | {
+            probe_map.sha256 for probe_map in push.probe_maps
+        }
         return push, complete
 
     def _blobs_for(self, wanted: Iterator[str] | Sequence[str], room: int) -> tuple[list[stream_pb2.Blob], bool]:

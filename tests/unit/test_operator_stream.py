@@ -123,6 +123,20 @@ async def test_a_push_reaches_the_agent_with_its_blobs_once() -> None:
         await until(lambda: len(setup.heard.statuses) == 2)
 
 
+async def test_an_object_comes_again_with_a_policy_that_comes_again() -> None:
+    async with serving(blobs={"s1": b"one"}) as setup, setup.agent() as agent:
+        await agent.connect()
+        await until(lambda: setup.heard.opened)
+        opened = setup.heard.opened[0]
+        opened.desire(desire(plan("p1", "s1")))
+        await agent.pushed(lambda push: len(push.plans) == 1)
+        opened.desire(desire())
+        emptied = await agent.pushed(lambda push: not push.plans)
+        opened.desire(desire(plan("p2", "s1")))
+        again = await agent.pushed(lambda push: push.version > emptied.version)
+        assert [blob.sha256 for blob in again.blobs] == ["s1"], "an agent keeps the objects of its newest push only"
+
+
 async def test_pushes_that_were_not_sent_yet_are_replaced_by_the_newest() -> None:
     async with serving() as setup, setup.agent() as agent:
         await agent.connect()
