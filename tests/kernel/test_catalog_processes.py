@@ -210,14 +210,16 @@ def test_samples_are_as_many_as_the_cpu_time_and_say_the_function(web: Path) -> 
         used_seconds = workload.done()["cpu_us"] / 1e6
         keys, counts = probe.rows("samples", cgroup=run.cgroup_id(web))
         assert set(keys["pid"]) == {workload.pid}
-        # An emulated CPU answers its timer late, and the kernel drops the ticks that it missed.
-        least = 0.2 if os.environ.get("VM") else 0.8
+        # A CPU that is emulated, or shared with other machines, answers its timer late: the kernel drops those ticks.
+        least = 0.2 if os.environ.get("VM") else 0.5
         assert least * 199 * used_seconds <= counts.sum() <= 1.1 * 199 * used_seconds + 2
         by_function: dict[str, int] = {}
+        collided = 0
         symbolizer = symbols.Symbolizer()
         info = maps.info(probe.maps["stacks"])
         for key, count in zip(keys, counts, strict=True):
             if key["user_stack"] < 0:
+                collided += int(count)
                 continue
             wanted = np.array([[key["user_stack"]]], "<i4").view(np.uint8)
             found, there = maps.lookup_many(probe.maps["stacks"], info, wanted)
@@ -226,7 +228,8 @@ def test_samples_are_as_many_as_the_cpu_time_and_say_the_function(web: Path) -> 
             names = symbolizer.user(workload.pid, addresses[addresses != 0])
             by_function[";".join(reversed(names))] = by_function.get(";".join(reversed(names)), 0) + int(count)
         hot = sum(count for stack, count in by_function.items() if stack.endswith("main;spin_outer;spin_inner"))
-        assert hot >= 0.9 * counts.sum(), by_function
+        assert hot >= 0.9 * sum(by_function.values()), by_function
+        assert collided <= probe.lost()[3], "a stack that is missing is lost, and said to be"
 
 
 def test_the_frequency_of_profile_is_where_it_is_attached() -> None:
