@@ -1,4 +1,4 @@
-"""What the end-to-end tests say to a real API server: through kubectl and helm, as a user does, and wait for answers."""
+"""What the end-to-end tests say to a real API server: through kubectl and helm, as a user does, and wait."""
 
 from __future__ import annotations
 
