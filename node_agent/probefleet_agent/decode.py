@@ -168,11 +168,15 @@ CGROUP = ("cgroup_id_t",)
 
 
 def decoder_of(field: Field, decode: Mapping[str, str], name: str) -> str:
-    """Which decoder reads a field: the policy's word, else the typedef's, else what the C type says."""
+    """Which decoder reads a field: the policy's word, else the typedef's, else what the C type says.
+
+    A word that does not fit raises DecodeError: it is said when the policy comes, not at the first key.
+    """
     said = decode.get(name) or decode.get(field.name)
     if said:
         if said not in DECODERS and said != "cgroup":
             raise DecodeError(f"no decoder {said!r} for {name}; there are: {', '.join(sorted(DECODERS))}")
+        _check_fit(field, said)
         return said
     for typedef in field.typedefs:
         if typedef in TYPEDEFS:
@@ -188,16 +192,20 @@ def decoder_of(field: Field, decode: Mapping[str, str], name: str) -> str:
     return "hex" if field.shape or field.kind == "bytes" else "integer"
 
 
+def _check_fit(field: Field, decoder: str) -> None:
+    if decoder not in ("ip", "hex", "text") and (field.shape or field.kind in ("char", "bytes")):
+        raise DecodeError(
+            f"field {field.name} is {field.type_name}{list(field.shape)}: decoder {decoder} reads one number"
+        )
+
+
 def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Column:
     """One decoded column: integers and floats as arrays, everything else as strings (dtype object), ``n`` long."""
     if decoder in ("ip", "hex"):
         at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
         render = _address if decoder == "ip" else bytes.hex
         return _each(at.view(f"V{field.size_bytes}").reshape(-1), lambda value: render(bytes(value)))
-    if decoder != "text" and (field.shape or field.kind in ("char", "bytes")):
-        raise DecodeError(
-            f"field {field.name} is {field.type_name}{list(field.shape)}: decoder {decoder} reads one number"
-        )
+    _check_fit(field, decoder)
     values = raw(buffer, field)
     if decoder == "text":
         if field.kind != "char":
