@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
+from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import execute
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import ObjectError
+from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import bcc, btf_kernel, links, maps, syscall
 from probefleet_agent.kernel.fds import Fd
@@ -34,6 +35,8 @@ def load(
             raise ObjectError(f"{instance.title}: maps names {name!r}; the program has: {there}")
     definitions = [each.definition for each in program.maps]
     execute.check_budget(definitions, sizes, frozenset(shared), budget_bytes)
+    if helpers := refused_helpers(b"".join(function.instructions for function in program.functions)):
+        raise NotObserving(instance.title, helpers)
     chosen = _attachments(instance, program)
     for attachment in chosen:
         refusal = links.supported(attachment, program_section=_section(program, attachment), root=files_root)

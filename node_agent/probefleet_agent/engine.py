@@ -529,6 +529,7 @@ class Engine:
                     continue
                 data = _records(records, reader.layout.value_bytes)
                 self._know_records(reader, data, now_ns)
+                began = reader.cursor
                 try:
                     chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
                 except DecodeError as error:
@@ -545,6 +546,7 @@ class Engine:
                     chunk.lost += ring.lost
                     chunk.dropped += ring.dropped
                 chunk.gaps.extend(_gaps(loaded))
+                chunk.start_position = began
                 batch.events.append(chunk)
                 commits.append(((uid, name), reader.cursor))
         return commits

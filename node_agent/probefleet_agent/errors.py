@@ -9,7 +9,8 @@ Adapters in ``kernel/`` raise these at the edge; ``execute`` puts ``reason`` and
     ├── UnsupportedFeature    this kernel cannot do it: feature, since which version, why
     ├── NoSuchTarget          nothing of that name to attach to: near matches, "inlined"
     ├── BudgetExceeded        it would cost more than the policy allows
-    └── LayoutMismatch        a shared map's key or value does not fit
+    ├── LayoutMismatch        a shared map's key or value does not fit
+    └── NotObserving          the program could change what it watches
 """
 
 from __future__ import annotations
@@ -130,3 +131,15 @@ class LayoutMismatch(ProbefleetError):
     """A program's idea of a shared map's key or value differs from the map's; both layouts are in the message."""
 
     reason = "LayoutMismatch"
+
+
+class NotObserving(ProbefleetError):
+    """The program calls a helper that could change a packet, a verdict or a process."""
+
+    reason = "NotObserveOnly"
+
+    def __init__(self, title: str, helpers: list[str]) -> None:
+        super().__init__(
+            f"{title} calls {', '.join(helpers)}: Probefleet observes only, and that can change what it watches. "
+            "Leave the call away."
+        )

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError
-from probefleet_wire.elf import ElfError
+from probefleet_wire.elf import Elf, ElfError
+from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, ObjectError, UnsupportedFeature
+from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import libbpf, links, maps, pins, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType
@@ -260,6 +261,9 @@ class Executor:
         filter_on: bool,
     ) -> Loaded:
         parsed = _parsed(blob, instance.title)
+        code = b"".join(section.data for section in Elf.parse(blob).sections if section.executable)
+        if helpers := refused_helpers(code):
+            raise NotObserving(instance.title, helpers)
         sizes = {size.map: size.max_entries for size in instance.map_sizes}
         shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
         check_budget(parsed.maps, sizes, frozenset(shared), budget_bytes)

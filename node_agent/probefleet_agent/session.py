@@ -125,7 +125,7 @@ class Session:
             await self._call(lambda: self._engine.acknowledge(message.ack.sequence))
             return
         # What the old instances counted last, before they go.
-        last = await self._call(lambda: self._engine.collect(time.time_ns()))
+        last = await self._call(lambda: self._engine.collect(time.time_ns(), force=True))
         if last is not None:
             await outgoing.put(stream_pb2.FromAgent(batch=last))
         status = await self._call(lambda: self._apply(message.push))

@@ -63,6 +63,7 @@ class NodeRing:
     dropped: int = 0
     uncounted: tuple[str, ...] = ()
     gaps: tuple[tuple[int, int, str], ...] = ()
+    before: tuple[tuple[int, int, str], ...] = ()  # what an earlier operator has, and this one has not
     ended: list[str] = field(default_factory=list)
     ended_submitted: int = 0
     ended_lost: int = 0
@@ -100,6 +101,9 @@ class EventState:
         start = int(np.searchsorted(positions, np.uint64(known)))
         kept = self._decode(node, chunk, start, len(positions))
         # From here on nothing can fail.
+        if node not in self.nodes and chunk.start_position:
+            why = "records of before were delivered to an earlier operator, and are not in this total"
+            state.before = ((chunk.since_ns, time_ns, why),)
         self.nodes[node] = state
         if fresh_epoch:
             self._end_epoch(state)
@@ -114,7 +118,8 @@ class EventState:
         # Cumulative counters: a chunk that was sent again may be older than what is known.
         state.submitted = max(state.submitted, chunk.submitted)
         state.lost, state.dropped = max(state.lost, chunk.lost), max(state.dropped, chunk.dropped)
-        state.uncounted, state.gaps = tables.bounded_texts(chunk.uncounted), tables.bounded_gaps(chunk.gaps)
+        state.uncounted = tables.bounded_texts(chunk.uncounted)
+        state.gaps = state.before + tables.bounded_gaps(chunk.gaps)
         count = len(positions) - start
         state.window_count += count
         self.received += count

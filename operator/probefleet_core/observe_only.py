@@ -13,19 +13,10 @@ from dataclasses import dataclass
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import Kind
 from probefleet_wire.elf import Elf
+from probefleet_wire.observe_only import REFUSED_HELPERS, refused_helpers
 
 from probefleet_core import values
 
-# Numbers are ABI: include/uapi/linux/bpf.h.
-REFUSED_HELPERS = {
-    36: "bpf_probe_write_user",
-    49: "bpf_setsockopt",
-    58: "bpf_override_return",
-    109: "bpf_send_signal",
-    117: "bpf_send_signal_thread",
-    166: "bpf_sys_bpf",
-    168: "bpf_sys_close",
-}
 _REFUSED_WORD = re.compile(rf"\b({'|'.join(REFUSED_HELPERS.values())})\b")
 # Functions of the kernel (kfuncs) that only look, or hold a reference while they do.
 _WATCHING_KFUNC = re.compile(
@@ -33,7 +24,6 @@ _WATCHING_KFUNC = re.compile(
     r"slice)|(task|cgroup|cpumask)_(acquire|release|from_\w+|ancestor|under_cgroup|get\w*|first\w*|test_cpu|empty|full|"
     r"weight|any_distribute)|get_kmem_cache|strn?\w+|copy_from_user\w*|get_(dentry|file)_xattr|path_d_path|session_\w+)"
 )
-CALL_OPCODE = 0x85
 #: First word of a SEC() name whose program decides about something, and what it decides about.
 _DECIDES = {
     "xdp": "packets",
@@ -97,18 +87,12 @@ class Section:
 
 def refused_in_object(data: bytes, parsed: BpfObject) -> Iterator[Refusal]:
     """What the whole object may not call: helpers by their numbers, kfuncs by their names."""
-    called = set()
+    called: dict[str, None] = {}
     for section in Elf.parse(data).sections:
         if section.executable:
-            code = section.data
-            # Eight bytes an instruction: opcode, registers (source in the high four bits), offset, immediate.
-            called |= {
-                int.from_bytes(code[at + 4 : at + 8], "little")
-                for at in range(0, len(code) - 7, 8)
-                if code[at] == CALL_OPCODE and code[at + 1] >> 4 == 0
-            }
-    for number in sorted(called & REFUSED_HELPERS.keys()):
-        yield _calls(REFUSED_HELPERS[number])
+            called |= dict.fromkeys(refused_helpers(section.data))
+    for name in called:
+        yield _calls(name)
     btf = parsed.btf
     ksyms = btf.datasec(".ksyms") if btf else None
     if btf is None or ksyms is None:

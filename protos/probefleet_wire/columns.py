@@ -34,9 +34,7 @@ from probefleet_wire.v1 import stream_pb2
 Array: TypeAlias = npt.NDArray[np.uint64] | npt.NDArray[np.int64] | npt.NDArray[np.float64]
 AnyArray: TypeAlias = npt.NDArray[Any]
 
-_TYPES: Final = tuple(
-    np.dtype(name) for name in ("<u1", "<u2", "<u4", "<u8", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
-)
+_TYPES: Final = tuple(np.dtype(name) for name in ("<u1", "<u2", "<u4", "<u8", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8"))
 _UNSIGNED: Final = _TYPES[0:4]
 _SIGNED: Final = _TYPES[4:8]
 _F32, _F64 = _TYPES[8:10]
@@ -81,9 +79,7 @@ def pack(array: npt.ArrayLike) -> bytes:
     if values.dtype.kind == "b":
         values = values.astype(np.uint8)
     if values.dtype.kind not in "uif" or values.dtype.itemsize > 8:
-        raise ColumnsError(
-            f"cannot pack elements of type {values.dtype}: integers and floats up to 64 bits only"
-        )
+        raise ColumnsError(f"cannot pack elements of type {values.dtype}: integers and floats up to 64 bits only")
     if values.dtype.kind == "f":
         narrow = _narrow_floats(values)
         return _frame(_TYPES.index(narrow.dtype), b"", narrow)
@@ -112,9 +108,7 @@ def unpack(data: bytes, *, limit: int) -> Array:
     header, body = data[0], memoryview(data)[1:]
     code = header & 0x0F
     if header & _RESERVED or code >= len(_TYPES):
-        raise ColumnsError(
-            f"unknown column header 0x{header:02x}: the peer speaks another version of this format"
-        )
+        raise ColumnsError(f"unknown column header 0x{header:02x}: the peer speaks another version of this format")
     ascending = bool(header & _ASCENDING)
     if (header & _ASCENDING_SIGNED and not ascending) or (ascending and code >= len(_UNSIGNED)):
         raise ColumnsError(f"contradictory column header 0x{header:02x}")
@@ -123,9 +117,7 @@ def unpack(data: bytes, *, limit: int) -> Array:
     if header & _ZSTD:
         body = memoryview(_decompress(body, most_bytes))
     elif len(body) > most_bytes:
-        raise ColumnsError(
-            f"column of {len(body)} bytes: at most {most_bytes} ({limit} values) were expected"
-        )
+        raise ColumnsError(f"column of {len(body)} bytes: at most {most_bytes} ({limit} values) were expected")
     if ascending:
         return _ascending(body, dtype, signed=bool(header & _ASCENDING_SIGNED), limit=limit)
     return _widen(_elements(body, dtype))
@@ -156,9 +148,7 @@ def unpack_strings(strings: stream_pb2.Strings, *, limit: int) -> StringColumn:
             raise ColumnsError(f"a string of {size} bytes: at most {MAX_STRING_BYTES} are accepted")
         total_bytes += size
     if total_bytes > MAX_STRINGS_BYTES:
-        raise ColumnsError(
-            f"strings of {total_bytes} bytes together: at most {MAX_STRINGS_BYTES} are accepted"
-        )
+        raise ColumnsError(f"strings of {total_bytes} bytes together: at most {MAX_STRINGS_BYTES} are accepted")
     if len(set(distinct)) != len(distinct):
         raise ColumnsError("a string comes twice among the distinct ones")
     index = unpack_unsigned(strings.index, limit=limit) if strings.index else np.zeros(0, np.uint64)
@@ -167,9 +157,7 @@ def unpack_strings(strings: stream_pb2.Strings, *, limit: int) -> StringColumn:
     return StringColumn(distinct, index)
 
 
-def column(
-    name: str, values: AnyArray | Sequence[str] | Sequence[int] | Sequence[float]
-) -> stream_pb2.Column:
+def column(name: str, values: AnyArray | Sequence[str] | Sequence[int] | Sequence[float]) -> stream_pb2.Column:
     """A named column of a message: a NumPy array of numbers, or a sequence of strings (or numbers)."""
     if not isinstance(values, np.ndarray) and values and isinstance(values[0], str):
         return stream_pb2.Column(name=name, strings=pack_strings(str(value) for value in values))
@@ -269,17 +257,13 @@ def _decompress(body: memoryview, most_bytes: int) -> bytes:
 
 def _elements(body: memoryview, dtype: np.dtype[np.generic]) -> AnyArray:
     if len(body) % dtype.itemsize:
-        raise ColumnsError(
-            f"column of {len(body)} bytes: no multiple of {dtype.itemsize}, the size of {dtype}"
-        )
+        raise ColumnsError(f"column of {len(body)} bytes: no multiple of {dtype.itemsize}, the size of {dtype}")
     return np.frombuffer(body, dtype)
 
 
 def _ascending(body: memoryview, dtype: np.dtype[np.generic], *, signed: bool, limit: int) -> Array:
     if len(body) < _FIRST_BYTES:
-        raise ColumnsError(
-            f"ascending column of {len(body)} bytes: {_FIRST_BYTES} of the first value were expected"
-        )
+        raise ColumnsError(f"ascending column of {len(body)} bytes: {_FIRST_BYTES} of the first value were expected")
     differences = _elements(body[_FIRST_BYTES:], dtype)
     if differences.size + 1 > limit:
         raise ColumnsError(f"column of {differences.size + 1} values: at most {limit} were expected")

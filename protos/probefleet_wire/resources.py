@@ -1,6 +1,7 @@
 """Where the files that ship with the code lie: compiled BPF objects and the catalog's folders.
 
-``PROBEFLEET_OBJECTS`` and ``PROBEFLEET_CATALOG`` name them in the images; in a checkout they are ``build/bpf`` and ``bpf``.
+``PROBEFLEET_OBJECTS`` and ``PROBEFLEET_CATALOG`` name them in the images; in a checkout they are ``build/bpf`` and
+``bpf``.
 """
 
 from __future__ import annotations

@@ -512,6 +512,18 @@ def test_records_are_counted_once_by_their_position() -> None:
     assert out.outputs[0].rate_per_second == 0.5
 
 
+def test_records_that_an_earlier_operator_has_are_a_gap_and_no_silence() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk([4800, 4848], start_position=4800), at=10)
+    send_events(aggregate, 2, chunk([4896], start_position=4896), at=20)
+    out = ask(aggregate, 20)
+    (gap,) = out.gaps
+    assert (gap.node, gap.start_ns, gap.end_ns) == ("a", START, START + 10 * SECOND)
+    assert "earlier operator" in gap.why
+    send_events(aggregate, 1, chunk([0], start_position=0), node="b", at=20)
+    assert len(ask(aggregate, 20).gaps) == 1
+
+
 def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
     aggregate = events_aggregate()
     old = chunk([0, 48], submitted=2, lost=4)

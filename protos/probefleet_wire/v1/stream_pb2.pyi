@@ -154,7 +154,7 @@ class Push(_message.Message):
     def selections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Selection]: ...
     @_builtins.property
     def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
-        """those of the plans' objects that this stream has not carried yet"""
+        """those of the plans' objects that the last push did not carry"""
 
     @_builtins.property
     def known_pod_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -621,6 +621,7 @@ class EventChunk(_message.Message):
     SINCE_NS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     GAPS_FIELD_NUMBER: _builtins.int
+    START_POSITION_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -637,6 +638,10 @@ class EventChunk(_message.Message):
     """cumulative: records that the agent could not keep"""
     since_ns: _builtins.int
     generation: _builtins.int
+    start_position: _builtins.int
+    """Where this reading began. Above 0 in a ring that the operator does not know yet: what came before went to an earlier
+    operator, and is in no total of this one.
+    """
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """"time_ns" (wall clock), "pod_uid", "container_id" and the record's fields"""
@@ -661,10 +666,11 @@ class EventChunk(_message.Message):
         since_ns: _builtins.int = ...,
         generation: _builtins.int = ...,
         gaps: _abc.Iterable[Global___Gap] | None = ...,
+        start_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
