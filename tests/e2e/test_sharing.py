@@ -1,0 +1,228 @@
+"""One map in the kernel, two policies: BCC writes, CO-RE reads; and two policies of one program share that program.
+
+What is pinned is asked of the agent's own pod on the node, whose bpffs it is.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e import kube
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+NODE = "node1"
+ON_NODE = {"selector": {"matchLabels": {"kubernetes.io/hostname": NODE}}}
+UID = 61023  # of nobody else on this machine
+
+PROBE_MAP = {"type": "hash", "maxEntries": 1024, "key": "u32 uid", "value": "u64 execs"}
+WRITER = """
+BPF_HASH(execs, u32, u64, 1024);
+
+TRACEPOINT_PROBE(syscalls, sys_enter_execve)
+{
+    u32 uid = bpf_get_current_uid_gid();
+
+    execs.increment(uid);
+    return 0;
+}
+"""
+# The call was counted before the new program begins: so what is read here is exact, too.
+READER = """
+#include <probefleet.h>
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1024);
+    __type(key, u32);
+    __type(value, u64);
+} execs SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, 1024);
+    __type(key, user_id_t);
+    __type(value, u64);
+} seen SEC(".maps");
+
+SEC("tp_btf/sched_process_exec")
+int on_exec(void *ctx)
+{
+    u32 uid = bpf_get_current_uid_gid();
+    u64 *count = bpf_map_lookup_elem(&execs, &uid);
+
+    if (count)
+        bpf_map_update_elem(&seen, &uid, count, BPF_ANY);
+    return 0;
+}
+
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+_PINS = """
+import json, pathlib
+from probefleet_agent.kernel import syscall
+
+def users(root):
+    for path in root.glob("*/prog_*"):
+        with syscall.obj_get(str(path)) as fd:
+            yield str(path), list(syscall.program_info(fd).map_ids)
+
+root = pathlib.Path("/sys/fs/bpf/probefleet")
+maps = {}
+for path in root.glob("maps/*/map_map"):
+    with syscall.obj_get(str(path)) as fd:
+        maps[path.parent.name] = syscall.map_info(fd).id
+print(json.dumps({"maps": maps, "programs": dict(users(root / "instances"))}))
+"""
+
+
+def pins() -> dict[str, Any]:
+    """What the node has pinned: ProbeMaps (uid → kernel map id), and programs (path → kernel map ids)."""
+    listed = json.loads(kube.kubectl("-n", kube.SYSTEM, "get", "pods", "-o", "json"))["items"]
+    agent = next(
+        each["metadata"]["name"]
+        for each in listed
+        if each["metadata"]["name"].startswith("probefleet-agent-")
+        and each["spec"].get("nodeName") == NODE
+        and "deletionTimestamp" not in each["metadata"]
+    )
+    shell = ("-n", kube.SYSTEM, "exec", agent, "--", "/opt/probefleet/venv/bin/python3", "-c", _PINS)
+    found: dict[str, Any] = json.loads(kube.kubectl(*shell))
+    return found
+
+
+def probe_map(name: str, namespace: str) -> dict[str, Any]:
+    """A ProbeMap that counts by uid."""
+    return {
+        "apiVersion": "probefleet.io/v1alpha1",
+        "kind": "ProbeMap",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": PROBE_MAP,
+    }
+
+
+def sharing(program: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a policy whose map `execs` is the ProbeMap by-uid."""
+    return {
+        "scope": "Cluster",
+        "nodes": ON_NODE,
+        "program": program,
+        "maps": [{"name": "execs", "share": {"probeMap": "by-uid"}}],
+        "outputs": [{"gauge": {"merge": "max"}, "groupBy": ["key"], "limit": 50, **output}],
+        "interval": "1s",
+    }
+
+
+def counted(name: str, namespace: str, output: str) -> int:
+    """What the report says of our user."""
+    rows = kube.totals(kube.report(name, namespace), output)
+    return next((value for key, value in rows.items() if str(UID) in key[0]), 0)
+
+
+def test_bcc_writes_what_core_reads_and_the_map_lives_as_long_as_it_has_a_user(namespace: str) -> None:
+    # The pod waits before the policies come, so that its own start is not counted.
+    user = {"securityContext": {"runAsUser": UID, "runAsGroup": UID}}
+    kube.apply(kube.pod("starter", namespace, ["execs", "23", "--hold"], node=NODE, **user))
+    kube.kubectl("wait", "pod/starter", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    writer = sharing({"bcc": {"source": WRITER}}, {"name": "execs", "from": {"map": "execs"}, "decode": {"key": "uid"}})
+    reader = sharing({"c": {"source": READER}}, {"name": "seen", "from": {"map": "seen"}})
+    kube.apply(
+        probe_map("by-uid", namespace),
+        kube.policy("writer", namespace, writer),
+        kube.policy("reader", namespace, reader),
+    )
+    kube.wait_programmed("writer", namespace)
+    kube.wait_programmed("reader", namespace)
+
+    kube.kubectl("attach", "-i", "starter", "-n", namespace, stdin="go")
+    kube.kubectl("wait", "pod/starter", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    kube.eventually(lambda: counted("writer", namespace, "execs") >= 23, "23 in the writer's report", seconds=30)
+    kube.eventually(lambda: counted("reader", namespace, "seen") >= 23, "23 in the reader's report", seconds=30)
+    assert (counted("writer", namespace, "execs"), counted("reader", namespace, "seen")) == (23, 23)
+
+    # One kernel map: both programs hold its id.
+    uid = kube.get("probemap", "by-uid", namespace)["metadata"]["uid"]
+    there = pins()
+    map_id = there["maps"][uid]
+    assert sum(map_id in ids for ids in there["programs"].values()) == 2
+    status = kube.eventually(
+        lambda: (
+            (found := kube.get("probemap", "by-uid", namespace).get("status", {}))
+            and found["columns"]["nodes"] == "1/1"
+            and found
+        ),
+        "the ProbeMap on its node",
+    )
+    assert status["policies"] == ["reader", "writer"]
+    assert status["columns"] == {"nodes": "1/1", "users": "2", "status": "Ready"}
+
+    # A third one declares another value.
+    wide = READER.replace("__type(value, u64);\n} execs", "__type(value, u32);\n} execs")
+    assert wide != READER
+    kube.apply(
+        kube.policy("third", namespace, sharing({"c": {"source": wide}}, {"name": "seen", "from": {"map": "seen"}}))
+    )
+    refusal = kube.eventually(lambda: accepted("third", namespace), "an answer to the third policy")
+    assert refusal["status"] == "False"
+    assert "spec.maps[0].share.probeMap" in refusal["message"]
+    assert "its value is 4 bytes" in refusal["message"]
+    assert "the ProbeMap's 8 bytes" in refusal["message"]
+    # BCC's layout is known on the node only, which compares as strictly.
+    narrow = WRITER.replace("u32, u64, 1024", "u32, u32, 1024")
+    kube.apply(kube.policy("fourth", namespace, {**writer, "program": {"bcc": {"source": narrow}}}))
+    failure = kube.eventually(
+        lambda: kube.get("ppol", "fourth", namespace).get("status", {}).get("failures"), "the fourth policy's failure"
+    )[0]
+    assert (failure["reason"], failure["example"]) == ("LayoutMismatch", NODE)
+    assert "4 bytes" in failure["message"]
+    assert "8 bytes" in failure["message"]
+    kube.kubectl("delete", "ppol", "third", "fourth", "-n", namespace)
+
+    # The map stays for the one who is left, with what it held.
+    kube.kubectl("delete", "ppol", "writer", "-n", namespace)
+    kube.eventually(
+        lambda: sum(map_id in ids for ids in pins()["programs"].values()) == 1, "the writer's end", seconds=30
+    )
+    assert pins()["maps"][uid] == map_id
+    assert counted("reader", namespace, "seen") == 23
+    kube.kubectl("delete", "ppol", "reader", "-n", namespace)
+    kube.kubectl("delete", "probemap", "by-uid", "-n", namespace)
+    kube.eventually(lambda: uid not in pins()["maps"], "the map's pin is gone", seconds=30)
+    assert not any(map_id in ids for ids in pins()["programs"].values())
+
+
+def accepted(name: str, namespace: str) -> dict[str, str] | None:
+    """The condition Accepted, once it is decided."""
+    conditions = kube.get("ppol", name, namespace).get("status", {}).get("conditions", [])
+    return next((each for each in conditions if each["type"] == "Accepted" and each["status"] != "Unknown"), None)
+
+
+def test_two_policies_of_one_program_share_it(namespace: str) -> None:
+    # A parameter that no other test uses, so that the program is this test's.
+    spec = {
+        "nodes": ON_NODE,
+        "program": {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_min"}}},
+        "interval": "1s",
+    }
+    before = set(pins()["programs"])
+    kube.apply(kube.policy("one", namespace, spec))
+    kube.wait_programmed("one", namespace)
+    first = set(pins()["programs"]) - before
+    assert first
+    kube.apply(kube.policy("two", namespace, {**spec, "interval": "2s"}))
+    kube.wait_programmed("two", namespace)
+    assert set(pins()["programs"]) >= first
+    digest = {path.rsplit("/", 2)[1] for path in first}
+    assert len(digest) == 1
+    same = [path for path in pins()["programs"] if path.rsplit("/", 2)[1] in digest]
+    assert sorted(same) == sorted(first)
+    kube.kubectl("delete", "ppol", "one", "-n", namespace)
+    kube.eventually(lambda: not kube.report("one", namespace), "the first one's report is gone")
+    kube.wait_programmed("two", namespace)
+    assert set(pins()["programs"]) >= first
+    kube.kubectl("delete", "ppol", "two", "-n", namespace)
+    kube.eventually(lambda: not first & set(pins()["programs"]), "the program is gone with its last policy", seconds=30)
