@@ -1,0 +1,74 @@
+"""Events, one by one: a pod starts exactly 23 programs; report and kubectl plugin show 23 records with its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import kube
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+PLUGIN = kube.ROOT / ".venv/bin"
+EXECSNOOP = {"program": {"catalog": {"name": "execsnoop"}}, "interval": "1s"}
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """kubectl finds its plugins on PATH."""
+    monkeypatch.setenv("PATH", f"{PLUGIN}{os.pathsep}{os.environ['PATH']}")
+    return PLUGIN
+
+
+def events_of(status: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of the output of events, {} while there is none."""
+    return next((each.get("events", {}) for each in status.get("outputs", []) if each["kind"] == "events"), {})
+
+
+def test_23_programs_of_a_pod_are_23_records_in_report_and_plugin(namespace: str, plugin: Path) -> None:
+    # The pod waits before the policy comes: neither its own start nor the sandbox's is to be counted.
+    kube.apply(kube.pod("starter", namespace, ["execs", "23", "--hold"], node="node1"))
+    kube.kubectl("wait", "pod/starter", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    kube.apply(kube.policy("execs", namespace, EXECSNOOP))
+    kube.wait_programmed("execs", namespace)
+    # Other policies may share the program and its map, which counts since it is there: the difference is ours.
+    kube.kubectl("wait", "ppol/execs", "-n", namespace, "--for=condition=Reporting", "--timeout=30s")
+    before = sum(kube.totals(kube.report("execs", namespace), "execs").values())
+    # One byte lets it begin, another one lets it end.
+    kube.kubectl("attach", "-i", "starter", "-n", namespace, stdin="go")
+    kube.kubectl("wait", "pod/starter", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+
+    def reported() -> dict[str, Any] | None:
+        status = kube.report("execs", namespace)
+        complete = status.get("columns", {}).get("coverage") == "3/3"
+        return status if complete and int(events_of(status).get("received", 0)) >= 23 else None
+
+    status = kube.eventually(reported, "23 records in the report, of 3/3 nodes")
+    events = events_of(status)
+    assert {name: int(events[name]) for name in ("received", "lost", "dropped")} == {
+        "received": 23,
+        "lost": 0,
+        "dropped": 0,
+    }
+    assert sum(kube.totals(status, "execs").values()) - before == 23
+    assert len(events["records"]) == 23
+    assert {record["pod"] for record in events["records"]} == {"starter"}
+    # The workload executes itself as /proc/self/exe, and the kernel calls a command as its file.
+    assert {record["command"] for record in events["records"]} == {"exe"}
+
+    lines = kube.kubectl("probefleet", "events", "execs", "-n", namespace).splitlines()
+    assert len(lines) == 23
+    assert all("starter" in line for line in lines)
+
+
+def test_the_plugin_lists_every_node_of_a_policy(namespace: str, plugin: Path) -> None:
+    kube.apply(kube.policy("execs", namespace, EXECSNOOP))
+    kube.wait_programmed("execs", namespace)
+    kube.eventually(lambda: kube.report("execs", namespace), "a report")
+    header, *rows = kube.kubectl("probefleet", "nodes", "execs", "-n", namespace).splitlines()
+    assert header.split()[:4] == ["NODE", "STATE", "KERNEL", "AGENT"]
+    assert [row.split()[:2] for row in sorted(rows)] == [[f"node{number}", "READY"] for number in (1, 2, 3)]
+    assert all(os.uname().release in row for row in rows)
