@@ -1,7 +1,7 @@
 """Helpers that change what they watch, and which of them a program's instructions call. Pure.
 
-The operator looks at objects before a node hears of them (``probefleet_core.observe_only``); the agent looks again at what
-it is about to load, because BCC's macros can hide a call from whoever reads the text, and because it is root.
+The operator looks at objects before a node hears of them (``probefleet_core.observe_only``); the agent looks again at
+what it is about to load, because BCC's macros can hide a call from whoever reads the text, and because it is root.
 """
 
 from __future__ import annotations
