@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ def helm() -> str:
     return found
 
 
+@functools.cache
 def render(*settings: str) -> list[dict[str, Any]]:
     arguments = [part for each in settings for part in ("--set", each)]
     done = subprocess.run(
@@ -33,7 +35,7 @@ def render(*settings: str) -> list[dict[str, Any]]:
     )  # fmt: skip
     if done.returncode != 0:
         raise ValueError(done.stderr)
-    return [each for each in yaml.safe_load_all(done.stdout) if each]
+    return [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
 
 
 def find(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
