@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from probefleet_agent import samples
@@ -317,3 +317,4 @@ class Acknowledgements(RuleBasedStateMachine):
 
 
 test_ring_positions_follow_acknowledgements = Acknowledgements.TestCase
+test_ring_positions_follow_acknowledgements.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
