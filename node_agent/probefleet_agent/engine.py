@@ -76,6 +76,7 @@ class Bound:
     tables: dict[str, reading.TableReader] = field(default_factory=dict)
     events: dict[str, reading.EventReader] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)  # output → position acknowledged
+    begins: dict[str, int] = field(default_factory=dict)  # output → position of the first record that is this policy's
     due_ns: int = 0
     failure: Failure | None = None  # its outputs cannot be read
 
@@ -413,7 +414,8 @@ class Engine:
         if reading.wants_events(output):
             ring = self._ring(bound.digest, handle)
             earlier = before.events.get(output.name) if before and before.digest == bound.digest else None
-            cursor = earlier.cursor if earlier else ring.consumer_position()
+            bound.begins[output.name] = begins = self._begins(bound, output.name, loaded, before, ring)
+            cursor = earlier.cursor if earlier else max(begins, ring.consumer_position())
             bound.events[output.name] = reading.EventReader(
                 bound.plan, output, handle.layout, self._book, self._lookups, cursor
             )
@@ -432,6 +434,15 @@ class Engine:
             perf = handle.info.type == MapType.PERF_EVENT_ARRAY
             self._rings[key] = PerfRing(handle.fd) if perf else RingReader(handle.fd)
         return self._rings[key]
+
+    def _begins(
+        self, bound: Bound, output: str, loaded: Loaded, before: Bound | None, ring: RingReader | PerfRing
+    ) -> int:
+        """From where on records are this policy's: what a ring in use held before the policy came is not."""
+        if before and before.digest == bound.digest and output in before.begins:
+            return before.begins[output]
+        came_later = bound.plan.policy_uid not in loaded.plans and loaded.plans
+        return ring.producer_position() if came_later else 0
 
     def _unbind(self, uid: PolicyUid) -> None:
         bound = self._bound.pop(uid)
@@ -601,10 +612,9 @@ class Engine:
             bound.committed.clear()
             for reader in bound.tables.values():
                 reader.rows.restart_stream()
-            for events in bound.events.values():
-                events.cursor = self._ring(
-                    bound.digest, self._loaded[bound.digest].maps[events.output.map]
-                ).consumer_position()
+            for name, events in bound.events.items():
+                ring = self._ring(bound.digest, self._loaded[bound.digest].maps[events.output.map])
+                events.cursor = max(bound.begins.get(name, 0), ring.consumer_position())
 
     def _remember_plan(self, loaded: Loaded, uid: PolicyUid, plan: plan_pb2.Plan) -> None:
         if _same(plan, loaded.plans.get(uid)):

@@ -58,6 +58,11 @@ class PerfRing:
         """Up to where the operator has everything."""
         return self._committed
 
+    def producer_position(self) -> int:
+        """Up to where records have come."""
+        self._take()
+        return self._next
+
     def commit(self, position: int) -> None:
         """The operator has everything before ``position``."""
         self._committed = max(self._committed, position)

@@ -125,8 +125,8 @@ def counted(name: str, namespace: str, output: str) -> int:
 
 def test_bcc_writes_what_core_reads_and_the_map_lives_as_long_as_it_has_a_user(namespace: str) -> None:
     # The pod waits before the policies come, so that its own start is not counted.
-    user = {"securityContext": {"runAsUser": UID, "runAsGroup": UID}}
-    kube.apply(kube.pod("starter", namespace, ["execs", "23", "--hold"], node=NODE, **user))
+    user = {"runAsUser": UID, "runAsGroup": UID}
+    kube.apply(kube.pod("starter", namespace, ["execs", "23", "--hold"], node=NODE, securityContext=user))
     kube.kubectl("wait", "pod/starter", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
     writer = sharing({"bcc": {"source": WRITER}}, {"name": "execs", "from": {"map": "execs"}, "decode": {"key": "uid"}})
     reader = sharing({"c": {"source": READER}}, {"name": "seen", "from": {"map": "seen"}})

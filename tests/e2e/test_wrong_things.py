@@ -100,10 +100,12 @@ def check_event(name: str, namespace: str, *words: str) -> None:
 def refused_in_status(name: str, namespace: str, spec: dict[str, Any], *words: str) -> str:
     """Apply; the operator refuses with these words, in the condition Accepted."""
     kube.apply(kube.policy(name, namespace, spec))
-    found = kube.eventually(
-        lambda: (policy := kube.get("ppol", name, namespace)) and accepted(policy)["status"] != "Unknown" and policy,
-        f"an answer to {name}",
-    )
+
+    def answered() -> dict[str, Any] | None:
+        policy = kube.get("ppol", name, namespace)
+        return policy if accepted(policy)["status"] != "Unknown" else None
+
+    found = kube.eventually(answered, f"an answer to {name}")
     said = accepted(found)
     assert said["status"] == "False", found["status"]
     for word in words:
