@@ -28,6 +28,12 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
+# Run tests; where some fail, those once more. A test that fails twice in a row has failed: what a busy machine delays
+# once is not what we look for. Both runs are printed.
+define tests
+@$(1) || { echo "== once more: what failed"; $(1) --last-failed --last-failed-no-failures=none; }
+endef
+
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,14 +93,14 @@ test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel
 	@$(MAKE) test-vm
 	@$(MAKE) test-e2e
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
-	@$(PYTEST) tests/kernel --ignore=tests/kernel/vm_only
+	$(call tests,$(PYTEST) tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## the same in a virtual machine with kprobes
 	@tests/kernel/vm fetch $(VM_SUITE)
 	@$(MAKE) -s -C tests/workloads
 	@tests/kernel/vm run $(VM_SUITE) --seconds 1200 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
 		tests/kernel/test_links.py tests/kernel/test_catalog.py tests/kernel/vm_only
 test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
-	@$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e
+	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e)
 
 .PHONY: cluster-up cluster-images cluster-demo cluster-down
 cluster-up: test-packages mounts
