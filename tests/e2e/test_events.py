@@ -72,3 +72,27 @@ def test_the_plugin_lists_every_node_of_a_policy(namespace: str, plugin: Path) -
     assert header.split()[:4] == ["NODE", "STATE", "KERNEL", "AGENT"]
     assert [row.split()[:2] for row in sorted(rows)] == [[f"node{number}", "READY"] for number in (1, 2, 3)]
     assert all(os.uname().release in row for row in rows)
+
+
+def test_a_policy_that_joins_a_running_program_has_no_records_from_before(namespace: str) -> None:
+    def start(name: str) -> None:
+        kube.kubectl("attach", "-i", name, "-n", namespace, stdin="go")
+        kube.kubectl("wait", f"pod/{name}", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded")
+
+    def received(name: str) -> int:
+        return int(events_of(kube.report(name, namespace)).get("received", -1))
+
+    pods = [kube.pod(name, namespace, ["execs", "23", "--hold"], node="node1") for name in ("first", "second")]
+    kube.apply(*pods)
+    kube.kubectl("wait", "pod/first", "pod/second", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    # Of one program: the second policy finds the ring of the first, and in it what was not yet acknowledged.
+    kube.apply(kube.policy("early", namespace, {**EXECSNOOP, "interval": "10s"}))
+    kube.wait_programmed("early", namespace)
+    start("first")
+    kube.apply(kube.policy("late", namespace, EXECSNOOP))
+    kube.wait_programmed("late", namespace)
+    start("second")
+    kube.eventually(lambda: received("early") >= 46 and received("late") >= 23, "46 and 23 records")
+    assert (received("early"), received("late")) == (46, 23)
+    records = events_of(kube.report("late", namespace))["records"]
+    assert {record["pod"] for record in records} == {"second"}
