@@ -203,7 +203,9 @@ def _write_job(
         **environment,
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
-    (job / "settings").write_text(f"MODULES={shlex.quote(str(kernel.modules.resolve()))}\n")
+    (job / "settings").write_text(
+        f"MODULES={shlex.quote(str(kernel.modules.resolve()))}\nFOLDER={shlex.quote(str(cwd.resolve()))}\n"
+    )
     (job / "run").write_text(f"{exports}cd {shlex.quote(str(cwd.resolve()))} || exit 125\nexec {shlex.join(argv)}\n")
 
 
