@@ -60,7 +60,6 @@ class Loaded:
     gaps: list[tuple[int, int, str]] = field(default_factory=list)
     pinned_links: bool = True
     plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
-    bound_ns: dict[str, int] = field(default_factory=dict)
     asked_ns: int = 0
     detached: str = ""  # why, where it went over its budget
 
@@ -118,7 +117,6 @@ class Loaded:
                 "gaps": self.gaps,
                 "pinned_links": self.pinned_links,
                 "plans": {uid: _b64(plan) for uid, plan in self.plans.items()},
-                "bound_ns": self.bound_ns,
                 "asked_ns": self.asked_ns,
             },
             separators=(",", ":"),
@@ -194,7 +192,6 @@ class Executor:
                 gaps=[(start, end, why) for start, end, why in told["gaps"]],
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
-                bound_ns=told["bound_ns"],
                 asked_ns=told["asked_ns"],
             )
             if not loaded.pinned_links:
