@@ -5,7 +5,7 @@
  *
  *	#include <probefleet.h>
  *
- *	struct key {
+ *	struct who {
  *		cgroup_id_t cgroup;		// whose event: the agent finds pod and container by it
  *		user_id_t user;			// printed as a user's name
  *	};
@@ -13,14 +13,14 @@
  *	struct {
  *		__uint(type, BPF_MAP_TYPE_HASH);
  *		__uint(max_entries, 1024);
- *		__type(key, struct key);
+ *		__type(key, struct who);
  *		__type(value, u64);
  *	} execs SEC(".maps");
  *
  *	SEC("tp_btf/sched_process_exec")
  *	int on_exec(void *ctx)
  *	{
- *		struct key key = {};
+ *		struct who key = {};
  *
  *		key.cgroup = bpf_get_current_cgroup_id();
  *		if (!probefleet_selected(key.cgroup))
