@@ -262,4 +262,9 @@ def folded(values: npt.NDArray[np.uint8], layout: Layout, name: str, how: str) -
         return numbers(values, layout, name)
     n, cpus = values.shape[:2]
     each = raw(values.reshape(n * cpus, values.shape[2]), field).astype(np.uint64).reshape(n, cpus, *field.shape)
-    return np.asarray(each.min(axis=1) if how == "min" else each.max(axis=1), dtype=np.uint64)
+    if how != "min":
+        return np.asarray(each.max(axis=1), dtype=np.uint64)
+    # A CPU that never wrote holds 0, which is no minimum of anything.
+    highest = np.iinfo(np.uint64).max
+    lowest = np.where(each == 0, highest, each).min(axis=1)
+    return np.asarray(np.where(lowest == highest, 0, lowest), dtype=np.uint64)

@@ -462,9 +462,16 @@ class Engine:
 
     def _make_map(self, spec: plan_pb2.ProbeMap) -> None:
         uid = MapUid(spec.uid)
+        blob = self._blobs.get(spec.sha256)
+        if blob is None:
+            what = (
+                f"ProbeMap {spec.namespace}/{spec.name}: its definition {spec.sha256[:12]} did not come with the push"
+            )
+            self._map_failures[uid] = Failure("BadObject", what)
+            return
         try:
-            self._maps[uid] = (spec, self._executor.make_map(spec, self._blobs[spec.sha256]))
-        except (ProbefleetError, KeyError, OSError) as error:
+            self._maps[uid] = (spec, self._executor.make_map(spec, blob))
+        except (ProbefleetError, OSError) as error:
             self._map_failures[uid] = _failure(error)
 
     def _remove_map(self, uid: MapUid) -> None:

@@ -15,7 +15,7 @@ from typing import SupportsIndex
 
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent.errors import KernelError, NoSuchTarget, ProbefleetError, UnsupportedFeature
+from probefleet_agent.errors import KernelError, NoSuchTarget, ObjectError, ProbefleetError, UnsupportedFeature
 from probefleet_agent.kernel import btf_kernel, features, maps, syscall, targets, uapi
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import AttachType, ProgramType
@@ -143,7 +143,16 @@ def _trace(prog_fd: SupportsIndex, category: str, name: str, way: str) -> Link:
     number = targets.tracepoint_id(category, name)
     # A BPF program on a tracepoint runs for all CPUs and tasks, whichever the event was opened for.
     event = syscall.perf_event_open(PERF_TYPE_TRACEPOINT, number, cpu=0, what=way)
-    return _on_events(prog_fd, [event], way)
+    try:
+        return _on_events(prog_fd, [event], way)
+    except KernelError as error:
+        # perf_event_set_bpf_prog() compares the highest offset that the program reads with the record's size.
+        if error.errno == errno.EACCES:
+            why = (
+                "the program reads past the end of its record; one that takes struct pt_regs needs kprobe or kretprobe"
+            )
+            raise ObjectError(f"{way}: {why}") from error
+        raise
 
 
 def _raw_tracepoint(prog_fd: SupportsIndex, attachment: plan_pb2.Attachment) -> Link:
