@@ -88,6 +88,7 @@ unit: venv bpf mounts
 
 .PHONY: test test-kernel test-vm test-e2e
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
+	@$(CLUSTER) build
 	@$(MAKE) check
 	@$(MAKE) test-kernel
 	@$(MAKE) test-vm
@@ -97,8 +98,9 @@ test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 test-vm: setup test-packages ## the same in a virtual machine with kprobes
 	@tests/kernel/vm fetch $(VM_SUITE)
 	@$(MAKE) -s -C tests/workloads
-	@tests/kernel/vm run $(VM_SUITE) --seconds 1200 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
-		tests/kernel/test_links.py tests/kernel/test_catalog.py tests/kernel/vm_only
+	@tests/kernel/vm run $(VM_SUITE) --seconds 900 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
+		tests/kernel/vm_only tests/kernel/test_links.py $(wildcard tests/kernel/test_catalog_*.py) \
+		tests/kernel/test_cli_run.py::test_a_run_counts_a_workload_exactly
 test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e)
 
