@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from probefleet_agent.errors import KernelError, NoSuchTarget, UnsupportedFeature
+from probefleet_agent.errors import KernelError, NoSuchTarget, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import elf_file, features, links, maps, mounts, pins, syscall
 from probefleet_wire.v1 import plan_pb2
 
@@ -319,6 +319,13 @@ def test_a_hardware_event_that_the_machine_lacks_is_unsupported() -> None:
 
 def test_a_program_of_the_wrong_kind_is_refused_with_advice() -> None:
     with Loaded(PERF) as loaded, pytest.raises(KernelError, match=r"Is the program of the kind"):
+        target = attachment("p", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
+        links.attach(loaded.programs["on_it"], target)
+
+
+def test_a_program_that_reads_registers_from_a_tracepoint_is_told_so() -> None:
+    source = TRACEPOINT.replace("ours()", "((volatile unsigned long *)ctx)[20]")
+    with Loaded(source) as loaded, pytest.raises(ObjectError, match=r"past the end of its record.*needs a kprobe"):
         target = attachment("p", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
         links.attach(loaded.programs["on_it"], target)
 

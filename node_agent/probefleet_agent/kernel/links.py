@@ -148,9 +148,7 @@ def _trace(prog_fd: SupportsIndex, category: str, name: str, way: str) -> Link:
     except KernelError as error:
         # perf_event_set_bpf_prog() compares the highest offset that the program reads with the record's size.
         if error.errno == errno.EACCES:
-            why = (
-                "the program reads past the end of its record; one that takes struct pt_regs needs kprobe or kretprobe"
-            )
+            why = "the program reads past the end of its record; one that takes struct pt_regs needs a kprobe"
             raise ObjectError(f"{way}: {why}") from error
         raise
 
