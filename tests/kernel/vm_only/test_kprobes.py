@@ -64,7 +64,7 @@ int on_return(struct pt_regs *ctx)
 
 char LICENSE[] SEC("license") = "GPL";
 """
-# The command that was asked for counts, so that both dialects see the same processes.
+# The same in the other dialect: the names say where the functions go.
 BCC = """
 #include <uapi/linux/ptrace.h>
 BPF_HASH(questions, s64, u64);
