@@ -1,0 +1,290 @@
+"""End-to-end test 5, second half, and 4 for the whole release: what happens to the cluster itself.
+
+An upgrade, an API server that is gone, a node that comes and one that dies, the end of the
+release. These disturb every other policy of the cluster, so the file's name makes them the last; the release is
+installed again when they are through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import agents, kube
+from tests.e2e.test_lifecycle import PROGRAM
+from tests.e2e.test_restarts import SYSCOUNT, finish_counting, start_counting
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+NODES = (1, 2, 3)
+JOINING = 4
+#: A node that joins runs every matching policy so soon after its agent is Ready; Kubernetes tells that time in seconds.
+JOIN_SECONDS = 10 + 1
+#: So long the operator lives without an API server.
+OUTAGE_SECONDS = 15
+PINNED = Path("/sys/fs/bpf/probefleet")
+#: Run in a node's mount namespace: kernel ids of all programs that Probefleet pinned there.
+_PINNED_PROGRAMS = """
+import json, sys
+from pathlib import Path
+from probefleet_agent.kernel import syscall
+found = set()
+for path in Path(sys.argv[1]).rglob("*"):
+    if path.name.startswith("prog_"):
+        with syscall.obj_get(str(path)) as fd:
+            found.add(syscall.program_info(fd).id)
+    elif path.name.startswith("link"):
+        with syscall.obj_get(str(path)) as fd:
+            found.add(syscall.link_info(fd).prog_id)
+print(json.dumps(sorted(found)))
+"""
+
+
+def cluster(*words: str, seconds: float = 240) -> str:
+    """What tests/cluster/cluster prints."""
+    return kube.run(str(kube.ROOT / "tests/cluster/cluster"), *words, seconds=seconds).stdout
+
+
+def upgrade(*values: str) -> None:
+    """helm upgrade --install, until everything of the new revision is ready."""
+    settings = [word for value in values for word in ("--set", value)]
+    kube.run(
+        "helm", "upgrade", "--install", "probefleet", str(kube.ROOT / "charts/probefleet"), "--namespace", kube.SYSTEM,
+        "--create-namespace", "--values", str(kube.VALUES), *settings, "--wait", "--timeout", "3m", seconds=200,
+    )  # fmt: skip
+    kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "daemonset/probefleet-agent", "--timeout=120s", seconds=130)
+
+
+def instances(number: int) -> set[str]:
+    """Digests of what is pinned on a node, seen from the node and not from its agent."""
+    return set(cluster("on", str(number), "ls", str(PINNED / "instances")).split())
+
+
+def pinned_programs(number: int) -> set[int]:
+    """Kernel ids of the programs of a node's pins."""
+    return set(json.loads(cluster("on", str(number), sys.executable, "-c", _PINNED_PROGRAMS, str(PINNED))))
+
+
+def kernel_programs() -> set[int]:
+    """Kernel ids of all programs; the nodes share the kernel."""
+    done = kube.run("bpftool", "--json", "prog", "list")
+    return {int(each["id"]) for each in json.loads(done.stdout)}
+
+
+def coverage(name: str, namespace: str) -> dict[str, Any]:
+    """Of how many nodes a report is, and of which it is not."""
+    found: dict[str, Any] = kube.report(name, namespace).get("coverage", {})
+    return found
+
+
+def covered(namespace: str, sampled: int, selected: int, *, seconds: float = 60) -> None:
+    """Wait until the report of `syscount` is of so many nodes."""
+
+    def right() -> bool:
+        found = coverage("syscount", namespace)
+        return (found.get("sampled"), found.get("selected")) == (sampled, selected)
+
+    kube.eventually(right, f"coverage {sampled}/{selected}", seconds=seconds)
+
+
+def count_once(name: str, namespace: str, node: str) -> None:
+    """997 calls of a new pod are in the report of `syscount`, and no other of this pod."""
+    kube.apply(kube.pod(name, namespace, ["calls", "rare", "997"], node=node))
+    kube.kubectl("wait", f"pod/{name}", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    kube.eventually(
+        lambda: kube.totals(kube.report("syscount", namespace), "calls").get((name,)) == 997, f"997 calls of {name}"
+    )
+
+
+# An upgrade.
+
+
+def test_helm_upgrade_loses_and_doubles_no_count(namespace: str) -> None:
+    start_counting(namespace)
+    before = agents.pods()
+    upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
+    assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
+    finish_counting(namespace)
+
+
+# No API server.
+
+
+def operator_pids() -> set[int]:
+    """The operator's processes, on whichever node: without an API server only the kernel knows."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            inside = "/probefleet-node" in (path / "cgroup").read_text()
+            words = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # ended in between
+        if inside and any(word.endswith(b"probefleet-operator") for word in words):
+            found.add(int(path.name))
+    return found
+
+
+@pytest.fixture
+def api_server() -> Iterator[None]:
+    """It is there again, whatever the test did."""
+    yield
+    cluster("start-apiserver")
+    kube.eventually(lambda: kube.run("kubectl", "get", "--raw", "/readyz", check=False).stdout == "ok", "API server")
+    wait_controllers()
+
+
+def wait_controllers() -> None:
+    """Until Kubernetes' controllers are at work again: without its ServiceAccount no pod is made in a namespace."""
+    name = f"again-{uuid.uuid4().hex[:6]}"
+    kube.kubectl("create", "namespace", name)
+    try:
+        kube.eventually(lambda: kube.get("serviceaccount", "default", name), "ServiceAccount of a new namespace")
+    finally:
+        kube.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.mark.usefixtures("api_server")
+def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(namespace: str) -> None:
+    kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
+    kube.wait_programmed("syscount", namespace)
+    slowly = ["calls", "rare", "997", "--pause", "40000"]  # 40 s: longer than the outage
+    kube.apply(kube.pod("web", namespace, slowly, node="node1"), kube.pod("cart", namespace, slowly, node="node2"))
+    kube.eventually(lambda: len(kube.totals(kube.report("syscount", namespace), "calls")) == 2, "first counts")
+    before = {number: instances(number) for number in NODES}
+    assert all(before.values()), before
+    programs = {number: pinned_programs(number) for number in NODES}
+    first = operator_pids()
+    assert first
+
+    cluster("stop-apiserver")
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    kube.eventually(lambda: operator_pids() - first, "the kubelet to start the operator again", seconds=60)
+    ends = time.monotonic() + OUTAGE_SECONDS
+    while time.monotonic() < ends:  # at every moment, not only at the end
+        assert {number: instances(number) for number in NODES} == before
+        time.sleep(1)
+    assert {number: pinned_programs(number) for number in NODES} == programs, "the very same programs"
+    cluster("start-apiserver")
+
+    finish_counting(namespace)
+    assert {number: pinned_programs(number) for number in NODES} == programs
+
+
+# A node comes, and dies.
+
+
+@pytest.fixture
+def fourth_node() -> Iterator[str]:
+    """Its name; it is neither there before nor after."""
+    name = f"node{JOINING}"
+    assert not kube.get("node", name), f"{name} is there already"
+    yield name
+    subprocess.run([str(kube.ROOT / "tests/cluster/cluster"), "leave", str(JOINING)], capture_output=True, check=False)
+    kube.kubectl("delete", "node", name, "--ignore-not-found")
+
+
+def test_a_node_joins_and_dies(namespace: str, fourth_node: str) -> None:
+    only_here = {**SYSCOUNT, "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": fourth_node}}}}
+    elsewhere = {**SYSCOUNT, "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": "node2"}}}}
+    of_all: dict[str, Any] = {
+        "scope": "Cluster",
+        "program": {"c": {"source": PROGRAM.format(name=f"on_{uuid.uuid4().hex[:8]}")}},
+    }
+    wanted: dict[str, tuple[dict[str, Any], int]] = {
+        "syscount": (SYSCOUNT, 4),
+        "own": (of_all, 4),
+        "here": (only_here, 1),
+        "elsewhere": (elsewhere, 1),
+    }
+    kube.apply(*(kube.policy(name, namespace, spec) for name, (spec, _) in wanted.items()))
+    for name in ("syscount", "own", "elsewhere"):
+        kube.wait_programmed(name, namespace)
+
+    cluster("join", str(JOINING))
+
+    def agent_ready() -> datetime | None:
+        name = agents.pods().get(fourth_node)
+        conditions = kube.get("pod", name, kube.SYSTEM).get("status", {}).get("conditions", []) if name else []
+        ready = [each for each in conditions if each["type"] == "Ready" and each["status"] == "True"]
+        return datetime.fromisoformat(ready[0]["lastTransitionTime"]) if ready else None
+
+    def running() -> float | None:
+        for name, (_, nodes) in wanted.items():
+            if kube.get("probepolicy", name, namespace).get("status", {}).get("nodes", {}).get("ready") != nodes:
+                return None
+        return time.time()
+
+    since = kube.eventually(agent_ready, "an agent on the new node")
+    took = kube.eventually(running, "every matching policy on the new node") - since.timestamp()
+    assert took <= JOIN_SECONDS
+    count_once("newcomer", namespace, fourth_node)
+    covered(namespace, 4, 4)
+
+    cluster("leave", str(JOINING))
+    kube.kubectl("wait", f"node/{fourth_node}", "--for=condition=Ready=Unknown", "--timeout=90s")
+    covered(namespace, 3, 4)
+    missed = coverage("syscount", namespace)
+    assert missed["missing"] + missed["stale"] == [fourth_node]
+    kube.kubectl("delete", "node", fourth_node)
+    covered(namespace, 3, 3)
+    count_once("survivor", namespace, "node1")
+    # What the dead node had counted is not taken back.
+    assert kube.totals(kube.report("syscount", namespace), "calls") == {("newcomer",): 997, ("survivor",): 997}
+
+
+# The end.
+
+
+def objects() -> set[str]:
+    """Every object of any kind that bears our name, but Events and what Kubernetes makes by itself in our namespace."""
+    kinds = kube.kubectl("api-resources", "--verbs=list", "-o", "name").split()
+    kinds = [kind for kind in kinds if not kind.startswith("events")]
+    listed = kube.kubectl("get", ",".join(kinds), "-A", "-o", "name", "--ignore-not-found", check=False).split()
+    if "namespace/default" not in listed:
+        return {"whatever kubectl cannot list while a kind goes"}
+    ours = {name for name in listed if "probefleet" in name}
+    return ours - {f"namespace/{kube.SYSTEM}"}
+
+
+def test_uninstalling_leaves_nothing_and_it_can_be_installed_again(namespace: str) -> None:
+    name = f"on_{uuid.uuid4().hex[:8]}"
+    kube.apply(
+        kube.policy("syscount", namespace, SYSCOUNT),
+        kube.policy("own", namespace, {"scope": "Cluster", "program": {"c": {"source": PROGRAM.format(name=name)}}}),
+    )
+    for each in ("syscount", "own"):
+        kube.wait_programmed(each, namespace)
+    programs = set[int]().union(*(pinned_programs(number) for number in NODES))
+    assert len(programs) >= 3 * len(NODES), "two policies and the cgroups' names on each node"
+    assert programs <= kernel_programs()
+    assert "customresourcedefinition.apiextensions.k8s.io/probepolicies.probefleet.io" in objects()
+
+    try:
+        kube.run(
+            "helm", "uninstall", "probefleet", "--namespace", kube.SYSTEM, "--wait", "--timeout", "3m", seconds=200
+        )
+        kube.eventually(lambda: not programs & kernel_programs(), "the end of every program", seconds=20)
+        for number in NODES:
+            left = cluster("on", str(number), "find", "/sys/fs/bpf", "-mindepth", "1", "-name", "*probefleet*")
+            assert not left, f"node{number}: {left}"
+        try:
+            kube.eventually(lambda: not objects(), "the end of every object", seconds=60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: left are {sorted(objects())}") from None
+    finally:
+        upgrade()
+    kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
+    kube.wait_programmed("syscount", namespace)
+    count_once("again", namespace, "node3")
