@@ -102,6 +102,7 @@ test-vm: setup test-packages ## the same in a virtual machine with kprobes
 		tests/kernel/vm_only tests/kernel/test_links.py $(wildcard tests/kernel/test_catalog_*.py) \
 		tests/kernel/test_cli_run.py::test_a_run_counts_a_workload_exactly
 test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
+	@tests/kernel/vm fetch $(VM_SUITE)
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e)
 
 .PHONY: cluster-up cluster-images cluster-demo cluster-down
