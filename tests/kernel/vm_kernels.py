@@ -30,7 +30,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SUITES = {"bullseye": "5.10", "bookworm": "6.1", "bookworm-backports": "6.12", "sid": "the newest"}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-ARCHIVE = "http://deb.debian.org/debian"
 BUSYBOX = Path("/bin/busybox")
 
 # What a guest needs before it sees any file of the host: 9p over virtio, the layer over it, the ports that
@@ -170,7 +169,9 @@ def mirror() -> str:
         suite, uri = line.split(" ", 1)
         if suite == release.strip('"') and "-security" not in uri:
             return uri.rstrip("/")
-    return ARCHIVE
+    raise VmError(
+        f"apt has no source for {release or 'this release'}: kernels are fetched from where its packages come"
+    )
 
 
 def _download(suite: str, work: Path, say: Say) -> tuple[Package, ...]:
