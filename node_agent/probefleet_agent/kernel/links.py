@@ -267,7 +267,7 @@ def _on_events(prog_fd: SupportsIndex, events: list[Fd], way: str) -> Link:
     try:
         if features.perf_link():
             for event in events:
-                links.append(syscall.link_create(prog_fd, event, AttachType.PERF_EVENT))  # noqa: PERF401
+                links.append(syscall.link_create(prog_fd, event, AttachType.PERF_EVENT))  # noqa: PERF401 - as above
             for event in events:
                 event.close()  # the link holds it
             return Link(tuple(links), True, way)
