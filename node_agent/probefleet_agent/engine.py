@@ -98,6 +98,7 @@ class Engine:
         self._rings: dict[tuple[Digest, str], RingReader | PerfRing] = {}
         self._filters: dict[Digest, dict[CgroupId, Answer]] = {}
         self._failures: dict[Digest, Failure] = {}
+        self._unadopted: set[Digest] = set()
         self._map_failures: dict[MapUid, Failure] = {}
         self._blobs: dict[str, bytes] = {}
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
@@ -199,6 +200,7 @@ class Engine:
         specs = {MapUid(spec.uid): spec for spec in push.probe_maps}
         self._map_failures = {uid: why for uid, why in self._map_failures.items() if uid in specs and not changed}
         self._wanted = wanted
+        self._drop_unadopted()
         self._reconcile(specs)
         self._fill_filters()
         self._forget_blobs(specs.values())
@@ -300,8 +302,9 @@ class Engine:
             try:
                 loaded = self._executor.adopt(name, stopped_ns=self._tracker.stopped_ns or now_ns)
             except ProbefleetError as error:
-                log.warning("an instance cannot be adopted and is removed", digest=name, error=str(error))
-                self._root.remove(name)
+                # It may count on: only a push takes it away, or loads it anew.
+                log.warning("an instance cannot be adopted; it is left as it is", digest=name, error=str(error))
+                self._unadopted.add(digest)
                 continue
             self._loaded[digest] = loaded
             if now_ns - loaded.asked_ns > FORGOTTEN_NS:
@@ -378,6 +381,13 @@ class Engine:
         self._loaded[digest] = loaded
         took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
         log.info("loaded", digest=digest, title=instance.title, ways=loaded.ways, took_ms=took_ms)
+
+    def _drop_unadopted(self) -> None:
+        """What could not be adopted is wanted anew or not at all: unless the push keeps what it cannot name."""
+        if all(plan.HasField("instance") for plan in self._wanted.values()):
+            for digest in self._unadopted:
+                self._root.remove(digest)
+            self._unadopted.clear()
 
     def _require_maps(self, instance: plan_pb2.Instance) -> None:
         missing = {MapUid(each.probe_map_uid) for each in instance.shared_maps} - set(self._maps)

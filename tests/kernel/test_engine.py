@@ -1,0 +1,62 @@
+"""The engine on the real kernel: what an agent finds that it cannot adopt is left alone until a push decides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from probefleet_agent.engine import Engine
+from probefleet_agent.kernel import mounts
+from probefleet_wire import resources
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+pytestmark = pytest.mark.kernel
+DIGEST = "e" * 32
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A tree of pins of the test's own."""
+    path = mounts.mount_bpffs() / "probefleet-test-engine"
+    path.mkdir(exist_ok=True)
+    yield path
+    with Engine.open(bpffs=path) as engine:
+        engine.remove_everything()
+    path.rmdir()
+
+
+def push(version: int) -> stream_pb2.Push:
+    data = resources.object_bytes("execsnoop")
+    digest = hashlib.sha256(data).hexdigest()
+    plan = plan_pb2.Plan(policy_uid="p", generation=1, scope=plan_pb2.SCOPE_CLUSTER, interval_ms=1000)
+    plan.instance.digest, plan.instance.title, plan.instance.object.sha256 = DIGEST, "catalog/execsnoop", digest
+    plan.instance.attachments.add(program="exec_btf").tp_btf.name = "sched_process_exec"
+    return stream_pb2.Push(
+        term=1,
+        version=version,
+        plans=[plan],
+        selections=[stream_pb2.Selection(policy_uid="p", everything=True)],
+        blobs=[stream_pb2.Blob(sha256=digest, zstd=zstandard.compress(data))],
+    )
+
+
+def state(engine: Engine) -> stream_pb2.PolicyStatus:
+    (status,) = engine.status().policies
+    return status
+
+
+def test_an_instance_that_cannot_be_adopted_counts_on_until_a_push_replaces_it(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(push(1))
+        assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
+    pins = folder / "probefleet/instances" / DIGEST
+    (pins / "manifest").unlink()
+    before = sorted(pins.iterdir())
+    with Engine.open(bpffs=folder) as engine:
+        assert sorted(pins.iterdir()) == before
+        engine.apply(push(2))
+        assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
+        assert (pins / "manifest").exists()
