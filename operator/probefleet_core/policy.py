@@ -16,7 +16,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from probefleet_core import errors, policy_shape, quantities, shape, values
+from probefleet_core import attach_shape, errors, output_shape, policy_shape, quantities, shape, values
 
 API_VERSION = "probefleet.io/v1alpha1"
 RESOURCES = ("ProbePolicy", "ProbeMap", "ProbeReport")
@@ -158,7 +158,7 @@ def _selector(item: _Checked | None) -> values.Selector:
 
 
 def _attachment(item: _Checked) -> values.Attachment:
-    kind = next(name for name in policy_shape.TARGETS if item.get(name) is not None)
+    kind = next(name for name in attach_shape.TARGETS if item.get(name) is not None)
     return values.Attachment(item["program"], _target(kind, item[kind]))
 
 
@@ -187,7 +187,7 @@ def _target(kind: str, item: _Checked) -> values.Target:
 
 
 def _output(item: _Checked, scale: values.Scale) -> values.Output:
-    kind = values.Kind(next(name for name in policy_shape.KINDS if item.get(name) is not None))
+    kind = values.Kind(next(name for name in output_shape.KINDS if item.get(name) is not None))
     histogram = item.get("histogram") or {}
     groups = item.get("groupBy")
     return values.Output(

@@ -1,7 +1,8 @@
 """The shapes of ProbePolicy and ProbeMap: every field, its type and its bounds, and the rules across fields. Pure data.
 
-``policy`` checks manifests against these. They say the same as the CRDs (``charts/probefleet``), field by field:
-``tests/unit/test_crds.py`` compares them. A new field is added here, in the CRD and in ``policy`` in one change.
+``policy`` checks manifests against these; ``attach_shape`` and ``output_shape`` hold the two largest parts. They say
+the same as the CRDs (``charts/probefleet``), field by field: ``tests/unit/test_crds.py`` compares them. A new field is
+added here, in the CRD and in ``policy`` in one change.
 """
 
 from __future__ import annotations
@@ -11,31 +12,15 @@ import binascii
 from collections.abc import Callable, Mapping
 
 from probefleet_core import c_declaration, errors, quantities, values
+from probefleet_core.attach_shape import ATTACHMENT, C_IDENTIFIER, C_NAME
+from probefleet_core.output_shape import OUTPUT
 from probefleet_core.shape import Flag, ListOf, MapOf, Record, Text, Union, Whole, join
 
 MAX_SOURCE_CHARACTERS = 96 << 10
 MAX_INLINE_CHARACTERS = 128 << 10  # 96 KiB of object in base64
 MAX_NAME = 253
-C_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_SUBDOMAIN = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
-OUTPUT_NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
-GROUP = r"node|namespace|workload|pod|container|key(\.[A-Za-z_][A-Za-z0-9_.\[\]]*)?"
-SLOTS = r"value|key(\.[A-Za-z_][A-Za-z0-9_.]*)?"
-FIELD = r"[A-Za-z_][A-Za-z0-9_.\[\]]*"
-DECODERS = ("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "text", "hex")
-KINDS = tuple(kind.value for kind in values.Kind)
-TARGETS = (
-    "tracepoint",
-    "rawTracepoint",
-    "tpBtf",
-    "kprobe",
-    "kretprobe",
-    "uprobe",
-    "uretprobe",
-    "perfEvent",
-    "syscall",
-)
 PROGRAMS = ("catalog", "bcc", "c", "object")
 
 
@@ -70,19 +55,6 @@ def _declaration(text: str) -> str | None:
 
 # The parts.
 
-C_IDENTIFIER = Text(max_length=128, min_length=1, pattern=C_NAME, write="Write the name as it stands in the C source.")
-KERNEL_NAME = Text(
-    max_length=128,
-    min_length=1,
-    pattern=r"[A-Za-z_][A-Za-z0-9_.]*",
-    write="Write one name, such as tcp_sendmsg; patterns are not supported.",
-)
-PATH = Text(
-    max_length=1024,
-    min_length=1,
-    pattern=r"/[^\x00-\x1f]*",
-    write="Write the file's absolute path on the node, such as /usr/lib/x86_64-linux-gnu/libc.so.6.",
-)
 SOURCE = Text(
     max_length=MAX_SOURCE_CHARACTERS,
     min_length=1,
@@ -196,78 +168,6 @@ PROGRAM = Record(
 )
 
 
-def _uprobe_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
-    if not value.get("symbol") and not value.get("offset"):
-        problems.add(
-            path,
-            "neither symbol nor offset",
-            why="a uprobe needs a place in the file",
-            write="Write symbol (a function's name), or offset (bytes into the file).",
-        )
-
-
-OFFSET = Whole(0, (1 << 53) - 1)
-UPROBE = Record(
-    "a user-space probe",
-    {
-        "path": PATH,
-        "symbol": Text(max_length=512, min_length=1, pattern=r"[!-~]+", write="Write the function's (mangled) name."),
-        "offset": OFFSET,
-        "pid": Whole(0, (1 << 22), write="Write a process id of the node; leave it away for every process."),
-    },
-    required=("path",),
-    rules=(_uprobe_rule,),
-)
-PERF_EVENT = Record(
-    "a perf event",
-    {
-        "event": Text(
-            max_length=64,
-            min_length=1,
-            pattern=r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
-            write="Write an event such as cpu-clock, page-faults or cpu-cycles.",
-        ),
-        "frequency": Whole(1, 10_000, write="Write samples a second on each CPU; 99 is usual."),
-        "period": Whole(1, (1 << 53) - 1, write="Write how many events make one sample."),
-    },
-    required=("event",),
-    unions=(Union(("frequency", "period"), "rate", "an event is sampled by time or by count"),),
-)
-TRACEPOINT_NAME = Record("a tracepoint", {"name": KERNEL_NAME}, required=("name",))
-FUNCTION = Record("a kernel function", {"function": KERNEL_NAME, "offset": OFFSET}, required=("function",))
-ATTACHMENT = Record(
-    "an attachment",
-    {
-        "program": C_IDENTIFIER,
-        "tracepoint": Record(
-            "a tracepoint", {"category": KERNEL_NAME, "name": KERNEL_NAME}, required=("category", "name")
-        ),
-        "rawTracepoint": TRACEPOINT_NAME,
-        "tpBtf": TRACEPOINT_NAME,
-        "kprobe": FUNCTION,
-        "kretprobe": Record("a kernel function's return", {"function": KERNEL_NAME}, required=("function",)),
-        "uprobe": UPROBE,
-        "uretprobe": UPROBE,
-        "perfEvent": PERF_EVENT,
-        "syscall": Record(
-            "a system call",
-            {
-                "name": Text(
-                    max_length=64,
-                    min_length=1,
-                    pattern=r"[a-z_][a-z0-9_]*",
-                    write="Write the call's own name, such as execve, without sys_.",
-                ),
-                "return": Flag(),
-            },
-            required=("name",),
-        ),
-    },
-    required=("program",),
-    unions=(Union(TARGETS, "target", "an attachment has one target"),),
-)
-
-
 def _map_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
     share, entries = value.get("share") is not None, value.get("maxEntries") is not None
     if share and entries:
@@ -296,121 +196,6 @@ MAP = Record(
     },
     required=("name",),
     rules=(_map_rule,),
-)
-UNIT = Text(
-    max_length=16, min_length=1, pattern=r"[A-Za-zµ%][A-Za-z0-9µ/%]*", write="Write a unit such as ns, bytes or calls."
-)
-
-
-def _histogram_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
-    linear, step = value.get("scale") == "linear", value.get("step") is not None
-    if linear and not step:
-        problems.add(
-            join(path, "step"), "missing", why="a linear scale needs the width of a slot", write="Write step: WIDTH."
-        )
-    if step and not linear:
-        problems.add(
-            join(path, "step"),
-            "a step without scale linear",
-            why="the slots of a log2 scale double in width",
-            write="Leave step away, or write scale: linear.",
-        )
-
-
-def _output_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
-    histogram, events = value.get("histogram"), value.get("events") is not None
-    source = value["from"]
-    assert isinstance(source, Mapping)
-    if isinstance(histogram, Mapping) and histogram.get("unit") and value.get("unit"):
-        problems.add(
-            join(path, "unit"), "two units", why="histogram.unit says it already", write="Keep histogram.unit."
-        )
-    if events and value.get("groupBy"):
-        problems.add(
-            join(path, "groupBy"),
-            "events with groupBy",
-            why="events are listed one by one",
-            write="Leave groupBy away, or count in a map and use counter or topk.",
-        )
-    if events and source.get("value"):
-        problems.add(
-            join(path, "from.value"),
-            "events with a value",
-            why="an event's record is shown whole",
-            write="Leave it away.",
-        )
-    if not events and source.get("record"):
-        problems.add(
-            join(path, "from.record"),
-            "a record without events",
-            why="only a ring or perf buffer has records",
-            write="Leave it away, or write events: {}.",
-        )
-
-
-OUTPUT = Record(
-    "an output",
-    {
-        "name": Text(
-            max_length=63,
-            min_length=1,
-            pattern=OUTPUT_NAME,
-            write="Write letters, digits, _ and -, beginning with a letter.",
-        ),
-        "from": Record(
-            "a source",
-            {
-                "map": C_IDENTIFIER,
-                "value": Text(max_length=128, min_length=1, pattern=FIELD, write="Write a field of the map's value."),
-                "record": Text(
-                    max_length=128,
-                    min_length=1,
-                    pattern=r"(struct )?[A-Za-z_][A-Za-z0-9_]*",
-                    write="Write the C struct of a record, such as struct event.",
-                ),
-            },
-            required=("map",),
-        ),
-        "counter": Record("a counter", {}),
-        "gauge": Record("a gauge", {"merge": Text(max_length=16, choices=tuple(values.Merge))}, required=("merge",)),
-        "histogram": Record(
-            "a histogram",
-            {
-                "scale": Text(max_length=16, choices=tuple(values.Scale)),
-                "unit": UNIT,
-                "step": Whole(1, (1 << 53) - 1),
-                "slots": Text(
-                    max_length=128,
-                    min_length=1,
-                    pattern=SLOTS,
-                    write="Write value, or key.FIELD for a field of the key.",
-                ),
-            },
-            rules=(_histogram_rule,),
-        ),
-        "topk": Record("a top list", {}),
-        "stacks": Record("stacks", {}),
-        "events": Record("events", {}),
-        "groupBy": ListOf(
-            Text(
-                max_length=128,
-                min_length=1,
-                pattern=GROUP,
-                write="Write node, namespace, workload, pod, container, key, or key.FIELD.",
-            ),
-            max_items=8,
-        ),
-        "limit": Whole(1, 50, write="Write how many rows the report shows, at most 50; totals count all rows."),
-        "unit": UNIT,
-        "decode": MapOf(
-            Text(max_length=16, choices=DECODERS),
-            max_items=32,
-            key=Text(max_length=128, min_length=1, pattern=FIELD, write="Write a field's name."),
-        ),
-    },
-    required=("name", "from"),
-    unions=(Union(KINDS, "kind", "an output is read in one way"),),
-    rules=(_output_rule,),
 )
 CPU = Text(
     max_length=16,

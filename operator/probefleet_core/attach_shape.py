@@ -1,0 +1,107 @@
+"""The shape of ``spec.attach``: every kind of target and its bounds. Pure data; part of ``policy_shape``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from probefleet_core import errors
+from probefleet_core.shape import Flag, Record, Text, Union, Whole
+
+C_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+TARGETS = (
+    "tracepoint",
+    "rawTracepoint",
+    "tpBtf",
+    "kprobe",
+    "kretprobe",
+    "uprobe",
+    "uretprobe",
+    "perfEvent",
+    "syscall",
+)
+
+C_IDENTIFIER = Text(max_length=128, min_length=1, pattern=C_NAME, write="Write the name as it stands in the C source.")
+KERNEL_NAME = Text(
+    max_length=128,
+    min_length=1,
+    pattern=r"[A-Za-z_][A-Za-z0-9_.]*",
+    write="Write one name, such as tcp_sendmsg; patterns are not supported.",
+)
+PATH = Text(
+    max_length=1024,
+    min_length=1,
+    pattern=r"/[^\x00-\x1f]*",
+    write="Write the file's absolute path on the node, such as /usr/lib/x86_64-linux-gnu/libc.so.6.",
+)
+
+
+def _uprobe_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    if not value.get("symbol") and not value.get("offset"):
+        problems.add(
+            path,
+            "neither symbol nor offset",
+            why="a uprobe needs a place in the file",
+            write="Write symbol (a function's name), or offset (bytes into the file).",
+        )
+
+
+OFFSET = Whole(0, (1 << 53) - 1)
+UPROBE = Record(
+    "a user-space probe",
+    {
+        "path": PATH,
+        "symbol": Text(max_length=512, min_length=1, pattern=r"[!-~]+", write="Write the function's (mangled) name."),
+        "offset": OFFSET,
+        "pid": Whole(0, (1 << 22), write="Write a process id of the node; leave it away for every process."),
+    },
+    required=("path",),
+    rules=(_uprobe_rule,),
+)
+PERF_EVENT = Record(
+    "a perf event",
+    {
+        "event": Text(
+            max_length=64,
+            min_length=1,
+            pattern=r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+            write="Write an event such as cpu-clock, page-faults or cpu-cycles.",
+        ),
+        "frequency": Whole(1, 10_000, write="Write samples a second on each CPU; 99 is usual."),
+        "period": Whole(1, (1 << 53) - 1, write="Write how many events make one sample."),
+    },
+    required=("event",),
+    unions=(Union(("frequency", "period"), "rate", "an event is sampled by time or by count"),),
+)
+TRACEPOINT_NAME = Record("a tracepoint", {"name": KERNEL_NAME}, required=("name",))
+FUNCTION = Record("a kernel function", {"function": KERNEL_NAME, "offset": OFFSET}, required=("function",))
+ATTACHMENT = Record(
+    "an attachment",
+    {
+        "program": C_IDENTIFIER,
+        "tracepoint": Record(
+            "a tracepoint", {"category": KERNEL_NAME, "name": KERNEL_NAME}, required=("category", "name")
+        ),
+        "rawTracepoint": TRACEPOINT_NAME,
+        "tpBtf": TRACEPOINT_NAME,
+        "kprobe": FUNCTION,
+        "kretprobe": Record("a kernel function's return", {"function": KERNEL_NAME}, required=("function",)),
+        "uprobe": UPROBE,
+        "uretprobe": UPROBE,
+        "perfEvent": PERF_EVENT,
+        "syscall": Record(
+            "a system call",
+            {
+                "name": Text(
+                    max_length=64,
+                    min_length=1,
+                    pattern=r"[a-z_][a-z0-9_]*",
+                    write="Write the call's own name, such as execve, without sys_.",
+                ),
+                "return": Flag(),
+            },
+            required=("name",),
+        ),
+    },
+    required=("program",),
+    unions=(Union(TARGETS, "target", "an attachment has one target"),),
+)
