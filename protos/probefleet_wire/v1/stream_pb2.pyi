@@ -622,6 +622,7 @@ class EventChunk(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     GAPS_FIELD_NUMBER: _builtins.int
     START_POSITION_FIELD_NUMBER: _builtins.int
+    COUNTED_BEFORE_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -639,8 +640,10 @@ class EventChunk(_message.Message):
     since_ns: _builtins.int
     generation: _builtins.int
     start_position: _builtins.int
-    """Where this reading began. Above 0 in a ring that the operator does not know yet: what came before went to an earlier
-    operator, and is in no total of this one.
+    """where this reading began"""
+    counted_before: _builtins.int
+    """How many of the policy's records lay before start_position, since the ring began: what an earlier operator got is in
+    a later one's total by it. Absent: nobody knows. A stream's first chunk of a ring may carry this number alone.
     """
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
@@ -667,12 +670,15 @@ class EventChunk(_message.Message):
         generation: _builtins.int = ...,
         gaps: _abc.Iterable[Global___Gap] | None = ...,
         start_position: _builtins.int = ...,
+        counted_before: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "counted_before", b"counted_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "columns", b"columns", "counted_before", b"counted_before", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__counted_before: _TypeAlias = _typing.Literal["counted_before"]  # noqa: Y015
+    _WhichOneofArgType__counted_before: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__counted_before) -> _WhichOneofReturnType__counted_before | None: ...
 
 Global___EventChunk: _TypeAlias = EventChunk  # noqa: Y015
 
