@@ -1,0 +1,138 @@
+"""Fills a batch: every map and ring that is due is read once, and each policy's reader takes its part.
+
+In: the instances and the readers bound to them. Out: ``Table`` and ``EventChunk`` messages in the batch, each with what
+was lost on its way, and how far each ring was read. The engine calls it every tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from probefleet_wire import columns
+from probefleet_wire.v1 import stream_pb2
+
+from probefleet_agent import collect, names, samples
+from probefleet_agent.bindings import Bindings
+from probefleet_agent.decode import DecodeError, Layout
+from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.execute import Loaded, MapHandle
+from probefleet_agent.identities import Identities
+from probefleet_agent.installed import Failure
+from probefleet_agent.kernel import clock, maps
+from probefleet_agent.kernel.rings import Records
+from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.perf_ring import PerfRing
+from probefleet_agent.pods import PolicyUid
+from probefleet_agent.reconcile import Digest
+
+_RING_READ_BYTES = 4 << 20
+
+
+def add_tables(
+    batch: stream_pb2.Batch,
+    due: Iterable[PolicyUid],
+    now_ns: int,
+    *,
+    loaded: Mapping[Digest, Loaded],
+    bindings: Bindings,
+    identities: Identities,
+) -> None:
+    """The rows of all policies that are due."""
+    readings: dict[tuple[Digest, str], tuple[collect.Bytes, collect.Bytes]] = {}
+    for uid in due:
+        bound = bindings.bound[uid]
+        instance = loaded[bound.digest]
+        counts = instance.lost()
+        for name, reader in bound.tables.items():
+            handle = instance.maps[reader.output.map]
+            key = (bound.digest, handle.name)
+            if key not in readings:
+                readings[key] = maps.read(handle.fd, handle.info)
+                identities.know(collect.cgroups_in(reader.layout, readings[key][0]), now_ns)
+            try:
+                reader.read(*readings[key])
+            except (DecodeError, ProbefleetError) as error:
+                bound.failure = Failure.of(error)
+                continue
+            table = reader.rows.table() or stream_pb2.Table(
+                rows=columns.pack(np.zeros(0, np.uint32)),
+                values=columns.pack(np.zeros(0, np.uint64)),
+                width=reader.rows.width,
+            )
+            table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
+            table.epoch = f"{clock.boot_id()}:{handle.info.id}"
+            table.since_ns, table.lost = instance.since_ns, counts[0] + counts[3]
+            table.uncounted.extend(_uncounted(reader, handle, identities))
+            table.gaps.extend(_gaps(instance))
+            batch.tables.append(table)
+
+
+def add_events(
+    batch: stream_pb2.Batch,
+    now_ns: int,
+    *,
+    loaded: Mapping[Digest, Loaded],
+    bindings: Bindings,
+    identities: Identities,
+) -> list[samples.Commit]:
+    """The records that have come for all policies; how far each one's ring is read."""
+    commits: list[samples.Commit] = []
+    for uid, bound in bindings.bound.items():
+        for name, reader in bound.events.items():
+            instance = loaded[bound.digest]
+            handle = instance.maps[reader.output.map]
+            ring = bindings.ring(bound.digest, handle)
+            records = ring.read(reader.cursor, _RING_READ_BYTES)
+            if not len(records) and records.end_position == reader.cursor:
+                continue
+            layout = reader.layout
+            data = _records(records, layout.value_bytes)
+            as_keys = Layout(layout.value, layout.value_bytes, (), 0)
+            identities.know(collect.cgroups_in(as_keys, data), now_ns)
+            began = reader.cursor
+            try:
+                chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
+            except DecodeError as error:
+                bound.failure = Failure.of(error)
+                continue
+            if chunk is None:
+                continue
+            counts = instance.lost()
+            chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
+            chunk.epoch = f"{clock.boot_id()}:{handle.info.id}"
+            chunk.since_ns, chunk.submitted, chunk.lost = instance.since_ns, counts[2], counts[1] + counts[3]
+            if isinstance(ring, PerfRing):
+                chunk.epoch += ring.incarnation
+                chunk.lost += ring.lost
+                chunk.dropped += ring.dropped
+            chunk.gaps.extend(_gaps(instance))
+            chunk.start_position = began
+            batch.events.append(chunk)
+            commits.append(((uid, name), reader.cursor))
+    return commits
+
+
+def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Identities) -> list[str]:
+    words = []
+    if handle.info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH):
+        words.append(f"{handle.name} is an LRU map: what it evicts is not counted")
+    if reader.rows.overflowed:
+        words.append(f"more than {samples.MAX_ROWS:,} rows: the rest is in one row (other)")
+    if isinstance(reader.stacks, names.StackReader) and reader.stacks.collisions:
+        words.append("stacks that collided in the stack trace map")
+    if identities.tracker.lost():
+        words.append("cgroups that could not be remembered: pods that ended quickly may be missing")
+    return words
+
+
+def _records(records: Records, record_bytes: int) -> collect.Bytes:
+    """The records of one reading as ``u1[n, record_bytes]``."""
+    dtype = np.dtype({"names": ["b"], "formats": [(np.uint8, record_bytes)], "itemsize": record_bytes})
+    array = records.array(dtype)
+    found: collect.Bytes = array.view(np.uint8).reshape(len(array), record_bytes)
+    return found
+
+
+def _gaps(loaded: Loaded) -> list[stream_pb2.Gap]:
+    return [stream_pb2.Gap(start_ns=start, end_ns=end, why=why) for start, end, why in loaded.gaps]

@@ -1,0 +1,91 @@
+"""Whose cgroups those are, as far as the node knows by now; and what the filters in the kernel are told of it.
+
+The engine asks before it reads: ids that nobody has heard of make the tracker's map, and then the tree of cgroups, be
+looked at again. ``pods.Book`` holds the answers; this module does the looking, and writes each instance's filter map.
+Only cost depends on the filters: rows carry their cgroup and are judged when they are read (see ``pods``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from probefleet_wire.v1 import stream_pb2
+
+from probefleet_agent import execute
+from probefleet_agent.execute import Loaded
+from probefleet_agent.kernel import maps
+from probefleet_agent.pods import Answer, Book, CgroupId, PodUid, PolicyUid, Selected
+from probefleet_agent.reconcile import Digest
+from probefleet_agent.tracker import Tracker
+
+#: The tree is walked at most this often for ids that the tracker's map does not have.
+_SCAN_EVERY_NS = 1_000_000_000
+
+
+class Identities:
+    """The node's book of cgroups, kept up with the kernel."""
+
+    def __init__(self, tracker: Tracker, *, cgroup_root: str) -> None:
+        self.tracker = tracker
+        self.book = Book(root=cgroup_root)
+        self._filters: dict[Digest, dict[CgroupId, Answer]] = {}
+        self._scanned_ns = 0
+
+    def select(self, push: stream_pb2.Push) -> None:
+        """Take in whom the policies of a push select."""
+        self.learn(scan=not self._scanned_ns)
+        self.book.select(
+            {
+                PolicyUid(each.policy_uid): Selected(each.everything, frozenset(PodUid(uid) for uid in each.pod_uids))
+                for each in push.selections
+            },
+            [PodUid(uid) for uid in push.known_pod_uids],
+        )
+
+    def learn(self, *, scan: bool) -> None:
+        """Take in what the tracker remembers; with ``scan`` also what the tree of cgroups holds now."""
+        if scan:
+            self.book.learn(self.tracker.scan())
+            self._scanned_ns = time.time_ns()
+        self.book.learn(self.tracker.paths())
+
+    def know(self, cgroup_ids: Collection[int], now_ns: int) -> None:
+        """Look again for cgroups that nobody has heard of: they came since the last look."""
+        if all(cgroup in self.book.identities for cgroup in cgroup_ids):
+            return
+        self.learn(scan=False)
+        if now_ns - self._scanned_ns > _SCAN_EVERY_NS and any(
+            cgroup not in self.book.identities for cgroup in cgroup_ids
+        ):
+            self.learn(scan=True)
+
+    def needs_filter(self, policies: Sequence[PolicyUid]) -> bool:
+        """Is there anything that an instance of these policies may leave out?"""
+        selections = [self.book.selections.get(uid) for uid in policies]
+        return self.book.root != "/" or not all(each and each.everything for each in selections)
+
+    def fill_filter(self, loaded: Loaded, policies: Sequence[PolicyUid]) -> None:
+        """Tell an instance's programs which cgroups are refused."""
+        handle = loaded.maps.get(execute.FILTER)
+        if handle is None:
+            return
+        written = self._filters.setdefault(Digest(loaded.digest), {})
+        fresh = {}
+        for cgroup in self.book.identities:
+            answer = self.book.joint_answer(policies, cgroup)
+            if answer != written.get(cgroup, Answer.UNKNOWN):
+                fresh[cgroup] = answer
+        room = handle.info.max_entries - len(written)
+        for cgroup, answer in list(fresh.items())[: max(room, 0)]:
+            written[cgroup] = answer
+        known = [cgroup for cgroup in fresh if cgroup in written]
+        if known:
+            keys = np.array(known, np.uint64).view(np.uint8).reshape(-1, 8)
+            values = np.array([written[cgroup] for cgroup in known], np.uint8).reshape(-1, 1)
+            maps.update_many(handle.fd, keys, values)
+
+    def forget_filter(self, digest: Digest) -> None:
+        """The instance is gone."""
+        self._filters.pop(digest, None)

@@ -1,0 +1,177 @@
+"""What is in the kernel of this node: instances and ProbeMaps, by digest and uid, and why the rest is not.
+
+The engine carries out ``reconcile``'s actions with it; ``execute`` does each one. What failed is remembered here until
+a push changes it, so that nothing is tried again and again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+
+import structlog
+import zstandard
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from probefleet_agent import execute
+from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.execute import Loaded, MapHandle
+from probefleet_agent.kernel import pins
+from probefleet_agent.reconcile import Digest, MapUid
+
+#: An object's bytes after unpacking; the largest catalog object has 60 KB.
+MAX_BLOB_BYTES = 16 << 20
+#: What nobody has asked for this long is taken away when an agent starts.
+FORGOTTEN_NS = 3_600_000_000_000
+
+log = structlog.get_logger("agent")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an instance, a ProbeMap or an output does not run."""
+
+    reason: str
+    message: str
+    log_tail: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """In the words of an exception."""
+        reason = error.reason if isinstance(error, ProbefleetError) else "BadOutput"
+        tail = getattr(error, "tail", "")
+        return cls(reason, str(error), tail if isinstance(tail, str) else "")
+
+
+class Installed:
+    """Every instance and ProbeMap under one tree of pins."""
+
+    def __init__(self, root: pins.Root, files_root: str) -> None:
+        self.loaded: dict[Digest, Loaded] = {}
+        self.maps: dict[MapUid, tuple[plan_pb2.ProbeMap, MapHandle]] = {}
+        self.failures: dict[Digest, Failure] = {}
+        self.map_failures: dict[MapUid, Failure] = {}
+        self._root = root
+        self._executor = execute.Executor(root, files_root)
+        self._unadopted: set[Digest] = set()
+        self._blobs: dict[str, bytes] = {}
+
+    def adopt(self, *, stopped_ns: int) -> None:
+        """Take over what an earlier process pinned; what nobody has asked for in an hour is removed."""
+        for uid in self._root.list_maps():
+            self.maps[MapUid(uid)] = self._executor.adopt_map(uid)
+        for name in self._root.list_instances():
+            digest = Digest(name)
+            try:
+                loaded = self._executor.adopt(name, stopped_ns=stopped_ns)
+            except ProbefleetError as error:
+                # It may count on: only a push takes it away, or loads it anew.
+                log.warning("an instance cannot be adopted; it is left as it is", digest=name, error=str(error))
+                self._unadopted.add(digest)
+                continue
+            self.loaded[digest] = loaded
+            if time.time_ns() - loaded.asked_ns > FORGOTTEN_NS:
+                log.warning("no operator has asked for this instance in an hour: removed", digest=name)
+                self.remove(digest)
+                continue
+            log.info("adopted", digest=name, title=loaded.instance.title, policies=len(loaded.plans))
+
+    def drop_unadopted(self) -> None:
+        """What could not be adopted is wanted anew or not at all, says a push that names every instance it wants."""
+        for digest in self._unadopted:
+            self._root.remove(digest)
+        self._unadopted.clear()
+
+    def load(self, plans: Sequence[plan_pb2.Plan], *, filter_on: bool) -> None:
+        """Load and attach the instance that these plans share; where that fails, remember why."""
+        instance = plans[0].instance
+        digest = Digest(instance.digest)
+        started_ns = time.monotonic_ns()
+        try:
+            self._require_maps(instance)
+            loaded = self._executor.load(
+                instance,
+                blob=self._blobs.get(instance.object.sha256),
+                probe_maps={uid: handle for uid, (_, handle) in self.maps.items()},
+                budget_bytes=min((p.budget.map_memory_bytes for p in plans if p.budget.map_memory_bytes), default=0),
+                filter_on=filter_on,
+            )
+        except (ProbefleetError, ValueError, KeyError, OSError) as error:
+            self.failures[digest] = Failure.of(error)
+            log.warning("cannot run", digest=digest, title=instance.title, reason=self.failures[digest].reason)
+            return
+        self.loaded[digest] = loaded
+        took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
+        log.info("loaded", digest=digest, title=instance.title, ways=loaded.ways, took_ms=took_ms)
+
+    def try_again(self, changed: Set[Digest], specs: Set[MapUid]) -> None:
+        """A push changed these instances and wants these ProbeMaps: what failed of them may be tried once more."""
+        self.failures = {digest: why for digest, why in self.failures.items() if digest not in changed}
+        self.map_failures = {uid: why for uid, why in self.map_failures.items() if uid in specs and not changed}
+
+    def remove(self, digest: Digest) -> None:
+        """Detach, unload and unpin an instance."""
+        loaded = self.loaded.pop(digest)
+        self._executor.remove(loaded)
+        log.info("removed", digest=digest, title=loaded.instance.title)
+
+    def detach(self, digest: Digest) -> None:
+        """End its attachments; what it counted stays."""
+        self._executor.detach(self.loaded[digest])
+        log.warning("over its budget: detached", digest=digest)
+
+    def make_map(self, spec: plan_pb2.ProbeMap) -> None:
+        """Create and pin a ProbeMap; where that fails, remember why."""
+        uid = MapUid(spec.uid)
+        blob = self._blobs.get(spec.sha256)
+        if blob is None:
+            what = (
+                f"ProbeMap {spec.namespace}/{spec.name}: its definition {spec.sha256[:12]} did not come with the push"
+            )
+            self.map_failures[uid] = Failure("BadObject", what)
+            return
+        try:
+            self.maps[uid] = (spec, self._executor.make_map(spec, blob))
+        except (ProbefleetError, OSError) as error:
+            self.map_failures[uid] = Failure.of(error)
+
+    def remove_map(self, uid: MapUid) -> None:
+        """Unpin a ProbeMap."""
+        _, handle = self.maps.pop(uid)
+        self._root.remove_map(uid)
+        handle.fd.close()
+
+    def keep_blobs(self, blobs: Iterable[stream_pb2.Blob]) -> None:
+        """Take in the objects that came with a push."""
+        for blob in blobs:
+            data = zstandard.ZstdDecompressor().decompress(blob.zstd, max_output_size=MAX_BLOB_BYTES)
+            self._blobs[blob.sha256] = data
+
+    def forget_blobs(self, needed: Set[str]) -> None:
+        """Objects are needed again only to load: keep those of the newest push, as the operator reckons with."""
+        self._blobs = {digest: data for digest, data in self._blobs.items() if digest in needed}
+
+    def remember(self, loaded: Loaded, now_ns: int | None = None) -> None:
+        """Write its manifest anew: who is bound; with ``now_ns`` also that it was asked for."""
+        loaded.asked_ns = now_ns or loaded.asked_ns
+        self._executor.remember(loaded)
+
+    def close(self) -> None:
+        """Let go of descriptors; what is pinned goes on counting."""
+        for loaded in self.loaded.values():
+            loaded.close()
+        for _, handle in self.maps.values():
+            handle.fd.close()
+        self.loaded, self.maps = {}, {}
+
+    def _require_maps(self, instance: plan_pb2.Instance) -> None:
+        missing = map_uids(instance) - set(self.maps)
+        if missing:
+            why = "; ".join(self.map_failures[uid].message for uid in missing if uid in self.map_failures)
+            raise ProbefleetError(f"{instance.title}: a shared map could not be made: {why or sorted(missing)}")
+
+
+def map_uids(instance: plan_pb2.Instance) -> frozenset[MapUid]:
+    """The ProbeMaps that an instance shares."""
+    return frozenset(MapUid(each.probe_map_uid) for each in instance.shared_maps)
