@@ -1,9 +1,10 @@
 """The records of one ring output, of all nodes: counted exactly once, the newest kept. Pure.
 
 A record's identity is its byte position in its node's ring, so a chunk that comes twice, or overlaps the one
-before, adds only what is new. Chunks stay as columns; a record becomes a dict when someone reads it. Whoever
-follows asks with the cursor that the last page gave, and hears how many records had to go before they were
-asked for.
+before, adds only what is new. Totals are the agents' own counts, cumulative in a ring as a map's values are: they hold
+what an earlier operator got, too, whose records nobody can list any more. Chunks stay as columns; a record becomes a
+dict when someone reads it. Whoever follows asks with the cursor that the last page gave, and hears how many records
+had to go before they were asked for.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class NodeRing:
     session: int = 0
     epoch: str = ""
     end_position: int = 0
+    counted: int = 0  # in this epoch, by whomever they were received
     clock: tables.Clock = field(default_factory=tables.Clock)
     window_count: int = 0
     received_ns: int = 0
@@ -65,6 +67,7 @@ class NodeRing:
     gaps: tuple[tuple[int, int, str], ...] = ()
     before: tuple[tuple[int, int, str], ...] = ()  # what an earlier operator has, and this one has not
     ended: list[str] = field(default_factory=list)
+    ended_counted: int = 0
     ended_submitted: int = 0
     ended_lost: int = 0
     ended_dropped: int = 0
@@ -97,11 +100,15 @@ class EventState:
             raise columns.ColumnsError(f"events {self._output.name!r}: positions do not ascend")
         if positions.size and chunk.end_position <= int(positions[-1]):
             raise columns.ColumnsError(f"events {self._output.name!r}: a record begins after the chunk's end")
+        counted_before = chunk.counted_before if chunk.HasField("counted_before") else None
+        if counted_before is not None and counted_before > chunk.start_position:
+            what = f"{counted_before} records before position {chunk.start_position}"
+            raise columns.ColumnsError(f"events {self._output.name!r}: {what}, which is too little room for them")
         known = 0 if fresh_epoch else state.end_position
         start = int(np.searchsorted(positions, np.uint64(known)))
         kept = self._decode(node, chunk, start, len(positions))
         # From here on nothing can fail.
-        if node not in self.nodes and chunk.start_position:
+        if node not in self.nodes and chunk.start_position and counted_before is None:
             why = "records of before were delivered to an earlier operator, and are not in this total"
             state.before = ((chunk.since_ns, time_ns, why),)
         self.nodes[node] = state
@@ -121,6 +128,10 @@ class EventState:
         state.uncounted = tables.bounded_texts(chunk.uncounted)
         state.gaps = state.before + tables.bounded_gaps(chunk.gaps)
         count = len(positions) - start
+        if counted_before is None:
+            state.counted += count
+        else:
+            state.counted = max(state.counted, counted_before + len(positions))
         state.window_count += count
         self.received += count
         if chunk.since_ns > 0:
@@ -173,9 +184,10 @@ class EventState:
         rate = sum(node.window_count / node.clock.seconds for node in here if node.clock.seconds)
         newest = self.since(max(self.received - records, 0), names, limit=records).records
         nodes = self.nodes.values()
+        total = sum(node.counted + node.ended_counted for node in nodes)
         counts = result.Events(
             records=tuple(sorted(newest, key=lambda record: record.get("time_ns", 0))),
-            received=self.received,
+            received=total,
             submitted=sum(node.submitted + node.ended_submitted for node in nodes),
             lost=sum(node.lost + node.ended_lost for node in nodes),
             dropped=sum(node.dropped + node.ended_dropped for node in nodes),
@@ -183,7 +195,7 @@ class EventState:
         return result.OutputResult(
             output=self._output,
             window=_one_row(window, rate),
-            total=_one_row(self.received, 0.0),
+            total=_one_row(total, 0.0),
             rate_per_second=rate,
             since_ns=self.since_ns,
             lost=self.lost,
@@ -227,10 +239,11 @@ class EventState:
     def _end_epoch(state: NodeRing) -> None:
         if state.epoch:
             state.ended = [*state.ended[1 - tables.MAX_ENDED :], state.epoch]
+        state.ended_counted += state.counted
         state.ended_submitted += state.submitted
         state.ended_lost += state.lost
         state.ended_dropped += state.dropped
-        state.submitted = state.lost = state.dropped = 0
+        state.counted = state.submitted = state.lost = state.dropped = 0
 
 
 def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Record]:
@@ -261,5 +274,5 @@ def _part(content: columns.Array | columns.StringColumn, low: int, high: int) ->
 
 
 def _one_row(count: int, rate: float) -> result.Rows:
-    value = np.array([[count]], np.uint64)
+    value = np.array([[count % (1 << 64)]], np.uint64)
     return result.Rows(labels=((),), values=value, rates=np.array([rate]), sum=value[0])

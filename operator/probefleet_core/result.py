@@ -114,7 +114,7 @@ class Events:
     """The newest records of a ring, oldest first, and what became of all others."""
 
     records: tuple[Record, ...]
-    received: int
+    received: int  # by this operator and those before it
     submitted: int  # 0: the program does not count them
     lost: int  # no room in the ring
     dropped: int  # the agent could not keep them

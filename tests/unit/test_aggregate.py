@@ -524,6 +524,59 @@ def test_records_that_an_earlier_operator_has_are_a_gap_and_no_silence() -> None
     assert len(ask(aggregate, 20).gaps) == 1
 
 
+def test_a_total_holds_what_an_earlier_operator_had() -> None:
+    aggregate = events_aggregate()
+    # Node b has had no record since: it says so once, and its total is known.
+    announced = chunk([], start_position=9600, end=9600, counted_before=200)
+    send_events(aggregate, 1, announced, node="b")
+    send_events(aggregate, 1, chunk([4800, 4848], start_position=4800, counted_before=95))
+    send_events(aggregate, 2, chunk([4848, 4896], start_position=4848, counted_before=96))  # overlaps
+    send_events(aggregate, 3, chunk([4800], start_position=4800, counted_before=95))  # all old
+    out = ask(aggregate, 10)
+    events = out.outputs[0].events
+    assert events is not None
+    assert (events.received, out.outputs[0].total.whole, out.gaps) == (298, 298, ())
+    assert [record["comm"] for record in events.records] == ["cmd-4800", "cmd-4848", "cmd-4896"]
+    # Another ring begins at zero, and what the old one had stays.
+    send_events(aggregate, 4, chunk([0, 48], epoch="boot-1:9", counted_before=0))
+    assert ask(aggregate, 10).outputs[0].total.whole == 300
+
+
+def test_a_policy_that_joins_a_ring_in_use_has_no_gap() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk([4800], start_position=4800, counted_before=0))
+    assert (ask(aggregate, 10).gaps, ask(aggregate, 10).outputs[0].total.whole) == ((), 1)
+
+
+def test_more_records_than_the_ring_has_bytes_are_refused() -> None:
+    with pytest.raises(ColumnsError, match="too little room"):
+        send_events(events_aggregate(), 1, chunk([4800], start_position=4800, counted_before=4801))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["send", "acknowledge", "stream", "operator"]), st.integers(1, 9)), max_size=20)
+)
+def test_totals_are_exact_whatever_comes_twice_and_whoever_was_the_operator(steps: list[tuple[str, int]]) -> None:
+    aggregate, sequence = events_aggregate(), 0
+    acknowledged = sent = most = 0  # records of one endless ring
+    for step, count in steps:
+        if step == "acknowledge":
+            acknowledged = min(acknowledged + count, sent)
+            continue
+        if step == "operator":
+            aggregate, sequence, most = events_aggregate(), 0, 0
+        if step in ("operator", "stream"):
+            # A new stream begins at what was acknowledged, and says so before any record comes.
+            sent, count = acknowledged, 0
+        positions = [48 * number for number in range(sent, sent + count)]
+        told = chunk(positions, start_position=48 * sent, end=48 * (sent + count), counted_before=sent)
+        sequence, sent = sequence + 1, sent + count
+        send_events(aggregate, sequence, told)
+        most = max(most, sent)
+        assert ask(aggregate, 10).outputs[0].total.whole == most
+
+
 def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
     aggregate = events_aggregate()
     old = chunk([0, 48], submitted=2, lost=4)
