@@ -19,7 +19,7 @@ from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import bcc, btf_kernel, links, maps, syscall
 from probefleet_agent.kernel.fds import Fd
-from probefleet_agent.kernel.uapi import MapType, ProgramType
+from probefleet_agent.kernel.uapi import MapType
 
 
 def load(
@@ -132,8 +132,8 @@ def _program(
 ) -> Fd:
     kind, attach_type = links.program_type(attachment, _section(program, attachment))
     attach_btf_id = 0
-    if kind == ProgramType.TRACING:
-        attach_btf_id = btf_kernel.vmlinux().require(f"btf_trace_{attachment.tp_btf.name}")
+    if name := links.btf_name(attachment):
+        attach_btf_id = btf_kernel.vmlinux().require(name)
     return syscall.prog_load(
         function.linked(fds),
         kind,

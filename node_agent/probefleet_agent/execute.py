@@ -273,8 +273,8 @@ class Executor:
             for attachment in chosen:
                 kind, attach_type = links.program_type(attachment, sections[attachment.program])
                 opened.set_type(attachment.program, kind, attach_type)
-                if attachment.WhichOneof("target") == "tp_btf":
-                    opened.set_attach_target(attachment.program, attachment.tp_btf.name)
+                if target := links.bound_to(attachment):
+                    opened.set_attach_target(attachment.program, target)
             for parameter in instance.parameters:
                 opened.set_rodata(parameter.variable, parameter.value)
             if FILTER in opened.map_names and filter_on:
