@@ -36,6 +36,7 @@ struct flight {
 	cgroup_id_t cgroup;
 	u64 inserted;
 	u64 issued;
+	u32 process;
 };
 
 struct {
@@ -89,11 +90,7 @@ static __always_inline int enter(struct request *request, bool issue)
 		return 0;
 	}
 	flight.cgroup = probefleet_current_cgroup();
-	if (!probefleet_selected(flight.cgroup)) {
-		if (found)
-			bpf_map_delete_elem(&in_flight, &key);
-		return 0;
-	}
+	flight.process = probefleet_current_process();
 	flight.inserted = now;
 	flight.issued = issue ? now : 0;
 	if (bpf_map_update_elem(&in_flight, &key, &flight, BPF_ANY))
@@ -145,6 +142,9 @@ int block_rq_complete(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	flight = *found;
 	bpf_map_delete_elem(&in_flight, &key);
+	/* Not before: of a request that was not noted in the queue, whoever gives it to the device would be the owner. */
+	if (!probefleet_selected_process(flight.process) || !probefleet_selected(flight.cgroup))
+		return 0;
 	since = queued ? flight.inserted : flight.issued;
 	if (!since)
 		return 0;

@@ -69,7 +69,7 @@ static __always_inline int on_exec(struct task_struct *task, struct linux_binprm
 	struct event *event;
 	struct user_key key;
 
-	if (!probefleet_selected(cgroup))
+	if (!probefleet_selected_process(probefleet_current_process()) || !probefleet_selected(cgroup))
 		return 0;
 	__builtin_memset(&key, 0, sizeof(key));
 	key.cgroup = cgroup;

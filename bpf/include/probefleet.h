@@ -123,6 +123,25 @@ static __always_inline bool probefleet_selected(u64 cgroup_id)
 	return !verdict || *verdict != PROBEFLEET_REFUSED;
 }
 
+/* Set by the loader (`probefleet run --pid`): the one process that is wanted, by its tgid; 0: every one. */
+const volatile u32 probefleet_tgid = 0;
+
+/*
+ * Is this process's event wanted? Ask with the process that your program says the event belongs to: of the current task
+ * only where that is whose event it is (in a wake-up it is not). A program that asks nowhere cannot be run with --pid,
+ * and one that asks costs nothing without: the verifier removes what a constant of 0 decides.
+ */
+static __always_inline bool probefleet_selected_process(u32 tgid)
+{
+	return !probefleet_tgid || tgid == probefleet_tgid;
+}
+
+/* The current task's process (tgid), as pid_nr_t shows it. */
+static __always_inline pid_nr_t probefleet_current_process(void)
+{
+	return bpf_get_current_pid_tgid() >> 32;
+}
+
 /*
  * The cgroup of the current task. Typed loads are cheaper than the helper, where the kernel gives the task with its type
  * (helper since 3f6719c7b62f, "bpf: Add bpf_get_current_task_btf() helper", 5.11).

@@ -80,7 +80,7 @@ int BPF_PROG(sys_enter, struct pt_regs *regs, long number)
 	struct flight flight = {};
 	u64 task;
 
-	if (!is_open(number) || probefleet_is_compat())
+	if (!is_open(number) || probefleet_is_compat() || !probefleet_selected_process(probefleet_current_process()))
 		return 0;
 	flight.cgroup = probefleet_current_cgroup();
 	if (!probefleet_selected(flight.cgroup))

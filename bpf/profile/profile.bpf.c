@@ -45,8 +45,8 @@ int on_sample(struct bpf_perf_event_data *ctx)
 
 	__builtin_memset(&sample, 0, sizeof(sample));
 	sample.pid = bpf_get_current_pid_tgid() >> 32;
-	if (!sample.pid)
-		return 0; /* idle */
+	if (!sample.pid || !probefleet_selected_process(sample.pid))
+		return 0; /* idle, or of no interest */
 	sample.cgroup = probefleet_current_cgroup();
 	if (!probefleet_selected(sample.cgroup))
 		return 0;

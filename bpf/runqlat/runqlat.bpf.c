@@ -56,7 +56,8 @@ static __always_inline int enqueue(struct task_struct *task)
 {
 	u64 key = (u64)task, zero = 0, *since;
 
-	if (!task->pid || !probefleet_selected(probefleet_argument_cgroup(task)))
+	if (!task->pid || !probefleet_selected_process(task->tgid) ||
+	    !probefleet_selected(probefleet_argument_cgroup(task)))
 		return 0;
 	since = probefleet_value(&waiting, &key, &zero);
 	if (since)
@@ -92,7 +93,7 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 		bpf_map_delete_elem(&waiting, &key);
 	}
 
-	if (!next->pid)
+	if (!next->pid || !probefleet_selected_process(next->tgid))
 		return 0;
 	__builtin_memset(&waiter, 0, sizeof(waiter));
 	waiter.cgroup = probefleet_argument_cgroup(next);

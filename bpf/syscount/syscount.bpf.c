@@ -84,7 +84,7 @@ static __always_inline int enter(s64 number)
 	call.syscall = number;
 	if (probefleet_is_compat())
 		call.syscall |= PROBEFLEET_COMPAT;
-	if (!is_wanted(call.syscall))
+	if (!is_wanted(call.syscall) || !probefleet_selected_process(probefleet_current_process()))
 		return 0;
 	call.cgroup = probefleet_current_cgroup();
 	if (!probefleet_selected(call.cgroup))

@@ -61,6 +61,9 @@ static __always_inline void start(const struct sock *socket)
 	struct attempt attempt;
 	u64 key = (u64)socket;
 
+	/* The process is the one that connects; connect() runs in it. */
+	if (!probefleet_selected_process(probefleet_current_process()))
+		return;
 	__builtin_memset(&attempt, 0, sizeof(attempt));
 	attempt.cgroup = probefleet_socket_cgroup(socket);
 	/* connect() runs in the task that wants the connection. */

@@ -192,7 +192,8 @@ static __always_inline int change(const struct sock *socket, int old, int new)
 		return 0;
 	life = *found;
 	bpf_map_delete_elem(&lives, &key);
-	if (life.established && probefleet_selected(life.cgroup))
+	/* The process is the record's. Only here it is known: an accepted connection learns its own when it is closed. */
+	if (life.established && probefleet_selected_process(life.pid) && probefleet_selected(life.cgroup))
 		end(socket, &life);
 	return 0;
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import zstandard
 from probefleet_core import catalog as catalog_module
@@ -18,7 +18,7 @@ from probefleet_core import planner, policy, values
 from probefleet_wire import clang, sandbox
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_cli import failures, local_pods
+from probefleet_cli import failures, local_pods, one_process
 from probefleet_cli.failures import BadInput, Failure
 from probefleet_cli.sources import Source
 
@@ -65,8 +65,6 @@ def prepare(
             continue
         try:
             parsed = policy.parse_policy(source.manifest, namespace=namespace)
-            if pid:
-                parsed = only_process(parsed, pid, catalog, source.where)
             planned = planner.plan(
                 parsed,
                 catalog=catalog,
@@ -75,6 +73,8 @@ def prepare(
                 node_count=node_count,
                 cpus=os.cpu_count() or 1,
             )
+            if pid:
+                one_process.restrict(planned, pid, source.where)
             found.append(Prepared(source.where, parsed, planned))
         except core_errors.Refused as refusal:
             problems.append(str(failures.refused(source.where, refusal)))
@@ -85,30 +85,6 @@ def prepare(
     if not found:
         raise BadInput("there is no ProbePolicy among these objects. Add one that uses the ProbeMap")
     return found
-
-
-def only_process(
-    parsed: values.ProbePolicy, pid: int, catalog: catalog_module.Catalog, where: str
-) -> values.ProbePolicy:
-    """Restrict a policy to one process: by its probe's parameter ``pid``, or at its uprobes. BadInput where neither
-    is.
-    """
-    program = parsed.program
-    if isinstance(program, values.CatalogProgram):
-        probe = catalog.get(program.name)
-        if probe is not None and any(parameter.name == "pid" for parameter in probe.parameters):
-            parameters = tuple(sorted({**dict(program.parameters), "pid": str(pid)}.items()))
-            return replace(parsed, program=values.CatalogProgram(program.name, parameters))
-    attach = tuple(
-        replace(each, target=replace(each.target, pid=pid)) if isinstance(each.target, values.Uprobe) else each
-        for each in parsed.attach
-    )
-    if not attach or not all(isinstance(each.target, values.Uprobe) for each in attach):
-        raise BadInput(
-            f"{where}: --pid {pid}: this program has no parameter `pid` and is not attached by uprobes only, so it "
-            "cannot tell one process from another. Leave --pid out, or group its output by a field of the key"
-        )
-    return replace(parsed, attach=attach)
 
 
 def push(

@@ -15,7 +15,7 @@ import click
 from probefleet_core import report, result
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_cli import interruption, measurement, options, preparation, screen, sources
+from probefleet_cli import interruption, measurement, one_process, options, preparation, screen, sources
 from probefleet_cli.failures import BadInput, KernelRefuses
 
 #: How often the engine is asked whether something is due; rings are emptied as often.
@@ -25,7 +25,8 @@ TICK_SECONDS = 0.1
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="NAME|FILE...")
 @click.option("-n", "--namespace", help="Count only pods of this namespace that are on this machine.")
-@click.option("--pid", type=click.IntRange(min=1), help="Only this process, where the program can tell.")
+@click.option("--pid", type=click.IntRange(min=1), help="Count only this process. All probes by name can.")
+@click.option("-l", "--selector", hidden=True)
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time (30s, 5m). Without: Ctrl-C.")
 @click.option("--interval", help="How often values are read (1s to 1h). Probes by name: 1s.")
 @options.settings
@@ -36,6 +37,7 @@ def run(
     *,
     namespace: str | None,
     pid: int | None,
+    selector: str | None,
     duration: float | None,
     interval: str | None,
     settings: tuple[str, ...],
@@ -52,6 +54,13 @@ def run(
       probefleet run syscount --set syscalls=openat,read --output json --for 5s
       probefleet run policy.yaml map.yaml -n shop
     """
+    if selector is not None:
+        raise BadInput(
+            f"-l {selector}: this machine knows pods by namespace and name, but not their labels: these are on the API "
+            "server. Write -n NAMESPACE instead, or run it on the cluster: kubectl probefleet run NAME -l …"
+        )
+    if pid is not None:
+        one_process.check(pid)
     catalog = sources.load_catalog()
     given = sources.read(
         what,

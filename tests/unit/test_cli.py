@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from probefleet_cli import interruption, local_pods, main, options, preparation, screen, selectors, sources
+from probefleet_cli import interruption, local_pods, main, one_process, options, screen, selectors, sources
 from probefleet_cli.failures import BadInput
 from probefleet_core import catalog as catalog_module
-from probefleet_core import values
+from probefleet_core import planner
 from probefleet_core.parameters import Parameter, ParameterType
+from probefleet_wire.v1 import plan_pb2
 
 UID = "0f1e2d3c-0000-4000-8000-123456789abc"
 CONTAINER = "ab" * 32
@@ -169,21 +170,51 @@ def test_set_needs_a_catalog_probe(tmp_path: Path) -> None:
         sources.parse_settings(["minimum"])
 
 
-def policy(program: values.Program, *attach: values.Attachment) -> values.ProbePolicy:
-    return values.ProbePolicy(
-        uid=values.PolicyUid("u"), namespace="default", name="p", generation=1, created_ns=0, deleting=False,
-        scope=values.Scope.CLUSTER, program=program, attach=attach,
-    )  # fmt: skip
+def planned(**instance: object) -> planner.Planned:
+    made = plan_pb2.Plan(instance=plan_pb2.Instance(**instance))  # type: ignore[arg-type]
+    return planner.Planned(made, {}, (), planner.Summary((), (), 0, (), ()))
 
 
-def test_pid_goes_to_where_a_program_can_tell_and_is_refused_elsewhere() -> None:
-    by_parameter = preparation.only_process(policy(values.CatalogProgram("runqlat")), 7, CATALOG, "here")
-    assert by_parameter.program == values.CatalogProgram("runqlat", (("pid", "7"),))
-    uprobe = values.Attachment("f", values.Uprobe("/bin/x", "main"))
-    by_uprobe = preparation.only_process(policy(values.CProgram("…"), uprobe), 7, CATALOG, "here")
-    assert by_uprobe.attach == (values.Attachment("f", values.Uprobe("/bin/x", "main", pid=7)),)
-    with pytest.raises(BadInput, match="cannot tell one process from another"):
-        preparation.only_process(policy(values.CatalogProgram("syscount")), 7, CATALOG, "here")
+def test_pid_goes_to_uprobes_and_is_refused_where_a_program_cannot_tell() -> None:
+    uprobe = plan_pb2.Attachment(program="f", uprobe=plan_pb2.Uprobe(path="/bin/x", symbol="main"))
+    by_uprobe = planned(attachments=[uprobe], bcc=plan_pb2.BccSource(source="int f() { return 0; }"))
+    one_process.restrict(by_uprobe, 7, "here")
+    assert by_uprobe.plan.instance.attachments[0].uprobe.pid == 7
+    silent = planned(bcc=plan_pb2.BccSource(source="int kprobe__x() { return 0; }"))
+    with pytest.raises(BadInput, match="here: --pid 7: this program does not say"):
+        one_process.restrict(silent, 7, "here")
+
+
+def test_bcc_learns_the_process_without_moving_a_line() -> None:
+    asking = planned(bcc=plan_pb2.BccSource(source="int f() { return probefleet_selected_process(1); }"))
+    one_process.restrict(asking, 7, "here")
+    head, source = asking.plan.instance.bcc.source.split("#line 1\n")
+    assert "#define PROBEFLEET_TGID 7" in head and source.startswith("int f()")
+
+
+def test_pid_has_to_be_a_process_of_this_machine(tmp_path: Path) -> None:
+    def proc(namespace: str) -> Path:
+        root = tmp_path / namespace
+        (root / "self/ns").mkdir(parents=True)
+        (root / "self/ns/pid").symlink_to(namespace)
+        for number, leader in ((5, 5), (6, 5)):
+            (root / str(number)).mkdir()
+            (root / str(number) / "status").write_text(f"Name:\tx\nTgid:\t{leader}\n")
+        return root
+
+    host = proc(one_process.FIRST_NAMESPACE)
+    one_process.check(5, proc=host)
+    with pytest.raises(BadInput, match="thread of process 5"):
+        one_process.check(6, proc=host)
+    with pytest.raises(BadInput, match="no process with this number"):
+        one_process.check(7, proc=host)
+    with pytest.raises(BadInput, match="pid namespace"):
+        one_process.check(5, proc=proc("pid:[1]"))
+
+
+def test_labels_are_refused_on_one_machine_in_words() -> None:
+    with pytest.raises(BadInput, match="Write -n NAMESPACE instead"):
+        main.machine.main(["run", "runqlat", "-l", "app=web"], standalone_mode=False)
 
 
 def test_pods_of_this_machine_are_found_by_the_kubelets_names(tmp_path: Path) -> None:

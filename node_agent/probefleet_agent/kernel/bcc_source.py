@@ -53,6 +53,8 @@ _FILTER = (
     'BPF_TABLE("percpu_array", u32, u64, probefleet_lost, PROBEFLEET_COUNTS); '
     "static inline bool probefleet_selected(u64 cgroup_id) { u8 *verdict = probefleet_filter.lookup(&cgroup_id); "
     "return !verdict || *verdict != PROBEFLEET_REFUSED; } "
+    "static inline bool probefleet_selected_process(u32 tgid) "
+    "{ return !PROBEFLEET_TGID || tgid == PROBEFLEET_TGID; } "
     "static inline void probefleet_count_lost(u32 what) { u64 *count = probefleet_lost.lookup(&what); "
     "if (count) __sync_fetch_and_add(count, 1); }"
 )

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (LGPL-2.1 OR BSD-2-Clause) */
 /*
- * The types of bpf/include/probefleet.h for BCC: `#include <probefleet.h>` in a program for BCC brings these, the map
- * probefleet_filter and probefleet_selected(cgroup), and the map probefleet_lost and probefleet_count_lost(what).
+ * The types of bpf/include/probefleet.h for BCC: `#include <probefleet.h>` in a program for BCC brings these, the maps
+ * probefleet_filter and probefleet_lost, and the functions probefleet_selected(cgroup), probefleet_selected_process(tgid)
+ * and probefleet_count_lost(what).
  */
 #pragma once
 
@@ -23,6 +24,9 @@ typedef s32 stack_id_t;
 typedef s32 kernel_stack_id_t;
 typedef s32 user_stack_id_t;
 typedef char comm_t[16];
+
+/* `probefleet run --pid` sets it anew; 0: every process. */
+#define PROBEFLEET_TGID 0
 
 #define PROBEFLEET_COMPAT (1U << 31)
 #define PROBEFLEET_REFUSED 2
