@@ -84,32 +84,35 @@ def add_events(
             handle = instance.maps[reader.output.map]
             ring = bindings.ring(bound.digest, handle)
             records = ring.read(reader.cursor, _RING_READ_BYTES)
-            if not len(records) and records.end_position == reader.cursor:
+            if not len(records) and records.end_position == reader.cursor and reader.announced:
                 continue
             layout = reader.layout
             data = _records(records, layout.value_bytes)
             as_keys = Layout(layout.value, layout.value_bytes, (), 0)
             identities.know(collect.cgroups_in(as_keys, data), now_ns)
-            began = reader.cursor
+            began = reader.mark
             try:
                 chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
             except DecodeError as error:
                 bound.failure = Failure.of(error)
                 continue
             if chunk is None:
-                continue
+                # Nothing came, and yet an operator that is new has to hear what lay before.
+                chunk = stream_pb2.EventChunk(end_position=reader.cursor, dropped=reader.dropped)
+            reader.announced = True
             counts = instance.lost()
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
-            chunk.epoch = f"{clock.boot_id()}:{handle.info.id}"
+            chunk.epoch = reader.epoch
             chunk.since_ns, chunk.submitted, chunk.lost = instance.since_ns, counts[2], counts[1] + counts[3]
             if isinstance(ring, PerfRing):
-                chunk.epoch += ring.incarnation
                 chunk.lost += ring.lost
                 chunk.dropped += ring.dropped
             chunk.gaps.extend(_gaps(instance))
-            chunk.start_position = began
+            chunk.start_position = began.position
+            if began.counted is not None:
+                chunk.counted_before = began.counted
             batch.events.append(chunk)
-            commits.append(((uid, name), reader.cursor))
+            commits.append(((uid, name, reader.epoch), reader.mark))
     return commits
 
 

@@ -1,24 +1,26 @@
 """Which policy reads which instance: a reader an output, and the rings that several policies read.
 
 The engine binds a policy when its instance runs, and again when its plan changes. ``batches`` asks the readers every
-interval. A ring is given back to the kernel only as far as every policy's records of it are acknowledged.
+interval. A ring is given back to the kernel only as far as every policy's records of it are acknowledged, and how far
+that is stands in ``marks`` before: a later process goes on there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import collect, names
+from probefleet_agent import collect, names, samples
 from probefleet_agent.decode import DecodeError
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import symbols
+from probefleet_agent.kernel import clock, symbols
 from probefleet_agent.kernel.rings import RingReader
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.marks import Marks
 from probefleet_agent.perf_ring import PerfRing
 from probefleet_agent.pods import Book, PolicyUid
 from probefleet_agent.reconcile import Digest
@@ -32,8 +34,6 @@ class Bound:
     digest: Digest
     tables: dict[str, collect.TableReader] = field(default_factory=dict)
     events: dict[str, collect.EventReader] = field(default_factory=dict)
-    committed: dict[str, int] = field(default_factory=dict)  # output → position acknowledged
-    begins: dict[str, int] = field(default_factory=dict)  # output → position of the first record that is this policy's
     due_ns: int = 0
     failure: Failure | None = None  # its outputs cannot be read
 
@@ -41,10 +41,11 @@ class Bound:
 class Bindings:
     """All policies of this node with their readers, and the rings that they read."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, marks: Marks) -> None:
         self.bound: dict[PolicyUid, Bound] = {}
         self.lookups = names.MachineLookups()
         self._book = book
+        self._marks = marks
         self._symbolizer = symbols.Symbolizer()
         self._rings: dict[tuple[Digest, str], RingReader | PerfRing] = {}
 
@@ -58,6 +59,20 @@ class Bindings:
         except (DecodeError, ProbefleetError) as error:
             bound.failure = Failure.of(error)
         self.bound[uid] = bound
+        if before:
+            self._drop_marks(uid, before, but={reader.epoch for reader in bound.events.values()})
+
+    def unbind(self, uid: PolicyUid) -> Bound:
+        """Forget a policy's readers; answers with what it was."""
+        bound = self.bound.pop(uid)
+        self._drop_marks(uid, bound, but=frozenset())
+        return bound
+
+    def forget_strangers(self) -> None:
+        """A push has named everything: marks of what nobody reads went while no agent was there."""
+        self._marks.keep_only(
+            (uid, name, reader.epoch) for uid, bound in self.bound.items() for name, reader in bound.events.items()
+        )
 
     def users(self, digest: Digest) -> list[PolicyUid]:
         """The policies that read an instance."""
@@ -80,32 +95,33 @@ class Bindings:
             self._rings[key] = PerfRing(handle.fd) if perf else RingReader(handle.fd)
         return self._rings[key]
 
-    def acknowledge(self, positions: Mapping[tuple[PolicyUid, str], int]) -> None:
-        """The operator has these outputs' records up to these positions: their room goes back to the kernel."""
-        for (uid, output), position in positions.items():
+    def acknowledge(self, marks: Mapping[samples.RingOf, samples.Mark]) -> None:
+        """The operator has these rings' records up to these marks: their room goes back to the kernel."""
+        for (uid, output, epoch), mark in marks.items():
             bound = self.bound.get(uid)
-            if bound is not None and output in bound.events:
-                bound.committed[output] = max(bound.committed.get(output, 0), position)
+            reader = bound.events.get(output) if bound else None
+            # What an instance sent that has been replaced since says nothing of the new one's ring.
+            if reader is not None and reader.epoch == epoch and mark.position >= reader.settled.position:
+                reader.settled = mark
+                self._marks.put((uid, output, epoch), mark)
         for (digest, name), ring in self._rings.items():
             everyone = [
-                bound.committed.get(output, ring.consumer_position())
+                reader.settled.position
                 for bound in self.bound.values()
-                for output, reader in bound.events.items()
+                for reader in bound.events.values()
                 if bound.digest == digest and reader.output.map == name
             ]
             if everyone and min(everyone) > ring.consumer_position():
                 ring.commit(min(everyone))
 
-    def restart_stream(self, loaded: Mapping[Digest, Loaded]) -> None:
+    def restart_stream(self) -> None:
         """A new stream knows nothing: every key is due again, and every record that is not acknowledged."""
         for bound in self.bound.values():
             bound.due_ns = 0
-            bound.committed.clear()
             for reader in bound.tables.values():
                 reader.rows.restart_stream()
-            for name, events in bound.events.items():
-                ring = self.ring(bound.digest, loaded[bound.digest].maps[events.output.map])
-                events.cursor = max(bound.begins.get(name, 0), ring.consumer_position())
+            for events in bound.events.values():
+                events.restart_stream()
 
     def forget(self, digest: Digest) -> None:
         """The instance goes: close its rings."""
@@ -127,13 +143,7 @@ class Bindings:
         if handle.layout is None:
             raise DecodeError(f"output {output.name}: nothing describes the entries of map {output.map}")
         if collect.wants_events(output):
-            ring = self.ring(bound.digest, handle)
-            earlier = before.events.get(output.name) if before and before.digest == bound.digest else None
-            bound.begins[output.name] = begins = _begins(bound, output.name, loaded, before, ring)
-            cursor = earlier.cursor if earlier else max(begins, ring.consumer_position())
-            bound.events[output.name] = collect.EventReader(
-                bound.plan, output, handle.layout, self._book, self.lookups, cursor
-            )
+            self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
             return
         stacks = None
         if output.kind == plan_pb2.Output.STACKS:
@@ -143,10 +153,33 @@ class Bindings:
             bound.plan, output, handle.layout, self._book, self.lookups, stacks
         )
 
+    def _add_event_reader(
+        self, bound: Bound, output: plan_pb2.Output, loaded: Loaded, earlier: collect.EventReader | None
+    ) -> None:
+        handle = loaded.maps[output.map]
+        assert handle.layout is not None
+        ring = self.ring(bound.digest, handle)
+        epoch = f"{clock.boot_id()}:{handle.info.id}{ring.incarnation if isinstance(ring, PerfRing) else ''}"
+        whose = (PolicyUid(bound.plan.policy_uid), output.name, epoch)
+        if earlier is not None and earlier.epoch != epoch:
+            earlier = None
+        settled = earlier.settled if earlier else self._marks.get(whose) or _beginning(bound, loaded, ring)
+        reader = collect.EventReader(bound.plan, output, handle.layout, self._book, self.lookups, settled, epoch)
+        if earlier:
+            reader.go_on(earlier.mark)
+        self._marks.put(whose, settled)
+        bound.events[output.name] = reader
 
-def _begins(bound: Bound, output: str, loaded: Loaded, before: Bound | None, ring: RingReader | PerfRing) -> int:
-    """From where on records are this policy's: what a ring in use held before the policy came is not."""
-    if before and before.digest == bound.digest and output in before.begins:
-        return before.begins[output]
-    came_later = bound.plan.policy_uid not in loaded.plans and loaded.plans
-    return ring.producer_position() if came_later else 0
+    def _drop_marks(self, uid: PolicyUid, bound: Bound, *, but: Set[str]) -> None:
+        for name, reader in bound.events.items():
+            if reader.epoch not in but:
+                self._marks.drop((uid, name, reader.epoch))
+
+
+def _beginning(bound: Bound, loaded: Loaded, ring: RingReader | PerfRing) -> samples.Mark:
+    """Where a policy begins to read a ring: what one in use held before the policy came is not its own."""
+    if loaded.plans and bound.plan.policy_uid not in loaded.plans:
+        return samples.Mark(ring.producer_position(), 0, 0)
+    # A ring that was read, and nobody knows how far: its mark found no room.
+    position = ring.consumer_position()
+    return samples.Mark(position, None if position else 0, 0)

@@ -20,7 +20,7 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 from probefleet_agent import decode, pods, samples
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Answer, Book, CgroupId, PolicyUid
-from probefleet_agent.samples import Classified, GroupKey
+from probefleet_agent.samples import Classified, GroupKey, Mark
 
 Bytes = npt.NDArray[np.uint8]
 _POD = ("namespace", "workload", "pod")
@@ -146,20 +146,39 @@ class TableReader:
 
 @dataclass(slots=True)
 class EventReader:
-    """One output that is records, for one policy: from where in the ring it reads on, and what it could not keep."""
+    """One output that is records, for one policy: from where in the ring it reads on, and what came of it so far."""
 
     plan: plan_pb2.Plan
     output: plan_pb2.Output
     layout: Layout
     book: Book
     lookups: decode.Lookups
-    cursor: int
-    dropped: int = 0
+    settled: Mark  # what the operator has acknowledged
+    epoch: str = ""  # of the ring
+    cursor: int = field(init=False)
+    counted: int | None = field(init=False)
+    dropped: int = field(init=False)
+    announced: bool = field(init=False)  # does the operator know in this stream what lay before?
     _cgroup: Field | None = field(init=False)
     _waiting_since_ns: int = 0
 
     def __post_init__(self) -> None:
         self._cgroup = decode.with_typedef(self.layout.value, *decode.CGROUP)
+        self.restart_stream()
+
+    def restart_stream(self) -> None:
+        """A new stream: go back to what was acknowledged."""
+        self.go_on(self.settled)
+
+    def go_on(self, mark: Mark) -> None:
+        """Read from there, and say what lay before."""
+        self.cursor, self.counted, self.dropped = mark
+        self.announced = False
+
+    @property
+    def mark(self) -> Mark:
+        """How far it has read."""
+        return Mark(self.cursor, self.counted, self.dropped)
 
     def chunk(
         self, records: Bytes, positions: npt.NDArray[np.uint64], end_position: int, now_ns: int
@@ -181,6 +200,7 @@ class EventReader:
             self._waiting_since_ns = 0
         self.cursor = end_position
         keep = np.flatnonzero(counts[:stop])
+        self.counted = None if self.counted is None else self.counted + len(keep)
         chunk = stream_pb2.EventChunk(
             positions=columns.pack(positions[keep]), end_position=end_position, dropped=self.dropped
         )

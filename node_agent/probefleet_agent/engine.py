@@ -26,6 +26,7 @@ from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Installed, map_uids
 from probefleet_agent.kernel import clock, maps, mounts, pins
+from probefleet_agent.marks import Marks
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest, MapUid
 from probefleet_agent.tracker import Tracker
@@ -51,7 +52,8 @@ class Engine:
         self._installed = Installed(root, files_root)
         self._tracker = Tracker(root)
         self._identities = Identities(self._tracker, cgroup_root=cgroup_root)
-        self._bindings = Bindings(self._identities.book)
+        self._marks = Marks(root)
+        self._bindings = Bindings(self._identities.book, self._marks)
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
         self._stream = samples.Stream()
         self._costs = costs.Costs(enabled=stats)
@@ -86,6 +88,7 @@ class Engine:
         self._bindings.close()
         self._installed.close()
         self._costs.close()
+        self._marks.close()
         self._tracker.close()
 
     def leave(self) -> bool:
@@ -109,7 +112,7 @@ class Engine:
     def hello(self) -> stream_pb2.Hello:
         """What this node is; and a new stream: every key is due again."""
         self._stream = samples.Stream()
-        self._bindings.restart_stream(self._installed.loaded)
+        self._bindings.restart_stream()
         system = os.uname()
         return stream_pb2.Hello(
             protocol=PROTOCOL, node=self.node, boot_id=clock.boot_id(), agent_version=VERSION,
@@ -138,6 +141,7 @@ class Engine:
         self._wanted = wanted
         if all(plan.HasField("instance") for plan in wanted.values()):
             self._installed.drop_unadopted()
+            self._bindings.forget_strangers()
         self._reconcile(specs)
         self._fill_filters()
         self._installed.forget_blobs(
@@ -280,7 +284,7 @@ class Engine:
             self._installed.remember(loaded, time.time_ns())
 
     def _unbind(self, uid: PolicyUid) -> None:
-        bound = self._bindings.bound.pop(uid)
+        bound = self._bindings.unbind(uid)
         loaded = self._installed.loaded.get(bound.digest)
         if loaded and uid in loaded.plans:
             del loaded.plans[uid]

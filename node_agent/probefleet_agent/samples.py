@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,20 @@ from probefleet_wire.v1 import stream_pb2
 from probefleet_agent.pods import PolicyUid
 
 GroupKey: TypeAlias = tuple[str | int | float, ...]
-#: ((policy, output), end position): how far a batch read a ring.
-Commit: TypeAlias = tuple[tuple[PolicyUid, str], int]
+#: Whose records of which ring: policy, output, epoch.
+RingOf: TypeAlias = tuple[PolicyUid, str, str]
+
+
+class Mark(NamedTuple):
+    """How far a ring was read for one output, and what that came to."""
+
+    position: int  # in bytes: everything before it is settled
+    counted: int | None  # the policy's records before it; None: nobody knows
+    dropped: int  # records before it that the agent could not keep
+
+
+#: How far a batch read a ring.
+Commit: TypeAlias = tuple[RingOf, Mark]
 
 #: Instead of a row number: the key is another's, or nobody knows yet whose it is (asked again at the next reading).
 REFUSED = -1
@@ -184,18 +196,17 @@ class Stream:
         return self.sequence - self.acknowledged < WINDOW
 
     def number(self, commits: Sequence[Commit]) -> int:
-        """The next batch's number; ``commits`` are the (ring, end position) pairs it carries."""
+        """The next batch's number; ``commits`` say how far it read which rings."""
         self.sequence += 1
         self._commits.append((self.sequence, tuple(commits)))
         return self.sequence
 
-    def acknowledge(self, sequence: int) -> dict[tuple[PolicyUid, str], int]:
+    def acknowledge(self, sequence: int) -> dict[RingOf, Mark]:
         """All batches up to ``sequence`` are merged: how far each ring may now be given back."""
         if sequence > self.sequence:
             raise ValueError(f"acknowledged batch {sequence}, but only {self.sequence} were sent")
         self.acknowledged = max(self.acknowledged, sequence)
-        done: dict[tuple[PolicyUid, str], int] = {}
+        done: dict[RingOf, Mark] = {}
         while self._commits and self._commits[0][0] <= sequence:
-            for ring, position in self._commits.popleft()[1]:
-                done[ring] = max(done.get(ring, 0), position)
+            done.update(self._commits.popleft()[1])
         return done

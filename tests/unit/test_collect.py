@@ -14,6 +14,7 @@ from probefleet_agent import collect, pods
 from probefleet_agent.collect import EventReader, TableReader
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Book, CgroupId, PodUid, PolicyUid, Selected
+from probefleet_agent.samples import Mark
 from probefleet_wire import columns
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2, stream_pb2
@@ -237,7 +238,7 @@ def records(*cgroups: int) -> npt.NDArray[np.uint8]:
 
 
 def events(book: Book, layout: Layout = RECORD) -> EventReader:
-    return EventReader(PLAN, Output(kind=Output.EVENTS), layout, book, Machine(), cursor=1000)
+    return EventReader(PLAN, Output(kind=Output.EVENTS), layout, book, Machine(), Mark(1000, 0, 0))
 
 
 def positions(count: int) -> npt.NDArray[np.uint64]:

@@ -13,15 +13,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from probefleet_agent import samples
 from probefleet_agent.pods import PolicyUid
-from probefleet_agent.samples import Classified, GroupKey, Rows, Stream
+from probefleet_agent.samples import Classified, GroupKey, Mark, Rows, Stream
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
 U32 = st.integers(0, 2**32 - 1)
 #: Raw key → how often it was counted. The group is the key's remainder by three.
 readings = st.dictionaries(U32, st.integers(0, 2**48), max_size=30)
-CALLS = (PolicyUid("p"), "calls")
-OPENS = (PolicyUid("p"), "opens")
+CALLS = (PolicyUid("p"), "calls", "boot:1")
+OPENS = (PolicyUid("p"), "opens", "boot:2")
+
+
+def mark(position: int) -> Mark:
+    """Records of eight bytes."""
+    return Mark(position, position // 8, 0)
 
 
 def as_keys(numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -264,13 +269,13 @@ def test_a_window_of_batches_may_be_under_way() -> None:
 
 def test_an_acknowledgement_gives_back_all_rings_up_to_it() -> None:
     stream = Stream()
-    stream.number([(CALLS, 8), (OPENS, 16)])
-    stream.number([(CALLS, 24)])
-    stream.number([(CALLS, 40)])
-    assert stream.acknowledge(2) == {CALLS: 24, OPENS: 16}
+    stream.number([(CALLS, mark(8)), (OPENS, mark(16))])
+    stream.number([(CALLS, mark(24))])
+    stream.number([(CALLS, mark(40))])
+    assert stream.acknowledge(2) == {CALLS: mark(24), OPENS: mark(16)}
     assert stream.acknowledge(2) == {}
     assert stream.acknowledge(1) == {}
-    assert stream.acknowledge(3) == {CALLS: 40}
+    assert stream.acknowledge(3) == {CALLS: mark(40)}
     assert stream.acknowledged == 3
 
 
@@ -295,7 +300,7 @@ class Acknowledgements(RuleBasedStateMachine):
     @rule(size=st.integers(0, 100))
     def send(self, size: int) -> None:
         self.position += size
-        self.carried[self.stream.number([(CALLS, self.position)])] = self.position
+        self.carried[self.stream.number([(CALLS, mark(self.position))])] = self.position
 
     @rule(data=st.data())
     def acknowledge(self, data: st.DataObject) -> None:
@@ -303,9 +308,9 @@ class Acknowledgements(RuleBasedStateMachine):
         before = self.stream.acknowledged
         given = self.stream.acknowledge(sequence)
         if sequence > before:
-            assert given == {CALLS: self.carried[sequence]}
-            assert given[CALLS] >= self.given_back
-            self.given_back = given[CALLS]
+            assert given == {CALLS: mark(self.carried[sequence])}
+            assert given[CALLS].position >= self.given_back
+            self.given_back = given[CALLS].position
         else:
             assert given == {}
 
