@@ -18,8 +18,8 @@ from __future__ import annotations
 import errno as errno_names
 import os
 import re
+from typing import ClassVar
 
-LOG_TAIL_BYTES = 4096
 _PROCESSED = re.compile(r"^processed (\d+) insns", re.MULTILINE)
 # Errors whose number alone says which word a user should read in the policy's status.
 _REASONS = {
@@ -51,8 +51,12 @@ class KernelError(ProbefleetError):
 
 
 class VerifierError(ProbefleetError):
-    """The verifier refused a program. ``str()`` is the summary, ``.log`` everything the kernel said."""
+    """The verifier refused a program. ``str()`` is the summary, ``.log`` everything the kernel said.
 
+    ``tail_bytes`` is how much of it a policy's status gets. `probefleet check -v` wants all, and raises it for its process.
+    """
+
+    tail_bytes: ClassVar[int] = 4096
     reason = "VerifierRefused"
 
     def __init__(self, summary: str, log: str, program: str) -> None:
@@ -63,11 +67,11 @@ class VerifierError(ProbefleetError):
 
     @property
     def tail(self) -> str:
-        """The log's last lines, at most 4 KiB: where the verifier stopped."""
+        """The log's last lines, at most ``tail_bytes``: where the verifier stopped."""
         data = self.log.encode()
-        if len(data) <= LOG_TAIL_BYTES:
+        if len(data) <= self.tail_bytes:
             return self.log
-        text = data[-LOG_TAIL_BYTES:].decode(errors="ignore")
+        text = data[-self.tail_bytes :].decode(errors="ignore")
         return text[text.find("\n") + 1 :]
 
     @property

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from probefleet_agent import errors as agent_errors
+from probefleet_agent.kernel import libbpf
 from probefleet_core import quantities
 
 from probefleet_cli import interruption, measurement, options, preparation, sources
@@ -20,7 +22,7 @@ from probefleet_cli.failures import KernelRefuses
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...")
 @options.settings
-@click.option("-v", "--verbose", is_flag=True, help="All of the verifier's log that the agent keeps.")
+@click.option("-v", "--verbose", is_flag=True, help="The verifier's whole log, where it refuses.")
 @options.machine
 def check(what: tuple[str, ...], *, settings: tuple[str, ...], verbose: bool, bpffs: Path, cgroup_root: str) -> None:
     """Is it valid, and would it load here? Loads every program once and removes it at once.
@@ -28,6 +30,8 @@ def check(what: tuple[str, ...], *, settings: tuple[str, ...], verbose: bool, bp
     Exit status 2 for what is wrong with a policy, 3 for what this kernel refuses.
     """
     prepared = _prepare(what, settings)
+    if verbose:
+        agent_errors.VerifierError.tail_bytes = libbpf.LOG_BYTES
     refusals: list[str] = []
     with interruption.Interruption(), measurement.measure(prepared, bpffs=bpffs, cgroup_root=cgroup_root) as measured:
         for each, status in zip(prepared, measured.statuses(), strict=True):

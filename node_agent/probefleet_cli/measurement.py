@@ -157,6 +157,10 @@ def refusal(each: preparation.Prepared, status: stream_pb2.PolicyStatus, *, whol
     if not status.log_tail:
         return text
     lines = status.log_tail.rstrip().splitlines()
-    if not whole_log and len(lines) > LOG_LINES:
-        lines = [f"… (check -v shows {len(lines) - LOG_LINES} more lines)", *lines[-LOG_LINES:]]
-    return "\n".join([text, *(f"    {line}" for line in lines)])
+    if whole_log or len(lines) <= LOG_LINES:
+        return "\n".join([text, *(f"    {line}" for line in lines)])
+    word = each.where.removeprefix("catalog ").partition(", object ")[0]
+    word = "FILE" if word == "standard input" else word
+    return "\n".join(
+        [text, "    …", *(f"    {line}" for line in lines[-LOG_LINES:]), f"Whole log: probefleet check -v {word}"]
+    )

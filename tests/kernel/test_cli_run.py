@@ -134,6 +134,45 @@ def test_what_this_kernel_refuses_ends_with_3(tmp_path: Path) -> None:
     assert "no kprobes" in errors
 
 
+LONG = """
+apiVersion: probefleet.io/v1alpha1
+kind: ProbePolicy
+metadata: {name: slow}
+spec:
+  scope: Cluster
+  program:
+    c:
+      source: |
+        #include <probefleet.h>
+        struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 1); __type(key, u32); __type(value, u64); }
+        sums SEC(".maps");
+        SEC("raw_tp/sys_enter") int on_enter(struct bpf_raw_tracepoint_args *ctx) {
+          u32 zero = 0;
+          u64 sum = 0;
+        #pragma unroll
+          for (int i = 0; i < 100; i++)
+            sum += bpf_ktime_get_ns() ^ i;
+          u64 *value = bpf_map_lookup_elem(&sums, &zero);
+          *value = sum;
+          return 0;
+        }
+        char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def test_check_v_prints_the_whole_log_of_the_verifier(tmp_path: Path) -> None:
+    path = tmp_path / "slow.yaml"
+    path.write_text(LONG)
+    _, short = finish(start("check", path), status=3)
+    assert "VerifierRefused: verifier refused on_enter at line 11: value may be null. Test the pointer first." in short
+    assert f"Whole log: probefleet check -v {path}" in short and len(short.splitlines()) < 12
+    _, whole = finish(start("check", "-v", path), status=3)
+    assert len(whole) > 4 * 4096 and "Whole log" not in whole
+    log = whole.splitlines()[1:]
+    assert any(line.startswith("    0: ") for line in log), "from the first instruction"
+    assert short.splitlines()[-2] == log[-1], "to the last words"
+
+
 def test_check_loads_and_leaves_nothing() -> None:
     process = start("check", "syscount", "runqlat")
     said, _ = finish(process)
