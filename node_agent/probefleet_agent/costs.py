@@ -1,9 +1,12 @@
 """What the programs cost on this node: run counts and times of the kernel's own statistics, in sampled windows.
 
+To that comes what the kernel does not see, the way to the program: runs × what its hook was measured to cost here
+(``kernel.hooks``).
+
 The kernel counts runs only while somebody asks for it (``BPF_ENABLE_STATS``), and counting costs some 20 ns a run:
 so it is on for one second of ten. The engine ticks; a window that ends adds to each instance's sums, and an
-instance that was over its budget for ``STRIKES`` windows in a row is named, to be detached. Without CAP_SYS_ADMIN
-the cost is unknown, and said so.
+instance that was over its budget for ``STRIKES`` windows in a row is named, to be detached. Without CAP_SYS_ADMIN, or
+with a hook that cannot be measured, the cost is unknown, and said so: a figure that is too low would be worse.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import Loaded
+from probefleet_agent.execute import Loaded, Runs
 from probefleet_agent.kernel import syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.reconcile import Digest
@@ -31,6 +34,7 @@ class Sums:
 
     runs: int = 0
     run_time_ns: int = 0
+    hook_time_ns: int = 0
     stats_time_ns: int = 0
     misses: int = 0
     over: int = 0
@@ -44,8 +48,10 @@ class Costs:
         self._fd: Fd | None = None
         self._opened_ns = 0
         self._next_ns = 0
-        self._at_open: dict[Digest, tuple[int, int]] = {}
+        self._at_open: dict[Digest, Runs] = {}
         self._sums: dict[Digest, Sums] = {}
+        #: Instances whose first window is over since somebody asked: their cost is news.
+        self._fresh: set[Digest] = set()
 
     @property
     def known(self) -> bool:
@@ -71,15 +77,21 @@ class Costs:
         """For a batch."""
         sums = self._sums.get(Digest(loaded.digest), Sums())
         return stream_pb2.InstanceStat(
-            digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, stats_time_ns=sums.stats_time_ns,
-            cost_known=self._wanted, map_bytes=loaded.map_bytes, recursion_misses=sums.misses,
-            policy_uids=sorted(policy_uids),
+            digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, hook_time_ns=sums.hook_time_ns,
+            stats_time_ns=sums.stats_time_ns, cost_known=self._wanted and not loaded.unmeasured,
+            map_bytes=loaded.map_bytes, recursion_misses=sums.misses, policy_uids=sorted(policy_uids),
         )  # fmt: skip
+
+    def take_fresh(self) -> set[Digest]:
+        """Instances whose first window has ended since the last call: their cost waits for no policy's interval."""
+        fresh, self._fresh = self._fresh, set()
+        return fresh
 
     def forget(self, digest: Digest) -> None:
         """The instance is gone."""
         self._sums.pop(digest, None)
         self._at_open.pop(digest, None)
+        self._fresh.discard(digest)
 
     def close(self) -> None:
         """Statistics off."""
@@ -95,29 +107,33 @@ class Costs:
             self._wanted = False
             return
         self._opened_ns = time.monotonic_ns()
-        self._at_open = {digest: each.runs()[:2] for digest, each in loaded.items()}
+        self._at_open = {digest: each.runs() for digest, each in loaded.items()}
 
     def _shut(self, loaded: Mapping[Digest, Loaded], budgets: Mapping[Digest, int]) -> list[Digest]:
         # Differences over our own window: other readers may have statistics on as well.
         elapsed_ns = time.monotonic_ns() - self._opened_ns
         over: list[Digest] = []
         for digest, each in loaded.items():
-            runs, run_time_ns, misses = each.runs()
+            now = each.runs()
             sums = self._sums.setdefault(digest, Sums())
-            sums.misses = misses
+            sums.misses = now.recursion_misses
             if digest not in self._at_open:
                 continue
-            runs_before, time_before = self._at_open[digest]
-            sums.runs += runs - runs_before
-            sums.run_time_ns += run_time_ns - time_before
+            before = self._at_open[digest]
+            if not sums.stats_time_ns:
+                self._fresh.add(digest)
+            sums.runs += now.count - before.count
+            sums.run_time_ns += now.time_ns - before.time_ns
+            sums.hook_time_ns += now.hook_time_ns - before.hook_time_ns
             sums.stats_time_ns += elapsed_ns
-            millicores = (run_time_ns - time_before) * 1000 / elapsed_ns
+            busy_ns = now.time_ns - before.time_ns + now.hook_time_ns - before.hook_time_ns
+            millicores = busy_ns * 1000 / elapsed_ns
             budget = budgets.get(digest, 0)
             sums.over = sums.over + 1 if budget and millicores > budget else 0
             if sums.over >= STRIKES and not each.detached:
                 each.detached = (
-                    f"its programs took {millicores:.1f}m of CPU on this node, {STRIKES} times in a row; the budget is "
-                    f"{budget}m. Detached; what was counted stays. Narrow the policy or raise budget.cpu."
+                    f"its programs and their hooks took {millicores:.1f}m of CPU on this node, {STRIKES} times in a "
+                    f"row; the budget is {budget}m. Detached; what was counted stays. Narrow the policy or raise budget.cpu."
                 )
                 over.append(digest)
         self.close()

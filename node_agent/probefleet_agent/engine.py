@@ -193,7 +193,7 @@ class Engine:
             interval_ns = max(bound[uid].plan.interval_ms, 100) * 1_000_000
             # Aligned to whole intervals: the nodes' windows lie over each other.
             bound[uid].due_ns = (now_ns // interval_ns + 1) * interval_ns
-        for digest in {bound[uid].digest for uid in due}:
+        for digest in {bound[uid].digest for uid in due} | self._costs.take_fresh():
             batch.instances.append(self._costs.stat(loaded[digest], self._bindings.users(digest)))
         if now_ns - self._remembered_ns > REMEMBER_NS:
             self._remember(now_ns)

@@ -24,7 +24,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import libbpf, links, maps, pins, syscall
+from probefleet_agent.kernel import hooks, libbpf, links, maps, pins, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType
 
@@ -32,6 +32,16 @@ FILTER = "probefleet_filter"
 LOST = "probefleet_lost"
 FILTER_ON = "probefleet_filter_on"
 MAX_WAYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What an instance's programs have run so far, as far as statistics were on."""
+
+    count: int
+    time_ns: int  # in the programs
+    hook_time_ns: int  # on the way to them, of hooks whose cost is known
+    recursion_misses: int
 
 
 @dataclass(slots=True)
@@ -62,6 +72,8 @@ class Loaded:
     plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
     asked_ns: int = 0
     detached: str = ""  # why, where it went over its budget
+    hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
+    unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
 
     @property
     def digest(self) -> str:
@@ -82,13 +94,14 @@ class Loaded:
         counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
         return (counts[0], counts[1], counts[2], counts[3])
 
-    def runs(self) -> tuple[int, int, int]:
-        """(runs, run time ns, recursion misses) of all programs, as far as statistics were on."""
-        infos = [syscall.program_info(fd) for fd in self.programs.values()]
-        return (
-            sum(info.run_count for info in infos),
-            sum(info.run_time_ns for info in infos),
-            sum(info.recursion_misses for info in infos),
+    def runs(self) -> Runs:
+        """Of all programs."""
+        infos = {name: syscall.program_info(fd) for name, fd in self.programs.items()}
+        return Runs(
+            count=sum(info.run_count for info in infos.values()),
+            time_ns=sum(info.run_time_ns for info in infos.values()),
+            hook_time_ns=round(sum(info.run_count * self.hooks_ns.get(name, 0.0) for name, info in infos.items())),
+            recursion_misses=sum(info.recursion_misses for info in infos.values()),
         )
 
     def verified_instructions(self) -> int:
@@ -130,6 +143,8 @@ class Executor:
     root: pins.Root
     #: Stands before the paths of uprobes: the agent's own files are others than the node's.
     files_root: str = ""
+    #: What hooks cost here; measured before the first program is attached to one of its kind.
+    hooks: hooks.Hooks = field(default_factory=hooks.Hooks)
 
     def load(
         self,
@@ -157,6 +172,7 @@ class Executor:
                     folder.pin_map(handle.name, handle.fd)
                 for name, fd in loaded.programs.items():
                     folder.pin_program(name, fd)
+                self._measure_hooks(loaded)
                 # Counting begins with the links: what comes before them cannot fail any more.
                 loaded.since_ns = loaded.asked_ns = time.time_ns()
                 self._attach(loaded)
@@ -194,6 +210,7 @@ class Executor:
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],
             )
+            self._measure_hooks(loaded)
             if not loaded.pinned_links:
                 self._attach(loaded)
                 why = "this kernel (before 5.15) ends such attachments with the agent's process"
@@ -326,6 +343,17 @@ class Executor:
             if group not in decided:
                 raise UnsupportedFeature(f"any way to {group} of {title}", why="; ".join(words))
         return chosen
+
+    def _measure_hooks(self, loaded: Loaded) -> None:
+        """What each program's hooks cost a run: the dearest's, where it has several."""
+        for attachment in loaded.chosen:
+            name = attachment.program
+            kind = hooks.kind(attachment, loaded.sections.get(name, ""))
+            cost_ns = self.hooks.measure(kind)
+            if cost_ns is None:
+                loaded.unmeasured.add(kind)
+            else:
+                loaded.hooks_ns[name] = max(cost_ns, loaded.hooks_ns.get(name, 0.0))
 
     def _attach(self, loaded: Loaded) -> None:
         loaded.ways.clear()

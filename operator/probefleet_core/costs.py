@@ -1,7 +1,7 @@
 """What one policy's instance costs on every node. Pure.
 
 The kernel counts a program's run time only while statistics are on, so shares are differences: run time
-gained ÷ time that statistics were on. To that comes the hook's own cost, measured on the node, which the
+gained ÷ time that statistics were on. To that comes the hooks' own time, measured on the node, which the
 kernel does not see.
 """
 
@@ -23,9 +23,11 @@ class NodeCost:
     time_ns: int = 0
     runs: int = 0
     run_time_ns: int = 0
+    hook_time_ns: int = 0
     stats_time_ns: int = 0
     agent_cpu_ns: int = 0
     known: bool = False
+    measuring: bool = False  # statistics can be read, and were not on for long enough yet
     cores: float = 0.0
     runs_per_second: float = 0.0
     agent_cores: float = 0.0
@@ -50,7 +52,7 @@ class Costs:
         another = stat.digest != state.digest or stat.runs < state.runs or stat.stats_time_ns < state.stats_time_ns
         if another:
             # Another instance, or the same loaded anew: it counts from zero.
-            state.runs = state.run_time_ns = state.stats_time_ns = 0
+            state.runs = state.run_time_ns = state.hook_time_ns = state.stats_time_ns = 0
             state.digest = stat.digest
         if stat.recursion_misses < state.missed:
             self._retired_missed += state.missed
@@ -59,11 +61,13 @@ class Costs:
         if on_ns > 0:
             runs = stat.runs - state.runs
             state.runs_per_second = runs / (on_ns / 1e9)
-            busy_ns = max(stat.run_time_ns - state.run_time_ns, 0) + runs * stat.hook_ns
-            state.cores = busy_ns / on_ns
+            hook_ns = max(stat.hook_time_ns - state.hook_time_ns, 0)
+            state.cores = (max(stat.run_time_ns - state.run_time_ns, 0) + hook_ns) / on_ns
         # Kept only where it was known when statistics were on: a share of before is better than none.
         state.known = stat.cost_known and stat.stats_time_ns > 0
-        state.runs, state.run_time_ns, state.stats_time_ns = stat.runs, stat.run_time_ns, stat.stats_time_ns
+        state.measuring = stat.cost_known and not stat.stats_time_ns
+        state.runs, state.run_time_ns, state.hook_time_ns = stat.runs, stat.run_time_ns, stat.hook_time_ns
+        state.stats_time_ns = stat.stats_time_ns
         elapsed_ns = batch.time_ns - state.time_ns
         if state.time_ns and elapsed_ns > 0 and batch.agent_cpu_ns >= state.agent_cpu_ns:
             state.agent_cores = (batch.agent_cpu_ns - state.agent_cpu_ns) / elapsed_ns
@@ -88,14 +92,16 @@ class Costs:
         if not here:
             return Cost()
         known = {node: state for node, state in here.items() if state.known}
+        measuring = sum(state.measuring for state in here.values())
         worst = max(known, key=lambda node: (known[node].cores, node), default="")
         return Cost(
             known_nodes=len(known),
-            unknown_nodes=len(here) - len(known),
+            measuring_nodes=measuring,
+            unknown_nodes=len(here) - len(known) - measuring,
             max_cores=known[worst].cores if worst else 0.0,
             max_node=worst,
             mean_cores=sum(state.cores for state in known.values()) / len(known) if known else 0.0,
-            runs_per_second=sum(state.runs_per_second for state in known.values()),
+            runs_per_second=sum(state.runs_per_second for state in here.values()),
             max_map_bytes=max(state.map_bytes for state in here.values()),
             total_map_bytes=sum(state.map_bytes for state in here.values()),
             max_agent_cores=max(state.agent_cores for state in here.values()),

@@ -132,6 +132,8 @@ def overhead_column(cost: Cost) -> str:
     """OVERHEAD: the share of one CPU that programs take on the busiest node."""
     if cost.known_nodes:
         return humane.percent(cost.max_cores)
+    if cost.measuring_nodes:
+        return "measuring"
     return "unknown" if cost.unknown_nodes else ""
 
 

@@ -172,6 +172,7 @@ class Cost:
     """What the policy costs. Shares are cores (1.0 is one CPU fully), of programs: run time and hooks together."""
 
     known_nodes: int = 0
+    measuring_nodes: int = 0  # whose first window of statistics is not over
     unknown_nodes: int = 0
     max_cores: float = 0.0
     max_node: str = ""

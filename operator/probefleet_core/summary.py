@@ -48,8 +48,10 @@ def head(status: Json) -> list[str]:
             f"{humane.percent(cost['meanMillicores'] / 1000)} on average, "
             f"{humane.size(cost['mapBytesMax'])}B of maps a node{shared}"
         )
+    elif cost["overhead"] == "measuring":
+        found.append("cost: measuring (programs are timed one second in ten)")
     elif cost["nodesUnknown"]:
-        found.append("cost: unknown (the agents may not read the kernel's run-time statistics)")
+        found.append("cost: unknown (agents may not read the kernel's run-time statistics, or cannot measure a hook)")
     return found
 
 

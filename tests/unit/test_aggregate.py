@@ -459,19 +459,21 @@ def test_cost_is_the_share_of_the_newest_window() -> None:
         batch.instances.add(digest="d1", policy_uids=[UID, "other"], cost_known=cost_known, map_bytes=4096, **stat)
         aggregate.apply(node, 1, batch, batch.time_ns)
 
-    send("a", 1, 10, runs=1000, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=1000)
-    send("a", 2, 20, runs=4000, run_time_ns=SECOND // 20, stats_time_ns=2 * SECOND, hook_ns=1000)
+    send("a", 1, 10, runs=1000, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_time_ns=10**6)
+    send("a", 2, 20, runs=4000, run_time_ns=SECOND // 20, stats_time_ns=2 * SECOND, hook_time_ns=4 * 10**6)
     send("b", 1, 20, known=0)
+    send("c", 1, 20)  # its first second of statistics is not over
     cost = ask(aggregate, 20).cost
     assert (cost.known_nodes, cost.unknown_nodes, cost.max_node, cost.shared_by) == (1, 1, "a", 2)
+    assert cost.measuring_nodes == 1
     assert cost.max_cores == pytest.approx(0.04 + 3000 * 1e-6)
     assert ask(aggregate, 20).rate_per_second == cost.runs_per_second == 3000
-    assert (cost.max_map_bytes, cost.total_map_bytes) == (4096, 8192)
+    assert (cost.max_map_bytes, cost.total_map_bytes) == (4096, 3 * 4096)
     assert cost.max_agent_cores == pytest.approx(0.01)
     # Loaded anew: counts from zero.
-    send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=0, recursion_misses=2)
+    send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, recursion_misses=2)
     assert ask(aggregate, 30).cost.runs_per_second == 500
-    send("a", 4, 40, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, hook_ns=0)
+    send("a", 4, 40, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
     assert ask(aggregate, 40).cost.runs_per_second == 500  # statistics were off in between
     assert ask(aggregate, 40).lost == 2
     aggregate.forget("a")

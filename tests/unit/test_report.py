@@ -62,7 +62,7 @@ def slow_connects() -> Result:
         cost = SECOND // 1000 * (index + 1) + SECOND // 500
         send(
             aggregate, node, 720, lost=12 * (index == 2), runs=13_000, run_time_ns=cost,
-            stats_time_ns=11 * SECOND, hook_ns=100,
+            stats_time_ns=11 * SECOND, hook_time_ns=12_000 * 100,
         )  # fmt: skip
     batch = node.batch(730)
     batch.tables[0].uncounted.append("LRU eviction in map conns")
@@ -154,10 +154,13 @@ def test_a_percentile_in_the_open_slot_says_at_least() -> None:
     assert "p50 ≥67ms" in "\n".join(status["summary"])
 
 
-def test_overhead_is_a_share_or_unknown_or_nothing_yet() -> None:
+def test_overhead_is_a_share_or_unknown_or_being_measured_or_nothing_yet() -> None:
     assert report.overhead_column(result.Cost(known_nodes=1, max_cores=0.0031)) == "0.31%"
     assert report.overhead_column(result.Cost(unknown_nodes=1)) == "unknown"
     assert report.overhead_column(result.Cost()) == ""
+    assert report.overhead_column(result.Cost(measuring_nodes=1, unknown_nodes=1)) == "measuring"
+    lines = summary.head(report.status(dataclasses.replace(nothing(), cost=result.Cost(measuring_nodes=2))))
+    assert lines[-1] == "cost: measuring (programs are timed one second in ten)"
     assert (report.rate_column(nothing()), report.rate_column(calls())) == ("", "102/s")
     lines = summary.head(report.status(dataclasses.replace(nothing(), cost=result.Cost(unknown_nodes=2))))
     assert lines[-1].startswith("cost: unknown")

@@ -692,21 +692,21 @@ class InstanceStat(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     RUN_TIME_NS_FIELD_NUMBER: _builtins.int
     COST_KNOWN_FIELD_NUMBER: _builtins.int
-    HOOK_NS_FIELD_NUMBER: _builtins.int
     MAP_BYTES_FIELD_NUMBER: _builtins.int
     RECURSION_MISSES_FIELD_NUMBER: _builtins.int
     POLICY_UIDS_FIELD_NUMBER: _builtins.int
+    HOOK_TIME_NS_FIELD_NUMBER: _builtins.int
     STATS_TIME_NS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     runs: _builtins.int
     """program runs, cumulative, where stats are on"""
     run_time_ns: _builtins.int
     cost_known: _builtins.bool
-    """false: no CAP_SYS_ADMIN, or the kernel lacks BPF_ENABLE_STATS"""
-    hook_ns: _builtins.int
-    """measured cost of the hook itself, a run"""
+    """false: no CAP_SYS_ADMIN, no BPF_ENABLE_STATS, or a hook that cannot be measured"""
     map_bytes: _builtins.int
     recursion_misses: _builtins.int
+    hook_time_ns: _builtins.int
+    """runs × what the hook itself costs, as measured on the node; the kernel does not see it"""
     stats_time_ns: _builtins.int
     """how long stats were on, cumulative: runs and run_time_ns belong to that time"""
     @_builtins.property
@@ -718,15 +718,15 @@ class InstanceStat(_message.Message):
         runs: _builtins.int = ...,
         run_time_ns: _builtins.int = ...,
         cost_known: _builtins.bool = ...,
-        hook_ns: _builtins.int = ...,
         map_bytes: _builtins.int = ...,
         recursion_misses: _builtins.int = ...,
         policy_uids: _abc.Iterable[_builtins.str] | None = ...,
+        hook_time_ns: _builtins.int = ...,
         stats_time_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "hook_ns", b"hook_ns", "map_bytes", b"map_bytes", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "hook_time_ns", b"hook_time_ns", "map_bytes", b"map_bytes", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,140 @@
+"""What the engine says of a program's cost: the kernel's statistics, and the hook's own time, measured here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from probefleet_agent import costs
+from probefleet_agent.engine import Engine
+from probefleet_agent.kernel import features, hooks, mounts
+from probefleet_wire.v1 import plan_pb2, stream_pb2
+
+from tests.kernel import support
+from tests.kernel.test_engine import push
+
+pytestmark = pytest.mark.kernel
+#: No way into a program takes longer, on any machine that anybody runs.
+MOST_NS = 50_000
+CHEAP = ("raw_tracepoint", "raw_tracepoint sys", "tp_btf", "tp_btf sys", "tracepoint", "tracepoint sys")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A tree of pins of the test's own."""
+    path = mounts.mount_bpffs() / "probefleet-test-cost"
+    path.mkdir(exist_ok=True)
+    yield path
+    with Engine.open(bpffs=path) as engine:
+        engine.remove_everything()
+    path.rmdir()
+
+
+@pytest.fixture(scope="module")
+def measured() -> hooks.Hooks:
+    return hooks.Hooks()
+
+
+def cost_ns(measured: hooks.Hooks, kind: str) -> float:
+    found = measured.measure(hooks.HookKind(kind))
+    assert found is not None, kind
+    print(f"{kind}: {found:.0f} ns")
+    return found
+
+
+@pytest.mark.parametrize("kind", CHEAP)
+def test_a_tracepoint_costs_something_and_less_than_a_trap(measured: hooks.Hooks, kind: str) -> None:
+    assert 0 < cost_ns(measured, kind) < MOST_NS
+    assert cost_ns(measured, kind) < cost_ns(measured, "uprobe")
+
+
+@pytest.mark.parametrize("kind", ["uprobe", "uretprobe"])
+def test_a_uprobe_costs_its_trap(measured: hooks.Hooks, kind: str) -> None:
+    assert 200 < cost_ns(measured, kind) < MOST_NS
+
+
+@pytest.mark.parametrize("kind", ["kprobe", "kretprobe"])
+def test_a_kprobe_costs_something(measured: hooks.Hooks, kind: str) -> None:
+    support.needs(features.kprobes)
+    assert 0 < cost_ns(measured, kind) < MOST_NS
+
+
+@pytest.mark.parametrize("kind", ["perf_event cpu-clock", "perf_event task-clock"])
+def test_a_sample_costs_its_interrupt(measured: hooks.Hooks, kind: str) -> None:
+    assert 100 < cost_ns(measured, kind) < MOST_NS
+
+
+def test_what_cannot_be_measured_is_not_known(measured: hooks.Hooks) -> None:
+    assert measured.measure(hooks.HookKind("perf_event page-faults")) is None
+    assert measured.known_ns(hooks.HookKind("perf_event page-faults")) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "section", "kind"),
+    [
+        (plan_pb2.Attachment(raw_tracepoint=plan_pb2.RawTracepoint(name="sched_switch")), "", "raw_tracepoint"),
+        (plan_pb2.Attachment(tp_btf=plan_pb2.BtfTracepoint(name="sys_exit")), "", "tp_btf sys"),
+        (plan_pb2.Attachment(tracepoint=plan_pb2.Tracepoint(category="sched", name="x")), "", "tracepoint"),
+        (plan_pb2.Attachment(tracepoint=plan_pb2.Tracepoint(category="raw_syscalls", name="x")), "", "tracepoint sys"),
+        (plan_pb2.Attachment(syscall=plan_pb2.Syscall(name="read")), "tracepoint", "tracepoint sys"),
+        (plan_pb2.Attachment(syscall=plan_pb2.Syscall(name="read", on_return=True)), "kprobe", "kretprobe"),
+        (plan_pb2.Attachment(kprobe=plan_pb2.Kprobe(function="f", offset=4)), "", "kprobe with an offset"),
+        (plan_pb2.Attachment(uprobe=plan_pb2.Uprobe(path="/x", on_return=True)), "", "uretprobe"),
+        (plan_pb2.Attachment(perf_event=plan_pb2.PerfEvent(event="cpu-clock")), "", "perf_event cpu-clock"),
+    ],
+)
+def test_hooks_are_of_a_kind(target: plan_pb2.Attachment, section: str, kind: str) -> None:
+    assert hooks.kind(target, section) == kind
+
+
+def first_window(engine: Engine) -> stream_pb2.InstanceStat:
+    """Exec until the statistics' first window is over; the policy's interval is far longer."""
+    engine.hello()
+    begun = engine.collect(time.time_ns())
+    assert begun is not None
+    (stat,) = begun.instances
+    assert not stat.stats_time_ns, "the window has just begun"
+    deadline = time.monotonic() + 20 * costs.WINDOW_NS / 1e9
+    while time.monotonic() < deadline:
+        for _ in range(23):
+            os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        batch = engine.collect(time.time_ns())
+        if batch is not None and batch.instances:
+            assert not batch.tables, "no interval is over"
+            return batch.instances[0]
+    raise AssertionError("the window never ended")
+
+
+def slow_push() -> stream_pb2.Push:
+    wanted = push(1)
+    wanted.plans[0].interval_ms = 3_600_000
+    return wanted
+
+
+def test_the_first_window_is_reported_when_it_is_over_with_the_hooks_time(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(slow_push())
+        stat = first_window(engine)
+    assert stat.cost_known
+    assert stat.stats_time_ns >= costs.WINDOW_NS
+    assert stat.runs >= 23
+    # What is reported is what is measured for this kind of hook, times the runs; a busy machine measures unevenly.
+    a_run_ns, again_ns = stat.hook_time_ns / stat.runs, cost_ns(hooks.Hooks(), "tp_btf")
+    assert again_ns / 5 < a_run_ns < again_ns * 5
+
+
+def test_a_hook_that_cannot_be_measured_makes_the_cost_unknown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_kind: hooks.HookKind) -> float:
+        raise OSError("no rights")
+
+    monkeypatch.setattr(hooks, "_measure", refused)
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(slow_push())
+        stat = first_window(engine)
+    assert not stat.cost_known
+    assert stat.runs >= 23, "the rate is known all the same"
+    assert stat.hook_time_ns == 0
+
