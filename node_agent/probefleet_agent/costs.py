@@ -133,7 +133,8 @@ class Costs:
             if sums.over >= STRIKES and not each.detached:
                 each.detached = (
                     f"its programs and their hooks took {millicores:.1f}m of CPU on this node, {STRIKES} times in a "
-                    f"row; the budget is {budget}m. Detached; what was counted stays. Narrow the policy or raise budget.cpu."
+                    f"row; the budget is {budget}m. Detached; what was counted stays. Narrow the policy or raise "
+                    "budget.cpu."
                 )
                 over.append(digest)
         self.close()
