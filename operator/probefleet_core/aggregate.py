@@ -102,7 +102,7 @@ class Aggregate:
         self._seen.pop(node, None)
         self._costs.forget(node)
 
-    def events_since(self, output: str, cursor: int, *, names: Names, limit: int = events.KEEP) -> events.Page:
+    def events_since(self, output: str, cursor: int, *, names: Names, limit: int = events.MOST_KEPT) -> events.Page:
         """Records of an events output from ``cursor`` on (0: all that are kept). Raises KeyError for another output."""
         return self._events[output].since(cursor, names, limit=limit)
 

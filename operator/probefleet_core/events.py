@@ -22,6 +22,8 @@ from probefleet_core import keys, result, tables
 from probefleet_core.result import Names, Record
 
 KEEP: Final = 1_000
+#: Whole chunks go, and of a chunk at most KEEP records are kept: so many may be there at once.
+MOST_KEPT: Final = 2 * KEEP
 KEEP_BYTES: Final = 4 << 20
 MAX_CHUNK: Final = 1 << 20
 MAX_COLUMNS: Final = 64
@@ -163,7 +165,7 @@ class EventState:
         words = {text for state in self.nodes.values() for text in state.uncounted}
         return tuple(sorted(words)[: tables.MAX_UNCOUNTED])
 
-    def since(self, cursor: int, names: Names, *, limit: int = KEEP) -> Page:
+    def since(self, cursor: int, names: Names, *, limit: int = MOST_KEPT) -> Page:
         """Records from ``cursor`` on (0: all that are kept), at most ``limit``, oldest first."""
         oldest = self._kept[0].first if self._kept else self.received
         begin = max(cursor, oldest)

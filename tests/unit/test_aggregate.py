@@ -641,6 +641,14 @@ def test_of_a_large_chunk_only_the_newest_are_kept_and_all_are_counted() -> None
     assert (len(report.events.records), report.events.received) == (50, 5000)
 
 
+def test_everything_that_is_kept_is_one_page() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk(range(0, 999 * 48, 48)))
+    send_events(aggregate, 2, chunk(range(999 * 48, 1998 * 48, 48)))
+    page = aggregate.events_since("execs", 0, names=PODS.get)
+    assert (len(page.records), page.records[-1]["comm"]) == (1998, f"cmd-{1997 * 48}")
+
+
 def test_kept_records_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from probefleet_core import events
 
