@@ -8,6 +8,7 @@ shared, read and removed the same way. Where the policy names no attachments, th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 
 from probefleet_wire.observe_only import refused_helpers
@@ -15,9 +16,9 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import execute
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import NotObserving, ObjectError
+from probefleet_agent.errors import KernelError, NotObserving, ObjectError, VerifierError
 from probefleet_agent.execute import Loaded, MapHandle
-from probefleet_agent.kernel import bcc, btf_kernel, links, maps, syscall
+from probefleet_agent.kernel import bcc, bcc_source, btf_kernel, links, maps, syscall, verifier_log
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType
 
@@ -39,21 +40,21 @@ def load(
         raise NotObserving(instance.title, helpers)
     chosen = _attachments(instance, program)
     for attachment in chosen:
-        refusal = links.supported(attachment, program_section=_section(program, attachment), root=files_root)
+        refusal = links.supported(attachment, program_section=_section(instance, attachment), root=files_root)
         if refusal is not None:
             raise refusal
-    loaded = Loaded(instance, {}, {}, {a.program: _section(program, a) for a in chosen}, chosen=chosen)
+    loaded = Loaded(instance, {}, {}, {a.program: _section(instance, a) for a in chosen}, chosen=chosen)
     with contextlib.ExitStack() as undo:
         undo.callback(loaded.close)
         with syscall.btf_load(program.btf_bytes) as btf:
             for each in program.maps:
                 loaded.maps[each.name] = _map(each, shared.get(each.name), sizes.get(each.name, 0), btf, instance.title)
-        fds = {name: handle.fd for name, handle in loaded.maps.items()}
-        functions = {function.name: function for function in program.functions}
-        for attachment in chosen:
-            if attachment.program not in loaded.programs:
-                function = functions[attachment.program]
-                loaded.programs[function.name] = _program(function, attachment, program, fds)
+            fds = {name: handle.fd for name, handle in loaded.maps.items()}
+            functions = {function.name: function for function in program.functions}
+            for attachment in chosen:
+                if attachment.program not in loaded.programs:
+                    function = functions[attachment.program]
+                    loaded.programs[function.name] = _program(function, attachment, instance, program, fds, btf)
         undo.pop_all()
     return loaded
 
@@ -91,10 +92,16 @@ def _attachment(function: bcc.BccFunction) -> plan_pb2.Attachment | None:
     return attachment
 
 
-def _section(program: bcc.BccProgram, attachment: plan_pb2.Attachment) -> str:
-    """What SEC() would say: for ``syscall`` targets a function named ``syscall__…`` reads kprobe's arguments."""
-    hint = next(function.hint for function in program.functions if function.name == attachment.program)
-    return "kprobe" if hint.kind == "syscall" else hint.kind
+def _section(instance: plan_pb2.Instance, attachment: plan_pb2.Attachment) -> str:
+    """What SEC() would say. It decides for ``syscall`` targets only: a function named ``kprobe__…`` or ``syscall__…``,
+    or whose context is ``struct pt_regs``, reads registers; any other gets the tracepoint's record.
+    """
+    hint = bcc_source.hint_of(attachment.program)
+    if hint.kind == "syscall" or (
+        not hint.kind and bcc_source.reads_registers(instance.bcc.source, attachment.program)
+    ):
+        return "kprobe"
+    return hint.kind
 
 
 def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, title: str) -> MapHandle:
@@ -128,13 +135,19 @@ def _layout(each: bcc.BccMap) -> Layout | None:
 
 
 def _program(
-    function: bcc.BccFunction, attachment: plan_pb2.Attachment, program: bcc.BccProgram, fds: Mapping[str, Fd]
+    function: bcc.BccFunction,
+    attachment: plan_pb2.Attachment,
+    instance: plan_pb2.Instance,
+    program: bcc.BccProgram,
+    fds: Mapping[str, Fd],
+    btf: Fd,
 ) -> Fd:
-    kind, attach_type = links.program_type(attachment, _section(program, attachment))
+    kind, attach_type = links.program_type(attachment, _section(instance, attachment))
     attach_btf_id = 0
     if name := links.btf_name(attachment):
         attach_btf_id = btf_kernel.vmlinux().require(name)
-    return syscall.prog_load(
+    load = functools.partial(
+        syscall.prog_load,
         function.linked(fds),
         kind,
         licence=program.licence,
@@ -143,3 +156,22 @@ def _program(
         attach_btf_id=attach_btf_id,
         kernel_version=program.kernel_version,
     )
+    (functions, function_bytes), (lines, line_bytes) = function.function_records, function.line_records
+    if not lines:
+        return load()
+    try:
+        return load(
+            btf_fd=btf,
+            func_info=functions,
+            func_info_record_bytes=function_bytes,
+            line_info=lines,
+            line_info_record_bytes=line_bytes,
+        )
+    except VerifierError as error:
+        if not verifier_log.has_instructions(error.log):
+            return load()  # it is the lines that this kernel does not take
+        raise verifier_log.refusal(
+            error.log, function.name, lambda instruction: ("", function.line_of(instruction))
+        ) from error
+    except KernelError:
+        return load()

@@ -53,7 +53,8 @@ class KernelError(ProbefleetError):
 class VerifierError(ProbefleetError):
     """The verifier refused a program. ``str()`` is the summary, ``.log`` everything the kernel said.
 
-    ``tail_bytes`` is how much of it a policy's status gets. `probefleet check -v` wants all, and raises it for its process.
+    ``tail_bytes`` is how much of it a policy's status gets. `probefleet check -v` wants all, and raises it for its
+    process.
     """
 
     tail_bytes: ClassVar[int] = 4096

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from probefleet_agent.errors import NoSuchTarget
-from probefleet_agent.kernel import bcc, links, syscall
+from probefleet_agent.errors import NoSuchTarget, VerifierError
+from probefleet_agent.kernel import bcc, links, syscall, verifier_log
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType, ProgramType
 from probefleet_wire.v1 import plan_pb2
@@ -164,6 +164,81 @@ int on_event(void *ctx)
         stack.enter_context(
             syscall.prog_load(function.linked(fds), ProgramType.PERF_EVENT, licence=program.licence, name="on_event")
         )
+
+
+LINES = """
+#include <linux/sched.h>
+#include <net/sock.h>
+struct event { u32 pid; char comm[16]; };
+BPF_HASH(counts, u32, u64);
+BPF_PERF_OUTPUT(events);
+#define ADD(value) \\
+	do { (value) += 1; } while (0)
+
+static inline u32 first(u32 key)
+{
+	return key ? key : bpf_get_prandom_u32();
+}
+
+int kprobe__tcp_sendmsg(struct pt_regs *ctx, struct sock *sk)
+{
+	u32 key = first(sk->__sk_common.skc_family);
+	u64 *value = counts.lookup(&key); // lines of a comment; { }
+	struct event event = {};
+
+	event.pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(&event.comm, sizeof(event.comm));
+	events.perf_submit(ctx, &event, sizeof(event));
+	ADD(*value);
+	return 0;
+}
+
+TRACEPOINT_PROBE(syscalls, sys_enter_execve)
+{
+	u32 key = 1;
+	u64 *value = counts.lookup(&key);
+
+	bpf_trace_printk("execve by %d\\n", key);
+	*value += 1;
+	return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "line"),
+    [
+        ("kprobe__tcp_sendmsg", ProgramType.KPROBE, "ADD(*value);"),
+        ("tracepoint__syscalls__sys_enter_execve", ProgramType.TRACEPOINT, "*value += 1;"),
+    ],
+)
+def test_the_verifier_quotes_the_line_that_was_written(program: str, kind: ProgramType, line: str) -> None:
+    """BCC puts lines of its own into both functions, and rewrites what each line calls."""
+    found = compiled(LINES)
+    number = LINES.splitlines().index(f"\t{line}") + 1
+    (function,) = [each for each in found.functions if each.name == program]
+    assert {function.line_of(index) for index in range(len(function.instructions) // 8)} <= {
+        index for index, text in enumerate(LINES.splitlines(), 1) if text.strip()
+    }
+    with contextlib.ExitStack() as stack:
+        fds = create(found, stack)
+        btf = stack.enter_context(syscall.btf_load(found.btf_bytes))
+        (functions, function_bytes), (lines, line_bytes) = function.function_records, function.line_records
+        with pytest.raises(VerifierError) as caught:
+            syscall.prog_load(
+                function.linked(fds),
+                kind,
+                name="f",
+                kernel_version=found.kernel_version,
+                btf_fd=btf,
+                func_info=functions,
+                func_info_record_bytes=function_bytes,
+                line_info=lines,
+                line_info_record_bytes=line_bytes,
+            )
+    assert f"; {line}" in caught.value.log
+    told = verifier_log.read(caught.value.log, lambda instruction: ("", function.line_of(instruction)))
+    assert (told.line, told.source, told.plain) == (number, line, "value may be null")
 
 
 def test_linking_only_changes_map_references() -> None:

@@ -173,6 +173,61 @@ def test_check_v_prints_the_whole_log_of_the_verifier(tmp_path: Path) -> None:
     assert short.splitlines()[-2] == log[-1], "to the last words"
 
 
+BCC = """
+apiVersion: probefleet.io/v1alpha1
+kind: ProbePolicy
+metadata: {name: calls}
+spec:
+  scope: Cluster
+  program:
+    bcc:
+      source: |
+        BPF_HASH(calls, u32, u64);
+
+        RAW_TRACEPOINT_PROBE(sys_enter)
+        {
+          u32 key = ctx->args[1];
+          u64 *value = calls.lookup(&key);
+
+          *value += 1;
+          return 0;
+        }
+"""
+
+
+def test_what_the_verifier_refuses_of_bcc_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "calls.yaml"
+    path.write_text(BCC)
+    _, errors = finish(start("check", path), status=3)
+    words = "verifier refused raw_tracepoint__sys_enter at line 8: value may be null. Test the pointer first."
+    assert words in errors
+    assert "; *value += 1;" in errors and "bpf_map_lookup_elem((void" not in errors, "as it was written"
+
+
+def test_bcc_attached_to_a_system_call_by_the_policy_gets_the_tracepoint_or_registers(tmp_path: Path) -> None:
+    """What the function takes decides: registers are a kprobe's, anything else gets the tracepoint's record."""
+    path = tmp_path / "calls.yaml"
+    attach = "  attach:\n  - {program: count, syscall: {name: sched_get_priority_max}}\n"
+    head, _, _ = BCC.partition("        RAW_TRACEPOINT_PROBE")
+    body = "{\n          u32 key = 1;\n          calls.increment(key);\n          return 0;\n        }\n"
+    path.write_text(f"{head}        int count(void *ctx) {body}{attach}")
+    with workloads.start("calls", "rare", 997) as workload:
+        process = start("run", path, "--output", "json")
+        wait_until_attached(process)
+        workload.go()
+        workload.done()
+        process.send_signal(signal.SIGINT)
+        said, _ = finish(process)
+    assert total(json.loads(said), "calls") >= 997
+    path.write_text(f"{head}        int count(struct pt_regs *ctx) {body}{attach}")
+    process = start("check", path)
+    said, errors = process.communicate(timeout=60)
+    if features.kprobes():
+        assert process.returncode == 0 and "sched_get_priority_max" in said, errors
+    else:
+        assert process.returncode == 3 and "no kprobes" in errors
+
+
 def test_check_loads_and_leaves_nothing() -> None:
     process = start("check", "syscount", "runqlat")
     said, _ = finish(process)

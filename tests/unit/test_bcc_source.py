@@ -87,3 +87,36 @@ def test_lines_keep_their_numbers() -> None:
     assert "probefleet_selected" in text.splitlines()[0]
     assert "struct sent __probefleet_keep_0" in text
     assert bcc_source.prepared(source, keep=False).count("\n") == source.count("\n")
+
+
+def test_lines_are_numbered_where_a_directive_may_stand() -> None:
+    text = "#define ADD(v) \\\n\t(v) += 1;  /* more */ \\\n\tx\nint f(a,\n  b) { // first\n\treturn g(1,\n\t2);\n}"
+    made = bcc_source.numbered(text).split("\n")
+    assert made[0] == '#line 1 "/virtual/policy.c"'
+    assert [line for line in made if not line.startswith("#line")] == text.split("\n")
+    assert [made[at - 1] for at, line in enumerate(made) if line.startswith("#line ") and at] == [
+        "  b) { // first",
+        "\t2);",
+        "}",
+    ]
+    assert made[made.index("  b) { // first") + 1] == "#line 6"
+
+
+def test_what_stands_before_the_authors_first_line_is_not_his() -> None:
+    text = "static int ours;\n#line 1\nint f() {\n}"
+    assert bcc_source.numbered(text).startswith('static int ours;\n#line 1 "/virtual/policy.c"\nint f() {\n#line 2\n')
+    assert bcc_source.written(text) == ["int f() {", "}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("int f(struct pt_regs *ctx)", True),
+        ("int f(const struct pt_regs* ctx, int fd)", True),
+        ("int f(void *ctx)", False),
+        ("// int f(struct pt_regs *ctx)\nint f(void *ctx)", False),
+        ("int g(struct pt_regs *ctx)", False),
+    ],
+)
+def test_a_function_with_registers_as_its_context_is_for_a_kprobe(source: str, expected: bool) -> None:
+    assert bcc_source.reads_registers(source, "f") == expected

@@ -28,7 +28,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError, Kind, Struct, TypeId
 
 from probefleet_agent.errors import ProbefleetError, UnsupportedFeature
-from probefleet_agent.kernel import bcc_headers, bcc_source, mounts, targets
+from probefleet_agent.kernel import bcc_headers, bcc_lines, bcc_source, mounts, targets
 from probefleet_agent.kernel.uapi import MapType
 
 CHILD = Path(__file__).with_name("bcc_child.py")
@@ -80,6 +80,9 @@ class BccFunction:
     hint: bcc_source.Hint
     instructions: bytes
     references: tuple[tuple[int, str], ...]  #: (instruction, map)
+    #: bpf_func_info and bpf_line_info records for BPF_PROG_LOAD, with the size of one; strings are in the BTF.
+    function_records: tuple[bytes, int] = (b"", 0)
+    line_records: tuple[bytes, int] = (b"", 0)
 
     def linked(self, fds: Mapping[str, SupportsIndex]) -> bytes:
         """The instructions with the caller's map descriptors in place, ready for BPF_PROG_LOAD."""
@@ -87,6 +90,17 @@ class BccFunction:
         for instruction, name in self.references:
             struct.pack_into("<i", code, instruction * 8 + 4, int(fds[name].__index__()))
         return bytes(code)
+
+    def line_of(self, instruction: int) -> int:
+        """The line of the policy's source that an instruction comes from; 0 where the compiler does not say."""
+        data, size = self.line_records
+        line = 0
+        for at in range(0, len(data) - size + 1, size or 1):
+            first, _, _, place = bcc_lines.RECORD.unpack_from(data, at)
+            if first > instruction:
+                break
+            line = place >> bcc_lines.COLUMN_BITS
+        return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +179,7 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
         if finished.status == 0 or bcc_source.KEEP.encode() not in finished.stderr:
             break
     diagnostics = clang.read_diagnostics(
-        finished.stderr.decode("utf-8", "replace").replace("/virtual/main.c", name), name, source, [f"{tree}/include/"]
+        finished.stderr.decode("utf-8", "replace").replace(bcc_source.FILE, name), name, source, [f"{tree}/include/"]
     )
     errors = [each for each in diagnostics if each.kind == "error"]
     if finished.limit:
@@ -177,7 +191,7 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
         raise _failed(name, f"BCC ended with status {finished.status}: {tail or 'it said nothing'}")
     told = json.loads(finished.stdout.partition(b"\0")[2])
     try:
-        return _program(told, diagnostics, finished)
+        return _program(told, diagnostics, finished, name, bcc_source.written(source))
     except BtfError as error:
         raise _failed(name, f"BCC described its maps wrongly: {error}") from error
 
@@ -198,7 +212,7 @@ def _run(
             path.chmod(0o755 if path.is_dir() else 0o644)
         more = ["-include", "probefleet_bcc.h"] if bcc_source.includes_ours(source) else []
         asked = {
-            "source": text,
+            "source": bcc_source.numbered(text),
             "cflags": [f"-I{include}", *flags, "-include", "probefleet_tracepoints.h", *more],
             "kernel_source": str(tree),
         }
@@ -224,13 +238,21 @@ def _failed(name: str, text: str) -> CompileFailed:
     return CompileFailed(clang.CompileError([clang.Diagnostic(name, 0, 0, "error", text)]))
 
 
-def _program(told: dict[str, Any], diagnostics: tuple[clang.Diagnostic, ...], finished: sandbox.Finished) -> BccProgram:
+def _program(
+    told: dict[str, Any],
+    diagnostics: tuple[clang.Diagnostic, ...],
+    finished: sandbox.Finished,
+    file_name: str,
+    lines: Sequence[str],
+) -> BccProgram:
     """Check and name what the child told: it ran a compiler over a user's text, so it is believed nothing."""
     btf_bytes = base64.b64decode(told["btf"])
-    btf = Btf.parse(btf_bytes) if btf_bytes else None
     names = {int(table["fd"]): str(table["name"]) for table in told["tables"]}
+    functions = tuple(_function(each, names) for each in told["functions"])
+    functions, btf_bytes = bcc_lines.as_written(functions, btf_bytes, file_name, lines)
+    btf = Btf.parse(btf_bytes) if btf_bytes else None
     return BccProgram(
-        functions=tuple(_function(each, names) for each in told["functions"]),
+        functions=functions,
         maps=tuple(_map(each, names, btf) for each in told["tables"]),
         licence=str(told["licence"]),
         kernel_version=int(told["kernel_version"]),
@@ -256,7 +278,13 @@ def _function(told: dict[str, Any], names: Mapping[int, str]) -> BccFunction:
                 raise _failed(name, f"instruction {index} uses a map that BCC did not name ({immediate})")
             references.append((index, names[immediate]))
         index += 2 if wide else 1
-    return BccFunction(name, bcc_source.hint_of(name), code, tuple(references))
+    functions, lines = _records(told, "function", 8), _records(told, "line", bcc_lines.RECORD.size)
+    return BccFunction(name, bcc_source.hint_of(name), code, tuple(references), functions, lines)
+
+
+def _records(told: Mapping[str, Any], word: str, least_bytes: int) -> tuple[bytes, int]:
+    data, size = base64.b64decode(told.get(f"{word}_records", "")), int(told.get(f"{word}_record_bytes", 0))
+    return (data, size) if size >= least_bytes and not len(data) % size else (b"", 0)
 
 
 def _map(told: dict[str, Any], names: Mapping[int, str], btf: Btf | None) -> BccMap:

@@ -29,13 +29,16 @@ install_filter: Callable[..., int] = globals()["install_filter"]
 FILTER: bytes = globals()["FILTER"]
 
 FIRST_FD = 1 << 20  # no descriptor of this process is that high
-MAP_CREATE, BTF_LOAD = 0, 18
+MAP_CREATE, PROG_LOAD, BTF_LOAD = 0, 5, 18
+KPROBE = 2
 BPF = {"x86_64": 321, "aarch64": 280}
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _NOTIFICATION = struct.Struct("<QIIiIQ6Q")
 _ANSWER = struct.Struct("<QqiI")
 _MAP = struct.Struct("<7I16s4I")
 _BTF = struct.Struct("<QQI")
+_INFO = struct.Struct("<IQIIQI")  # record size, address and count: of functions, then of lines
+_INFO_OFFSET = 76
 MAX_BTF_BYTES = 16 << 20
 
 
@@ -45,6 +48,7 @@ class Kernel:
     def __init__(self) -> None:
         self.maps: dict[int, dict[str, int]] = {}
         self.btf = b""
+        self.info: dict[str, Any] = {}  # functions and lines of the program that was loaded last
         self._next = FIRST_FD
 
     def serve(self, listener: int) -> None:
@@ -76,6 +80,17 @@ class Kernel:
             if length > MAX_BTF_BYTES:
                 return -errno.E2BIG
             self.btf = ctypes.string_at(address, length)
+        elif command == PROG_LOAD:
+            function_bytes, functions, count, line_bytes, lines, line_count = _INFO.unpack_from(given, _INFO_OFFSET)
+            if max(function_bytes * count, line_bytes * line_count) > MAX_BTF_BYTES:
+                return -errno.E2BIG
+            if count and line_count:  # libbpf tries programs of its own as well
+                self.info = {
+                    "function_record_bytes": function_bytes,
+                    "function_records": base64.b64encode(ctypes.string_at(functions, function_bytes * count)).decode(),
+                    "line_record_bytes": line_bytes,
+                    "line_records": base64.b64encode(ctypes.string_at(lines, line_bytes * line_count)).decode(),
+                }
         else:
             return -errno.EPERM
         self._next += 1
@@ -115,6 +130,7 @@ def library() -> ctypes.CDLL:
     """libbcc with the signatures that are used; they are the same in 0.26 and 0.31."""
     lib = ctypes.CDLL("libbcc.so.0")
     text, pointer, size, index = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
+    number, word = ctypes.c_int, ctypes.c_uint
     lib.bpf_module_create_c_from_string.restype = pointer
     lib.bpf_module_create_c_from_string.argtypes = [
         text, ctypes.c_uint, ctypes.POINTER(text), ctypes.c_int, ctypes.c_bool, text,
@@ -133,6 +149,11 @@ def library() -> ctypes.CDLL:
         ("bpf_table_leaf_desc_id", text, [index]),
         ("bpf_perf_event_fields", size, [text]),
         ("bpf_perf_event_field", text, [text, index]),
+        (
+            "bcc_func_load",
+            number,
+            [number, text, pointer, number, text, word, number, pointer, word, text, word, number],
+        ),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, [pointer, *arguments]
@@ -143,6 +164,16 @@ def _text(value: bytes | None) -> str:
     return (value or b"").decode("utf-8", "backslashreplace")
 
 
+def line_information(lib: ctypes.CDLL, module: int, index: int, kernel: Kernel) -> dict[str, Any]:
+    """Which instruction comes from which line. libbcc tells it to the kernel only, with a program: so it loads one."""
+    kernel.info = {}
+    lib.bcc_func_load(
+        module, KPROBE, lib.bpf_function_name(module, index), lib.bpf_function_start_id(module, index),
+        lib.bpf_function_size_id(module, index), b"GPL", lib.bpf_module_kern_version(module), 0, None, 0, None, 0, 0,
+    )  # fmt: skip
+    return kernel.info
+
+
 def describe(lib: ctypes.CDLL, module: int, kernel: Kernel) -> dict[str, Any]:
     """What the compiled module holds."""
     functions = [
@@ -151,6 +182,7 @@ def describe(lib: ctypes.CDLL, module: int, kernel: Kernel) -> dict[str, Any]:
             "instructions": base64.b64encode(
                 ctypes.string_at(lib.bpf_function_start_id(module, index), lib.bpf_function_size_id(module, index))
             ).decode(),
+            **line_information(lib, module, index, kernel),
         }
         for index in range(lib.bpf_num_functions(module))
     ]

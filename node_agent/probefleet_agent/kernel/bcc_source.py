@@ -7,6 +7,7 @@ BCC finds kernel headers and tracepoints' formats by itself, on a machine that h
 - the struct of every tracepoint that it names, from the format that the kernel shows (``tracepoint_struct``);
 - for ``#include <probefleet.h>`` the pod filter, on that same line: BCC rewrites map operations in the main file only,
   and lines keep their numbers;
+- the number of each line: BCC's own rewriting moves them (``numbered``);
 - global objects of the structs that records may be made of, behind the last line: else BTF would not describe them.
 """
 
@@ -41,6 +42,10 @@ _FIELD = re.compile(
     r"\s*field:(?P<declaration>[^;]+);\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);\s*signed:(?P<signed>\d);"
 )
 _ARRAY = re.compile(r"(?P<type>.*?)\b(?P<name>\w+)\[(?P<count>[^\]]*)\]\Z")
+_ENDED = re.compile(r"[;{}]\s*(?://[^\\]*|/\*[^*]*\*/\s*)?\Z")
+_FIRST = "#line 1\n"
+#: What a program's source is called inside; BCC's own lines have another name.
+FILE = "/virtual/policy.c"
 MAX_NAMES = 64
 KEEP = "__probefleet_keep_"
 _ELEMENT_BYTES = {
@@ -87,6 +92,12 @@ def hint_of(function: str) -> Hint:
     return Hint("")
 
 
+def reads_registers(source: str, function: str) -> bool:
+    """The function's context is ``struct pt_regs``: it is written for a kprobe, whatever its name says."""
+    bare = _COMMENT.sub(" ", source)
+    return bool(re.search(rf"\b{re.escape(function)}\s*\(\s*(?:const\s+)?struct\s+pt_regs\b", bare))
+
+
 def wrappers(source: str) -> tuple[str, ...]:
     """The kernel headers that the text includes by name, such as ``linux/sched.h``; BCC has its own ``bcc/``."""
     names = dict.fromkeys(_INCLUDE.findall(source))
@@ -114,6 +125,26 @@ def prepared(source: str, *, keep: bool = True) -> str:
     section = '__attribute__((section(".maps.probefleet_keep"), used))'
     kept = [f"{name} {KEEP}{index} {section};" for index, name in enumerate(dict.fromkeys(names[:MAX_NAMES]))]
     return text + "\n" + " ".join(kept) + "\n"
+
+
+def numbered(text: str) -> str:
+    """The same with `#line` before each statement: BCC puts lines of its own before the text and into functions.
+
+    Only behind a line that ends a statement or opens a block: within a macro's arguments there may be no directive, and
+    behind a backslash it would be no directive. What stands before the text's own `#line 1` is not the author's.
+    """
+    before, _, source = text.rpartition(_FIRST)
+    lines = [f'{before}#line 1 "{FILE}"']
+    for number, line in enumerate(source.split("\n"), start=1):
+        lines.append(line)
+        if _ENDED.search(line):
+            lines.append(f"#line {number + 1}")
+    return "\n".join(lines)
+
+
+def written(source: str) -> list[str]:
+    """The author's own lines."""
+    return source.rpartition(_FIRST)[2].split("\n")
 
 
 def tracepoint_struct(category: str, name: str, text: str) -> str:

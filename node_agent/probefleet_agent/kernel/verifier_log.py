@@ -180,6 +180,11 @@ def read(log: str, line_of: LineOf | None = None) -> Refusal:
     return Refusal(said, source, file, line, said or "the kernel gave no reason", "")
 
 
+def has_instructions(log: str) -> bool:
+    """The verifier came as far as the program itself."""
+    return any(_INSTRUCTION.match(line) for line in log.splitlines())
+
+
 def _last_words(log: str) -> tuple[str, str, str, int]:
     """The verdict (the lines between the last instruction and the statistics) and the source line before it."""
     rows = [row.rstrip() for row in log.splitlines()]
