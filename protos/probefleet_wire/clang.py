@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from probefleet_wire import sandbox
+from probefleet_wire import elf, elf_strip, sandbox
 
 MAX_SOURCE_BYTES = 512 << 10
 MAX_TEXT_BYTES = 4096
@@ -134,6 +134,11 @@ def compile_core(
         errors.append(_general(file_name, limit_words(finished, limits)))
     if errors:
         raise CompileError(errors)
+    try:
+        # Two thirds and more of it are for debuggers; every node gets it.
+        data = elf_strip.without_debug(data) if data else data
+    except elf.ElfError as error:
+        raise CompileError([_general(file_name, f"clang made an object that cannot be read: {error}")]) from error
     if not data:
         tail = finished.stderr[-400:].decode("utf-8", "replace").strip()
         raise CompileError([_general(file_name, f"clang ended with status {finished.status} and no object: {tail}")])

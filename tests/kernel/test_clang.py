@@ -67,6 +67,14 @@ def test_the_same_source_gives_the_same_bytes_wherever_it_lies(compiler: str, tm
     assert str(TREE).encode() not in here.object
 
 
+def test_nodes_get_no_debug_sections(compiler: str) -> None:
+    """They are nine tenths of what clang makes of vmlinux.h; the verifier's source lines are in BTF."""
+    made = clang.compile_core(COUNTER, name="execs.c", include_dirs=[TREE], clang=compiler)
+    assert not any("debug" in each.name for each in Elf.parse(made.object).sections)
+    assert len(made.object) < 64 << 10
+    assert BpfObject.parse(made.object).line_of("on_exec", 0), "lines are still there"
+
+
 def test_warnings_come_with_the_object(compiler: str) -> None:
     (warning,) = compiled("int f(void)\n{\n\tint unused;\n\treturn 0;\n}\n", compiler).warnings
     assert (warning.file, warning.line, warning.column, warning.kind) == ("slow.c", 3, 6, "warning")

@@ -6,14 +6,16 @@ import contextlib
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probefleet_wire import elf_strip
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
-from probefleet_wire.elf import Elf, ElfError
+from probefleet_wire.elf import SHT_REL, SHT_SYMTAB, Elf, ElfError
 
 SOURCE = r"""
 typedef unsigned int u32; typedef unsigned long long u64;
@@ -159,3 +161,31 @@ def test_damage_never_does_more_than_raise(compiled: bytes, data: st.DataObject)
         for each in found.maps:
             if found.btf is not None and each.key_type:
                 found.btf.layout_of(each.key_type)
+
+
+def test_debug_sections_go_and_nothing_else_changes(compiled: bytes) -> None:
+    stripped = elf_strip.without_debug(compiled)
+    assert any(each.name.startswith(".debug_") for each in Elf.parse(compiled).sections), "there was something to take"
+    before, after = Elf.parse(compiled), Elf.parse(stripped)
+    assert not any("debug" in each.name for each in after.sections)
+    kept = {each.name: each for each in before.sections if "debug" not in each.name and each.name != ".llvm_addrsig"}
+    assert [each.name for each in after.sections] == list(kept)
+    for section in after.sections:
+        old = kept[section.name]
+        if section.type not in (SHT_SYMTAB, SHT_REL):
+            assert section.data == old.data
+        relocated = [(each.offset_bytes, each.type, each.symbol.name) for each in after.relocations(section)]
+        assert relocated == [(each.offset_bytes, each.type, each.symbol.name) for each in before.relocations(old)]
+    one, other = BpfObject.parse(stripped), BpfObject.parse(compiled)
+    assert replace(one, btf=None) == replace(other, btf=None)
+    assert elf_strip.without_debug(stripped) == stripped
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_object_is_refused_or_stripped(compiled: bytes, data: st.DataObject) -> None:
+    broken = bytearray(compiled[: data.draw(st.integers(0, len(compiled)))] if data.draw(st.booleans()) else compiled)
+    for _ in range(data.draw(st.integers(0, 3)) if broken else 0):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ElfError):
+        elf_strip.without_debug(bytes(broken))
