@@ -12,14 +12,14 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_agent import collect, names, samples
+from probefleet_agent import collect, execute, names, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import clock, maps
+from probefleet_agent.kernel import clock, maps, uapi
 from probefleet_agent.kernel.rings import Records
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.perf_ring import PerfRing
@@ -27,6 +27,7 @@ from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest
 
 _RING_READ_BYTES = 4 << 20
+_READABLE = uapi.HASH_TYPES | {MapType.ARRAY, MapType.PERCPU_ARRAY}
 
 
 def add_tables(
@@ -49,7 +50,7 @@ def add_tables(
             key = (bound.digest, handle.name)
             if key not in readings:
                 readings[key] = maps.read(handle.fd, handle.info)
-                identities.know(collect.cgroups_in(reader.layout, readings[key][0]), now_ns)
+            identities.know(reader.cgroups(readings[key][0]), now_ns)
             try:
                 reader.read(*readings[key])
             except (DecodeError, ProbefleetError) as error:
@@ -63,6 +64,11 @@ def add_tables(
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch = f"{clock.boot_id()}:{handle.info.id}"
             table.since_ns, table.lost = instance.since_ns, counts[0] + counts[3]
+            if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH):
+                table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
+            full = 0 < table.max_entries <= table.entries
+            if full and execute.LOST not in instance.maps:
+                table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             table.uncounted.extend(_uncounted(reader, handle, identities))
             table.gaps.extend(_gaps(instance))
             batch.tables.append(table)
@@ -88,8 +94,7 @@ def add_events(
                 continue
             layout = reader.layout
             data = _records(records, layout.value_bytes)
-            as_keys = Layout(layout.value, layout.value_bytes, (), 0)
-            identities.know(collect.cgroups_in(as_keys, data), now_ns)
+            identities.know(collect.cgroups_in(_as_keys(layout), data), now_ns)
             began = reader.mark
             try:
                 chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
@@ -114,6 +119,36 @@ def add_events(
             batch.events.append(chunk)
             commits.append(((uid, name, reader.epoch), reader.mark))
     return commits
+
+
+def cgroups_in_use(loaded: Mapping[Digest, Loaded], bindings: Bindings) -> set[int]:
+    """Every cgroup that a map of any instance holds, in keys or in values, or a record that is not acknowledged."""
+    found: set[int] = set()
+    for instance in loaded.values():
+        for handle in instance.maps.values():
+            layout = handle.layout
+            if layout is not None and handle.info.type in _READABLE:
+                keys, values = maps.read(handle.fd, handle.info)
+                each_value = values.reshape(-1, values.shape[-1])[:, : layout.value_bytes]
+                found.update(collect.cgroups_in(layout, keys), collect.cgroups_in(_as_keys(layout), each_value))
+    for bound in bindings.bound.values():
+        instance = loaded[bound.digest]
+        for table in bound.tables.values():
+            handle = instance.maps[table.output.map]
+            found.update(table.cgroups(maps.read(handle.fd, handle.info)[0]))
+        for reader in bound.events.values():
+            ring = bindings.ring(bound.digest, instance.maps[reader.output.map])
+            position = max(reader.settled.position, ring.consumer_position())
+            while (records := ring.read(position, _RING_READ_BYTES)).end_position > position:
+                data = _records(records, reader.layout.value_bytes)
+                found.update(collect.cgroups_in(_as_keys(reader.layout), data))
+                position = records.end_position
+    return found
+
+
+def _as_keys(layout: Layout) -> Layout:
+    """Of a value or a record, so that its cgroup is found as a key's is."""
+    return Layout(layout.value, layout.value_bytes, (), 0)
 
 
 def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Identities) -> list[str]:

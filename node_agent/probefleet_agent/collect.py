@@ -83,6 +83,10 @@ class TableReader:
             numbers = numbers.sum(axis=1, dtype=np.uint64)
         self.rows.update(keys, numbers, self._classify)
 
+    def cgroups(self, keys: Bytes) -> list[int]:
+        """Distinct cgroup ids among the keys."""
+        return [] if self._cgroup is None else np.unique(decode.raw(keys, self._cgroup)).tolist()
+
     def _width(self) -> int:
         if self.output.kind != plan_pb2.Output.HISTOGRAM:
             return 1

@@ -188,6 +188,7 @@ class Engine:
         commits = batches.add_events(batch, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         if due:
+            self._identities.forget_gone(now_ns, lambda: batches.cgroups_in_use(loaded, self._bindings))
             self._fill_filters()
         for uid in due:
             interval_ns = max(bound[uid].plan.interval_ms, 100) * 1_000_000

@@ -8,18 +8,23 @@ Only cost depends on the filters: rows carry their cgroup and are judged when th
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 
 import numpy as np
+import numpy.typing as npt
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_agent import execute
-from probefleet_agent.execute import Loaded
+from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import maps
 from probefleet_agent.pods import Answer, Book, CgroupId, PodUid, PolicyUid, Selected
 from probefleet_agent.reconcile import Digest
 from probefleet_agent.tracker import Tracker
 
+#: A cgroup that is gone is kept so long at least: connections and I/O that it began may end after it.
+GONE_NS = 3_600_000_000_000
+#: With the tracker's map more than half full, what may be forgotten is looked for this often.
+_FORGET_EVERY_NS = 600_000_000_000
 #: The tree is walked at most this often for ids that the tracker's map does not have.
 _SCAN_EVERY_NS = 1_000_000_000
 
@@ -32,6 +37,8 @@ class Identities:
         self.book = Book(root=cgroup_root)
         self._filters: dict[Digest, dict[CgroupId, Answer]] = {}
         self._scanned_ns = 0
+        self._gone_since_ns: dict[CgroupId, int] = {}
+        self._forgot_ns = 0
 
     def select(self, push: stream_pb2.Push) -> None:
         """Take in whom the policies of a push select."""
@@ -61,6 +68,25 @@ class Identities:
         ):
             self.learn(scan=True)
 
+    def forget_gone(self, now_ns: int, in_use: Callable[[], Set[int]]) -> int:
+        """Where room for new cgroups gets short, forget those that ended an hour ago and that no map and no record
+        holds (``in_use``): whose a count is must be known as long as there is the count. Returns how many went.
+        """
+        if not self.tracker.crowded or now_ns - self._forgot_ns < _FORGET_EVERY_NS:
+            return 0
+        self._forgot_ns = now_ns
+        remembered = self.tracker.paths()  # before the tree: what comes in between is in neither
+        gone = remembered.keys() - self.tracker.scan().keys()
+        self._gone_since_ns = {cgroup: self._gone_since_ns.get(cgroup, now_ns) for cgroup in gone}
+        ripe = {cgroup for cgroup, since_ns in self._gone_since_ns.items() if now_ns - since_ns >= GONE_NS}
+        if ripe:
+            ripe -= in_use()
+            self.tracker.forget(ripe)
+            self.book.forget(ripe)
+            for cgroup in ripe:
+                del self._gone_since_ns[cgroup]
+        return len(ripe)
+
     def needs_filter(self, policies: Sequence[PolicyUid]) -> bool:
         """Is there anything that an instance of these policies may leave out?"""
         selections = [self.book.selections.get(uid) for uid in policies]
@@ -71,7 +97,12 @@ class Identities:
         handle = loaded.maps.get(execute.FILTER)
         if handle is None:
             return
-        written = self._filters.setdefault(Digest(loaded.digest), {})
+        written = self._filters.setdefault(Digest(loaded.digest), _read_filter(handle))
+        forgotten = [cgroup for cgroup in written if cgroup not in self.book.identities]
+        if forgotten:
+            maps.delete_many(handle.fd, _as_keys(forgotten))
+            for cgroup in forgotten:
+                del written[cgroup]
         fresh = {}
         for cgroup in self.book.identities:
             answer = self.book.joint_answer(policies, cgroup)
@@ -82,10 +113,20 @@ class Identities:
             written[cgroup] = answer
         known = [cgroup for cgroup in fresh if cgroup in written]
         if known:
-            keys = np.array(known, np.uint64).view(np.uint8).reshape(-1, 8)
             values = np.array([written[cgroup] for cgroup in known], np.uint8).reshape(-1, 1)
-            maps.update_many(handle.fd, keys, values)
+            maps.update_many(handle.fd, _as_keys(known), values)
 
     def forget_filter(self, digest: Digest) -> None:
         """The instance is gone."""
         self._filters.pop(digest, None)
+
+
+def _read_filter(handle: MapHandle) -> dict[CgroupId, Answer]:
+    """What an earlier process told the programs."""
+    keys, values = maps.read(handle.fd, handle.info)
+    ids = np.ascontiguousarray(keys).view(np.uint64).reshape(-1).tolist()
+    return {CgroupId(cgroup): Answer(value) for cgroup, value in zip(ids, values[:, 0].tolist(), strict=True)}
+
+
+def _as_keys(cgroups: Sequence[CgroupId]) -> npt.NDArray[np.uint8]:
+    return np.array(cgroups, np.uint64).view(np.uint8).reshape(-1, 8)

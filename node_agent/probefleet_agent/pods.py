@@ -87,6 +87,11 @@ class Book:
             self.identities[cgroup] = identify(paths[cgroup], root=self.root)
         return len(new)
 
+    def forget(self, gone: Iterable[CgroupId]) -> None:
+        """These are gone, and nothing speaks of them any more."""
+        for cgroup in gone:
+            self.identities.pop(cgroup, None)
+
     def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
         """Take in the selections of a push."""
         self.selections = dict(selections)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import time
+from collections.abc import Collection
 
 import numpy as np
 from probefleet_wire import resources
@@ -32,6 +33,7 @@ class Tracker:
 
     def __init__(self, root: pins.Root) -> None:
         self._owned = contextlib.ExitStack()
+        self._remembered = 0
         try:
             self._cgroups, self._lost, self._beat = self._adopt(root) or self._load(root)
         except BaseException:
@@ -44,6 +46,7 @@ class Tracker:
         """Every cgroup remembered, by id."""
         keys, values = maps.read(self._cgroups, self._info)
         ids = np.ascontiguousarray(keys).view(np.uint64).reshape(-1).tolist()
+        self._remembered = len(ids)
         texts = np.ascontiguousarray(values).view(f"S{PATH_BYTES}").reshape(-1).tolist()
         return {CgroupId(id_): text.decode(errors="replace") for id_, text in zip(ids, texts, strict=True)}
 
@@ -57,6 +60,15 @@ class Tracker:
             value = path.encode()[: PATH_BYTES - 1].ljust(PATH_BYTES, b"\0")
             syscall.map_update(self._cgroups, int(id_).to_bytes(8, "little"), value)
         return found
+
+    @property
+    def crowded(self) -> bool:
+        """Is more than half of the map taken, as far as ``paths`` last saw?"""
+        return self._remembered > self._info.max_entries // 2
+
+    def forget(self, gone: Collection[CgroupId]) -> None:
+        """Give the room of these back: they are gone, and nothing speaks of them any more."""
+        maps.delete_many(self._cgroups, np.array(sorted(gone), np.uint64).view(np.uint8).reshape(-1, 8))
 
     def lost(self) -> int:
         """Cgroups that found no room in the map."""

@@ -205,6 +205,9 @@ def _output(output: OutputResult, detail: Detail) -> Json:
         body["scale"] = SCALES.get(plan.histogram.scale, "log2")
         if plan.histogram.step:
             body["step"] = _integer(plan.histogram.step)
+    if output.fullest is not None:
+        fill = output.fullest
+        body["mapFill"] = {"node": fill.node, "map": plan.map, "entries": fill.entries, "maxEntries": fill.max_entries}
     if output.since_ns:
         body["since"] = humane.timestamp(output.since_ns)
     if output.events is not None:

@@ -121,6 +121,20 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
+class MapFill:
+    """How much of a hash map is taken, on the node where it is fullest."""
+
+    node: str
+    entries: int
+    max_entries: int
+
+    @property
+    def share(self) -> float:
+        """1.0 is full: what finds no room from then on is lost."""
+        return self.entries / self.max_entries
+
+
+@dataclass(frozen=True, slots=True)
 class OutputResult:
     """One output of the policy: the last interval of every fresh node, and everything since it began."""
 
@@ -132,6 +146,7 @@ class OutputResult:
     lost: int
     uncounted: tuple[str, ...]
     events: Events | None = None
+    fullest: MapFill | None = None
 
     @property
     def group_by(self) -> tuple[str, ...]:

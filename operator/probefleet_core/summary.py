@@ -16,6 +16,8 @@ Json: TypeAlias = dict[str, Any]
 MAX_LINES: Final = 60
 MAX_LINE: Final = 160
 BAR: Final = 40
+#: A map with this share of its entries taken is announced.
+NEARLY_FULL: Final = 0.8
 IDENTITIES: Final = frozenset({"node", "namespace", "workload", "pod", "container"})
 
 
@@ -40,6 +42,7 @@ def head(status: Json) -> list[str]:
     if coverage["staleCount"]:
         found.append(f"only old samples from {_names(coverage['stale'], coverage['staleCount'])}")
     found += [f"not counted: {text}" for text in status["uncounted"]]
+    found += _filling(status["outputs"])
     found += [f"gap on {gap['node']}: {gap['start']} to {gap['end']}: {gap['why']}" for gap in status["gaps"][-3:]]
     if cost["nodesKnown"]:
         shared = f", shared by {cost['sharedBy']} policies" if cost["sharedBy"] > 1 else ""
@@ -53,6 +56,18 @@ def head(status: Json) -> list[str]:
     elif cost["nodesUnknown"]:
         found.append("cost: unknown (agents may not read the kernel's run-time statistics, or cannot measure a hook)")
     return found
+
+
+def _filling(outputs: Sequence[Json]) -> list[str]:
+    """Maps that are nearly full, before anything is lost for want of room."""
+    fills = {fill["map"]: fill for output in outputs if (fill := output.get("mapFill"))}
+    return [
+        f"map {name} is {humane.percent(fill['entries'] / fill['maxEntries'])} full on {fill['node']} "
+        f"({humane.count(fill['entries'])} of {humane.count(fill['maxEntries'])} entries): what finds no room is lost; "
+        "raise spec.maps[].maxEntries"
+        for name, fill in fills.items()
+        if fill["entries"] >= NEARLY_FULL * fill["maxEntries"]
+    ]
 
 
 def output_lines(output: Json, *, rows: int, histograms: int) -> list[str]:

@@ -86,6 +86,8 @@ class NodeRows:
     lost: int = 0
     uncounted: tuple[str, ...] = ()
     gaps: tuple[tuple[int, int, str], ...] = ()
+    entries: int = 0
+    max_entries: int = 0  # 0: its map cannot fill up
     ended: list[str] = field(default_factory=list)  # epochs
     ended_lost: int = 0
 
@@ -138,6 +140,7 @@ class TableState:
         self._set(state, rows, values)
         state.received_ns = max(state.received_ns, received_ns)
         state.since_ns, state.lost = table.since_ns, table.lost
+        state.entries, state.max_entries = table.entries, table.max_entries
         state.uncounted, state.gaps = bounded_texts(table.uncounted), bounded_gaps(table.gaps)
         if table.since_ns > 0:
             self.since_ns = min(self.since_ns or table.since_ns, table.since_ns)
@@ -161,6 +164,14 @@ class TableState:
     def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
         """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
         return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+
+    def fullest(self, fresh: Iterable[str]) -> result.MapFill | None:
+        """Where the map has least room left; ``None`` where it cannot fill up."""
+        here = {node: self.nodes[node] for node in fresh if node in self.nodes}
+        fills = [
+            result.MapFill(node, state.entries, state.max_entries) for node, state in here.items() if state.max_entries
+        ]
+        return max(fills, key=lambda fill: (fill.share, fill.node), default=None)
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -199,6 +210,7 @@ class TableState:
             since_ns=self.since_ns,
             lost=self.lost,
             uncounted=self.uncounted,
+            fullest=self.fullest(fresh),
         )
 
     def _read(self, table: stream_pb2.Table, first_row: int, row_count: int) -> tuple[int, Indices, Counts]:

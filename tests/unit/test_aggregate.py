@@ -482,6 +482,20 @@ def test_cost_is_the_share_of_the_newest_window() -> None:
     assert ask(aggregate, 400).cost == result.Cost()
 
 
+def test_the_fullest_map_of_fresh_nodes_is_named() -> None:
+    aggregate = Aggregate(facts(counter()))
+    for name, entries, at in (("a", 3, 300), ("b", 5, 300), ("old", 8, 10)):
+        node = FakeNode(name, keys=())
+        node.add()
+        batch = node.batch(at)
+        batch.tables[0].entries, batch.tables[0].max_entries = entries, 8
+        apply(aggregate, node, batch)
+    fill = ask(aggregate, 301).outputs[0].fullest
+    assert fill == result.MapFill("b", 5, 8)
+    assert fill.share == 5 / 8
+    assert ask(aggregate, 400).outputs[0].fullest is None, "no sample is fresh"
+
+
 # Events.
 
 

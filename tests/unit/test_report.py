@@ -47,6 +47,7 @@ def ask(aggregate: Aggregate, at: float, *nodes: str) -> Result:
 def slow_connects() -> Result:
     """A histogram by workload and port on three of four nodes, with everything that can be said about it."""
     output = counter("workload", "key.dport", name="latency", kind=O.HISTOGRAM, unit="ns", limit=20)
+    output.map = "durations"
     aggregate = Aggregate(facts(output))
     for index, name in enumerate(("node-1", "node-2", "node-3")):
         node = FakeNode(name, keys=("pod_uid", "key.dport"), output="latency")
@@ -67,6 +68,7 @@ def slow_connects() -> Result:
     batch = node.batch(730)
     batch.tables[0].uncounted.append("LRU eviction in map conns")
     batch.tables[0].lost = 12
+    batch.tables[0].entries, batch.tables[0].max_entries = 9318, 10_240
     batch.tables[0].gaps.add(start_ns=START + 300 * SECOND, end_ns=START + 303 * SECOND, why="the agent was replaced")
     aggregate.apply(node.name, 1, batch, batch.time_ns)
     return ask(aggregate, 725, "node-1", "node-2", "node-3", "node-4")

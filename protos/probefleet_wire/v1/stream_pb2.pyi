@@ -463,6 +463,8 @@ class Table(_message.Message):
     UNCOUNTED_FIELD_NUMBER: _builtins.int
     GAPS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    MAX_ENTRIES_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -481,6 +483,10 @@ class Table(_message.Message):
     """cumulative in the epoch: what the program could not count"""
     generation: _builtins.int
     """the policy's generation that this output belongs to"""
+    entries: _builtins.int
+    """places of the map that are taken, where it is a hash; keys of ended pods keep theirs"""
+    max_entries: _builtins.int
+    """places that it has; 0: it is no hash, and cannot fill up"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """of the new rows"""
@@ -508,10 +514,12 @@ class Table(_message.Message):
         uncounted: _abc.Iterable[_builtins.str] | None = ...,
         gaps: _abc.Iterable[Global___Gap] | None = ...,
         generation: _builtins.int = ...,
+        entries: _builtins.int = ...,
+        max_entries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "keys", b"keys", "lost", b"lost", "new_rows", b"new_rows", "output", b"output", "policy_uid", b"policy_uid", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "keys", b"keys", "lost", b"lost", "max_entries", b"max_entries", "new_rows", b"new_rows", "output", b"output", "policy_uid", b"policy_uid", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,146 @@
+"""Room in maps: what is forgotten of cgroups that ended, what never is, and how full maps are said to be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from probefleet_agent import execute, identities
+from probefleet_agent.engine import Engine
+from probefleet_agent.kernel import maps, mounts, pins
+from probefleet_agent.pods import CgroupId
+from probefleet_wire.v1 import stream_pb2
+
+from tests.kernel.test_engine import push
+from tests.workloads import run
+
+pytestmark = pytest.mark.kernel
+FULL = "execs is full, and the program does not count what finds no room"
+HOUR_NS = identities.GONE_NS
+#: More than half of the tracker's 16,384; ids that no kernel has given out.
+STRANGERS = range(1 << 60, (1 << 60) + 9001)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A tree of pins of the test's own."""
+    path = mounts.mount_bpffs() / "probefleet-test-room"
+    path.mkdir(exist_ok=True)
+    yield path
+    with Engine.open(bpffs=path) as engine:
+        engine.remove_everything()
+    path.rmdir()
+
+
+def counting_push() -> stream_pb2.Push:
+    """execsnoop with a table of execs by user, and its records."""
+    wanted = push(1)
+    wanted.plans[0].outputs.add(name="by_user", map="execs", group_by=["pod"])
+    return wanted
+
+
+def crowd(folder: Path) -> None:
+    """Cgroups that were made and went, as the program on cgroup_mkdir would have remembered them."""
+    table = pins.root(folder).identity_map("cgroups")
+    assert table is not None
+    with table:
+        keys = np.array(STRANGERS, np.uint64).view(np.uint8).reshape(-1, 8)
+        values = np.zeros((len(keys), 256), np.uint8)
+        values[:, 0] = ord("/")
+        maps.update_many(table, keys, values)
+
+
+def remembered(folder: Path) -> set[int]:
+    table = pins.root(folder).identity_map("cgroups")
+    assert table is not None
+    with table:
+        keys, _ = maps.read(table, maps.info(table))
+    return set(np.ascontiguousarray(keys).view(np.uint64).reshape(-1).tolist())
+
+
+def test_cgroups_that_went_are_forgotten_but_not_what_a_map_still_counts(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(counting_push())
+        engine.hello()
+        with run.in_cgroup("ended") as cgroup:
+            counted = run.cgroup_id(cgroup)
+            run.run("execs", 23, cgroup=cgroup)
+        with run.in_cgroup("idle") as cgroup:
+            idle = run.cgroup_id(cgroup)
+        with run.in_cgroup("lives") as cgroup:
+            living = run.cgroup_id(cgroup)
+            now_ns = time.time_ns()
+            assert engine.collect(now_ns, force=True) is not None
+            assert {counted, idle, living} <= remembered(folder), "there is room: nothing is forgotten"
+            crowd(folder)
+            engine.collect(now_ns + 1, force=True)  # sees that it is crowded
+            engine.collect(now_ns + 2, force=True)  # sees what is gone
+            assert idle in remembered(folder), "it went just now"
+            engine.collect(now_ns + HOUR_NS + 3, force=True)
+            kept = remembered(folder)
+            assert not kept & (set(STRANGERS) | {idle})
+            assert {counted, living} <= kept
+
+
+def test_a_forgotten_cgroup_leaves_the_filter_also_after_a_restart(folder: Path) -> None:
+    wanted = counting_push()
+    wanted.selections[0].everything = False
+    wanted.selections[0].pod_uids.append("nobody")
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(wanted)
+        assert refused(engine), "the host's cgroups are no pod's"
+        with run.in_cgroup("idle") as cgroup:
+            idle = run.cgroup_id(cgroup)
+            engine.collect(time.time_ns(), force=True)
+            assert idle in refused(engine)
+    with Engine.open(bpffs=folder) as engine:
+        engine.hello()
+        now_ns = time.time_ns()
+        crowd(folder)
+        for at in (now_ns + 1, now_ns + 2, now_ns + HOUR_NS + 3):
+            engine.collect(at, force=True)
+        assert idle not in refused(engine)
+        assert refused(engine)
+
+
+def refused(engine: Engine) -> set[int]:
+    (loaded,) = engine._installed.loaded.values()
+    handle = loaded.maps["probefleet_filter"]
+    keys, _ = maps.read(handle.fd, handle.info)
+    return {CgroupId(key) for key in np.ascontiguousarray(keys).view(np.uint64).reshape(-1).tolist()}
+
+
+def test_a_table_says_how_full_its_map_is(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine, run.in_cgroup("web") as cgroup:
+        engine.apply(counting_push())
+        engine.hello()
+        run.run("execs", 23, cgroup=cgroup)
+        batch = engine.collect(time.time_ns(), force=True)
+        assert batch is not None
+        (table,) = batch.tables
+        assert 1 <= table.entries < table.max_entries
+        assert not table.uncounted
+
+
+@pytest.mark.parametrize("counts_losses", [True, False])
+def test_a_full_map_is_said_to_be_full_where_its_losses_are_not_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, counts_losses: bool
+) -> None:
+    wanted = counting_push()
+    wanted.plans[0].instance.map_sizes.add(map="execs", max_entries=1)
+    with Engine.open(bpffs=folder) as engine, run.in_cgroup("web") as web, run.in_cgroup("cart") as cart:
+        engine.apply(wanted)
+        engine.hello()
+        for cgroup in (web, cart):
+            run.run("execs", 23, cgroup=cgroup)
+        if not counts_losses:
+            monkeypatch.setattr(execute, "LOST", "another")
+        batch = engine.collect(time.time_ns(), force=True)
+        assert batch is not None
+        (table,) = batch.tables
+        assert (table.entries, table.max_entries) == (1, 1)
+        assert (table.lost >= 23) == counts_losses
+        assert list(table.uncounted) == ([] if counts_losses else [FULL])
