@@ -6,13 +6,15 @@ wrong itself is reported as failed, never raised.
 
 from __future__ import annotations
 
-import importlib.util
+import ctypes.util
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from probefleet_wire import sandbox
 
 from probefleet_agent.errors import KernelError, ProbefleetError
 from probefleet_agent.kernel import btf_kernel, cgroups, features, libbpf, mounts, symbols, syscall
@@ -110,7 +112,7 @@ def _btf() -> tuple[Level, str, str]:
             f"{btf_kernel.VMLINUX} is not there",
             "Use a kernel built with CONFIG_DEBUG_INFO_BTF=y (all distributions' since 2021).",
         )
-    return _ok(f"{len(btf_kernel.vmlinux())} types, {len(btf_kernel.raw_tracepoints())} tracepoints")
+    return _ok(f"{len(btf_kernel.vmlinux()):,} types, {len(btf_kernel.raw_tracepoints()):,} tracepoints")
 
 
 def _jit() -> tuple[Level, str, str]:
@@ -149,7 +151,7 @@ def _kptr() -> tuple[Level, str, str]:
     if found.hidden:
         detail = "addresses are hidden: kernel stacks have no names"
         return Level.WARN, detail, "sysctl kernel.kptr_restrict=1, and give CAP_SYSLOG"
-    return _ok(f"{len(found.addresses)} kernel symbols")
+    return _ok(f"{len(found.addresses):,} kernel symbols")
 
 
 def _libbpf() -> tuple[Level, str, str]:
@@ -160,9 +162,10 @@ def _libbpf() -> tuple[Level, str, str]:
 
 
 def _bcc() -> tuple[Level, str, str]:
-    if importlib.util.find_spec("bcc") is None:
-        return Level.WARN, "not installed: policies with `bcc` cannot run here", "apt install python3-bpfcc"
-    return _ok("python3-bpfcc is there")
+    found = ctypes.util.find_library("bcc")
+    if found is None:
+        return Level.WARN, "libbcc is not installed: policies with `bcc` cannot run here", "apt install libbpfcc"
+    return _ok(f"{found} compiles policies with `bcc`, locked in: {sandbox.describe()}")
 
 
 def _cgroup2() -> tuple[Level, str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from probefleet_agent import doctor
 from probefleet_agent.kernel import features
@@ -23,3 +25,13 @@ def test_the_doctor_survives_a_check_that_goes_wrong(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(doctor._CHECKS, "kernel", broken)
     assert doctor.checks()[0] == doctor.Check("kernel", doctor.Level.FAIL, "no such thing")
     assert doctor.worst(doctor.checks()) is doctor.Level.FAIL
+
+
+def test_bcc_needs_its_library_and_no_python_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bcc", None)
+    monkeypatch.setattr("ctypes.util.find_library", {"bcc": "libbcc.so.0"}.get)
+    by_name = {check.name: check for check in doctor.checks()}
+    assert by_name["BCC"].ok and "libbcc.so.0" in by_name["BCC"].detail
+    monkeypatch.setattr("ctypes.util.find_library", {}.get)
+    by_name = {check.name: check for check in doctor.checks()}
+    assert by_name["BCC"].advice == "apt install libbpfcc"
