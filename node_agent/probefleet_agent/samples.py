@@ -79,10 +79,14 @@ class Rows:
     _sent_keys: int = 0
 
     def update(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint64], classify: Classify) -> None:
-        """Take in one whole reading of the map: ``keys`` ``(n, key_bytes)``, ``values`` ``(n,)`` or ``(n, width)``."""
-        row, slot = self._locate(keys, classify)
-        counted = row >= 0
+        """Take in one whole reading of the map: ``keys`` ``(n, key_bytes)``, ``values`` ``(n,)`` or ``(n, width)``.
+
+        A key that a reading shows twice (another took its place in a hash while it was read) counts once: what was read
+        last is newest.
+        """
+        entry, row, slot = self._locate(keys, classify)
         self.pending_count = int((row == PENDING).sum())
+        counted = (row >= 0) & self._last_of_each(entry)
         totals = np.zeros((len(self._keys), self.width), np.uint64)
         if self.fold == "min":
             totals[:] = np.iinfo(np.uint64).max
@@ -125,9 +129,17 @@ class Rows:
         self._sent, self._sent_keys = self._totals, total
         return table
 
+    def _last_of_each(self, entry: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Of entries of one raw key, the last; none of those that have no raw key yet."""
+        order = np.arange(len(entry))
+        last = np.full(len(self._row_of) + 1, -1)  # one place more for entry -1
+        np.maximum.at(last, entry, order)
+        return (last[entry] == order) & (entry >= 0)
+
     def _locate(
         self, keys: npt.NDArray[np.uint8], classify: Classify
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of each key: its place among the raw keys (-1: none yet), its row, or why it has none, and its slot."""
         void = np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)
         if self._raw is None:
             self._raw = void[:0]
@@ -148,7 +160,7 @@ class Rows:
         slots = np.zeros(len(keys), np.int64)
         result[known] = self._row_of[place[known]]
         slots[known] = self._slot_of[place[known]]
-        return result, slots
+        return np.where(known, place, -1), result, slots
 
     def _search(self, void: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         raw = self._raw
@@ -160,7 +172,7 @@ class Rows:
     def _insert(self, void: npt.NDArray[Any], row: npt.NDArray[np.int64], slot: npt.NDArray[np.int64]) -> None:
         raw = void if self._raw is None else np.concatenate([self._raw, void])
         rows, slots = np.concatenate([self._row_of, row]), np.concatenate([self._slot_of, slot])
-        # A hash batch can show a key twice while the table is written to: the first decides.
+        # A reading can show a key twice: what is said of it is the same each time.
         self._raw, first = np.unique(raw, return_index=True)
         self._row_of, self._slot_of = rows[first], slots[first]
 

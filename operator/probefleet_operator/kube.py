@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 import structlog
@@ -105,7 +105,7 @@ class Publisher:
                 now = time.monotonic()
                 nearest = now + REFRESH_SECONDS
                 for key, path, uid in self._deletions:
-                    tasks.create_task(self._delete(path, uid), name=f"delete-{key}")
+                    tasks.create_task(_alone(self._delete(path, uid)), name=f"delete-{key}")
                 self._deletions.clear()
                 for key, publication in self._publications.items():
                     if publication.busy:
@@ -114,7 +114,7 @@ class Publisher:
                     if due <= now:
                         publication.busy = True
                         publication.touched = False
-                        tasks.create_task(self._write(key, publication), name=f"write-{key}")
+                        tasks.create_task(_alone(self._write(key, publication)), name=f"write-{key}")
                     else:
                         nearest = min(nearest, due)
                 try:
@@ -177,6 +177,14 @@ class Publisher:
             pass  # gone, or another one of that name
         except errors.ApiError as problem:
             log.info("left to the garbage collector", path=path, error=str(problem))
+
+
+async def _alone(work: Coroutine[None, None, None]) -> None:
+    """One write, whose failure ends no other: not even where the log cannot be written, so that is only counted."""
+    try:
+        await work
+    except Exception:
+        metrics.API_WRITES.labels("unknown", "bug").inc()
 
 
 class Recorder:

@@ -105,6 +105,7 @@ class Finished:
     stderr: bytes
     limit: str
     seconds: float
+    #: An upper bound of its memory: between fork and exec the child has its parent's, and the kernel counts that too.
     peak_bytes: int
 
 

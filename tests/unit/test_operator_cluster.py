@@ -316,6 +316,28 @@ async def test_one_document_that_cannot_be_rendered_does_not_silence_the_others(
             await until(lambda: REPORT in fake.objects)
 
 
+async def test_a_log_that_cannot_be_written_does_not_end_the_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk:
+        def __getattr__(self, _level: str) -> Any:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(kube, "log", FullDisk())
+    fake = FakeApiServer()
+    async with fake.running() as client:
+        publisher = kube.Publisher(client)
+        failed = [0]
+
+        def broken() -> kube.Document:
+            failed[0] += 1
+            raise ZeroDivisionError
+
+        publisher.offer("report/0", broken, interval_seconds=0.01)
+        async with running(publisher.run()):
+            await until(lambda: failed[0] == 1)
+            publisher.offer("report/1", lambda: document(1), interval_seconds=0.01)
+            await until(lambda: REPORT in fake.objects)
+
+
 async def test_only_the_report_that_was_written_is_deleted() -> None:
     fake = FakeApiServer()
     async with fake.running() as client:

@@ -120,6 +120,19 @@ def test_reading_again_changes_nothing_and_sends_nothing(reading: dict[int, int]
     assert table.table() is None
 
 
+@given(readings, st.data())
+def test_a_key_that_a_reading_shows_twice_counts_once_as_read_last(
+    reading: dict[int, int], data: st.DataObject
+) -> None:
+    twice = data.draw(st.lists(st.sampled_from(sorted(reading)), max_size=9)) if reading else []
+    seen = [(key, max(reading[key] - 1, 0)) for key in twice] + list(reading.items())
+    operator, table, classifier = Operator(), rows(), Classifier()
+    for _ in range(2):  # keys that are new, and keys that are known
+        table.update(as_keys([key for key, _ in seen]), np.array([count for _, count in seen], np.uint64), classifier)
+    operator.take(table.table())
+    assert operator.totals == sums(reading)
+
+
 @given(readings)
 def test_a_key_is_classified_once(reading: dict[int, int]) -> None:
     table, classifier = rows(), Classifier()
