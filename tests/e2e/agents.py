@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 from tests.e2e import kube
 
@@ -21,7 +23,7 @@ print(json.dumps(names))
 """
 _PINS = "import json,pathlib; print(json.dumps([str(p) for p in pathlib.Path('/sys/fs/bpf/probefleet').rglob('*')]))"
 # With the host's processes in view: exactly the one of this container.
-_KILL = """
+_SIGNAL = """
 import os, pathlib, signal
 mine = pathlib.Path("/proc/self/cgroup").read_text()
 for path in pathlib.Path("/proc").glob("[0-9]*"):
@@ -31,8 +33,8 @@ for path in pathlib.Path("/proc").glob("[0-9]*"):
     except OSError:
         continue
     if same and int(path.name) != os.getpid() and any(part.endswith(b"probefleet-agent") for part in command):
-        os.kill(int(path.name), signal.SIGKILL)
-        print("killed", path.name)
+        os.kill(int(path.name), signal.{name})
+        print("sent", path.name)
 """
 PYTHON = "/opt/probefleet/venv/bin/python"
 
@@ -67,6 +69,26 @@ def pins(node: str) -> list[str]:
 
 
 def kill(node: str) -> None:
-    """kill -9 of a node's agent; the kubelet starts it again."""
-    said = ask(node, _KILL)
-    assert said.count("killed") == 1, said
+    """kill -9 of a node's agent; the kubelet starts it again, at once the first time that a pod's container ended."""
+    pod = kube.get("pod", pods()[node], kube.SYSTEM)
+    if any(each["restartCount"] for each in pod["status"]["containerStatuses"]):
+        kube.kubectl("delete", "pod", "-n", kube.SYSTEM, pod["metadata"]["name"], "--wait=true")
+        kube.eventually(lambda: node in pods(), f"a new agent on {node}")
+        kube.kubectl("wait", "-n", kube.SYSTEM, f"pod/{pods()[node]}", "--for=condition=Ready", "--timeout=60s")
+    send(node, "SIGKILL")
+
+
+@contextlib.contextmanager
+def stopped(node: str) -> Iterator[None]:
+    """Within it the node's agent does nothing."""
+    send(node, "SIGSTOP")
+    try:
+        yield
+    finally:
+        send(node, "SIGCONT")
+
+
+def send(node: str, signal: str) -> None:
+    """Send a signal to the agent's process."""
+    said = ask(node, _SIGNAL.format(name=signal))
+    assert said.count("sent") == 1, said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,14 @@ def installed() -> str:
     for each in kube.kubectl("-n", kube.SYSTEM, "get", "deployment,daemonset", "-o", "name").split():
         kube.kubectl("-n", kube.SYSTEM, "rollout", "status", each, "--timeout=120s", seconds=130)
     return kube.SYSTEM
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """kubectl finds its plugins on PATH."""
+    folder = kube.ROOT / ".venv/bin"
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
 
 
 @pytest.fixture

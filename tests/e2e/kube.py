@@ -134,3 +134,8 @@ def totals(status: Mapping[str, Any], output: str) -> dict[tuple[str, ...], int]
                 rows["(other)",] = int(each["total"]["other"]["value"])
             return rows
     return {}
+
+
+def events_of(status: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of its output of events, {} while there is none."""
+    return next((each.get("events", {}) for each in status.get("outputs", []) if each["kind"] == "events"), {})

@@ -12,20 +12,7 @@ from tests.e2e import kube
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-PLUGIN = kube.ROOT / ".venv/bin"
 EXECSNOOP = {"program": {"catalog": {"name": "execsnoop"}}, "interval": "1s"}
-
-
-@pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """kubectl finds its plugins on PATH."""
-    monkeypatch.setenv("PATH", f"{PLUGIN}{os.pathsep}{os.environ['PATH']}")
-    return PLUGIN
-
-
-def events_of(status: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of the output of events, {} while there is none."""
-    return next((each.get("events", {}) for each in status.get("outputs", []) if each["kind"] == "events"), {})
 
 
 def test_23_programs_of_a_pod_are_23_records_in_report_and_plugin(namespace: str, plugin: Path) -> None:
@@ -44,10 +31,10 @@ def test_23_programs_of_a_pod_are_23_records_in_report_and_plugin(namespace: str
     def reported() -> dict[str, Any] | None:
         status = kube.report("execs", namespace)
         complete = status.get("columns", {}).get("coverage") == "3/3"
-        return status if complete and int(events_of(status).get("received", 0)) >= 23 else None
+        return status if complete and int(kube.events_of(status).get("received", 0)) >= 23 else None
 
     status = kube.eventually(reported, "23 records in the report, of 3/3 nodes")
-    events = events_of(status)
+    events = kube.events_of(status)
     assert {name: int(events[name]) for name in ("received", "lost", "dropped")} == {
         "received": 23,
         "lost": 0,
@@ -80,7 +67,7 @@ def test_a_policy_that_joins_a_running_program_has_no_records_from_before(namesp
         kube.kubectl("wait", f"pod/{name}", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded")
 
     def received(name: str) -> int:
-        return int(events_of(kube.report(name, namespace)).get("received", -1))
+        return int(kube.events_of(kube.report(name, namespace)).get("received", -1))
 
     pods = [kube.pod(name, namespace, ["execs", "23", "--hold"], node="node1") for name in ("first", "second")]
     kube.apply(*pods)
@@ -94,5 +81,5 @@ def test_a_policy_that_joins_a_running_program_has_no_records_from_before(namesp
     start("second")
     kube.eventually(lambda: received("early") >= 46 and received("late") >= 23, "46 and 23 records")
     assert (received("early"), received("late")) == (46, 23)
-    records = events_of(kube.report("late", namespace))["records"]
+    records = kube.events_of(kube.report("late", namespace))["records"]
     assert {record["pod"] for record in records} == {"second"}

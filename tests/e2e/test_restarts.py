@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.e2e import agents, kube
@@ -41,11 +45,17 @@ def finish_counting(namespace: str) -> None:
     try:
         kube.eventually(complete, "997 calls of each pod, of 3/3 nodes", seconds=90)
     except AssertionError as error:
-        raise AssertionError(f"{error}; the report says {kube.report('syscount', namespace)}") from None
+        raise AssertionError("\n".join([str(error), *kube.report("syscount", namespace)["summary"]])) from None
     # And it stays so: nothing is counted twice by what comes late.
     status = kube.report("syscount", namespace)
     assert kube.totals(status, "calls") == {("web",): 997, ("cart",): 997}
     assert status["columns"]["lost"] == "0"
+
+
+def kill_operator() -> None:
+    kube.kubectl(
+        "delete", "pod", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force"
+    )
 
 
 def test_kill_9_of_an_agent_loses_and_doubles_no_count(namespace: str) -> None:
@@ -56,9 +66,7 @@ def test_kill_9_of_an_agent_loses_and_doubles_no_count(namespace: str) -> None:
 
 def test_kill_9_of_the_operator_loses_and_doubles_no_count(namespace: str) -> None:
     start_counting(namespace)
-    kube.kubectl(
-        "delete", "pod", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force"
-    )
+    kill_operator()
     finish_counting(namespace)
 
 
@@ -67,3 +75,76 @@ def test_replacing_every_agent_loses_and_doubles_no_count(namespace: str) -> Non
     kube.kubectl("rollout", "restart", "-n", kube.SYSTEM, "daemonset/probefleet-agent")
     kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "daemonset/probefleet-agent", "--timeout=120s", seconds=130)
     finish_counting(namespace)
+
+
+# Events: records of a ring, each with a number of its own.
+
+
+def received(namespace: str) -> int:
+    return int(kube.events_of(kube.report("execs", namespace)).get("received", 0))
+
+
+def start_recording(namespace: str) -> subprocess.Popen[str]:
+    """23 programs have been started on node2, and 997 are being started on node1: the one who started those."""
+    kube.apply(
+        kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", "12000"], node="node1"),
+        kube.pod("quiet", namespace, ["execs", "23", "--hold"], node="node2"),
+    )
+    kube.kubectl("wait", "pod/busy", "pod/quiet", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    # The pods wait before the policy comes: neither their own start nor the sandboxes' is to be recorded.
+    kube.apply(kube.policy("execs", namespace, {"program": {"catalog": {"name": "execsnoop"}}, "interval": "1s"}))
+    kube.wait_programmed("execs", namespace)
+    kube.kubectl("attach", "-i", "quiet", "-n", namespace, stdin="go")
+    kube.eventually(lambda: received(namespace) == 23, "23 records")
+    attached = subprocess.Popen(
+        ["kubectl", "attach", "-i", "busy", "-n", namespace], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert attached.stdin is not None
+    attached.stdin.write("g")
+    attached.stdin.flush()
+    kube.eventually(lambda: received(namespace) > 100, "the first records of node1")
+    return attached
+
+
+def finish_recording(namespace: str, attached: subprocess.Popen[str]) -> list[int]:
+    """All 1,020 are in the total, and nothing was lost; the numbers of node1's that can be listed, oldest first."""
+    assert received(namespace) < 1020, "it was over before anything was killed"
+    with attached:  # another byte lets it end
+        attached.communicate("o", timeout=60)
+    kube.kubectl("wait", "pod/busy", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+
+    def complete() -> bool:
+        status = kube.report("execs", namespace)
+        return status.get("columns", {}).get("coverage") == "3/3" and received(namespace) >= 1020
+
+    try:
+        kube.eventually(complete, "1,020 records, of 3/3 nodes", seconds=90)
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *kube.report("execs", namespace)["summary"]])) from None
+    status = kube.report("execs", namespace)
+    events = kube.events_of(status)
+    assert {name: int(events[name]) for name in ("received", "lost", "dropped")} == {
+        "received": 1020, "lost": 0, "dropped": 0,
+    }  # fmt: skip
+    assert status["gaps"] == []
+    lines = kube.kubectl("probefleet", "events", "execs", "-n", namespace, "-o", "json").splitlines()
+    records = [json.loads(line) for line in lines]
+    # Each started program is told which one it is: "execs exit 7".
+    return [int(record["arguments"].split()[2]) for record in records if record["pod"] == "busy"]
+
+
+def test_kill_9_of_an_agent_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
+    attached = start_recording(namespace)
+    agents.kill("node1")
+    listed = finish_recording(namespace, attached)
+    missing = sorted(set(range(997)) - set(listed))
+    assert (missing, len(listed)) == ([], 997)
+
+
+def test_kill_9_of_the_operator_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
+    attached = start_recording(namespace)
+    kill_operator()
+    listed = finish_recording(namespace, attached)
+    # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
+    assert listed == list(range(997 - len(listed), 997))
+    assert listed
