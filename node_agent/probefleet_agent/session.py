@@ -69,7 +69,7 @@ class Session:
                     await self._stream()
                     log.info("the operator ended the stream")
                 except (grpc.aio.AioRpcError, OSError, ProbefleetError) as error:
-                    log.warning("no stream to the operator", target=self._dial.target, error=_words(error))
+                    log.warning("no stream to the operator", target=self._dial.target, error=_words(error, self._dial))
                 except Exception:
                     # A bug of ours must not stop the node's counting: a new stream begins afresh.
                     log.exception("the stream broke")
@@ -157,7 +157,14 @@ async def _drain(outgoing: asyncio.Queue[stream_pb2.FromAgent]) -> AsyncIterator
         yield await outgoing.get()
 
 
-def _words(error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
+def _words(error: Exception, dial: Dial) -> str:
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return str(error)
+    details = error.details() or ""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return (
+            f"the operator's certificate is not signed by a CA of {dial.ca_file}, or is for another name than "
+            f"{dial.server_name or dial.target.rpartition(':')[0]!r}: nothing was sent to it, and what runs here goes "
+            f"on. Is the file that of this cluster's operator (ConfigMap probefleet-ca)? ({details})"
+        )
+    return f"{error.code().name}: {details}"

@@ -143,6 +143,12 @@ class Operator:
             listener=merged,
             term=term,
             blob_of=blobs.get,
+            complain=lambda who, problem: recorder.warn(
+                who.as_pod(namespace=options.namespace),
+                "StreamRefused",
+                f"node {who.node}: {problem}",
+                action="Connect",
+            ),
         )
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             tasks.create_task(self._election.hold(), name="hold-lease")

@@ -35,6 +35,11 @@ class Identity:
     pod_uid: str
     expires_at: float  # wall clock, seconds
 
+    def as_pod(self, *, namespace: str) -> api.Json:
+        """The agent's pod, as far as an Event has to name it."""
+        metadata = {"name": self.pod, "namespace": namespace, "uid": self.pod_uid}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+
 
 def expiry_of(token: str, *, default: float) -> float:
     """The `exp` claim of a JWT that the API server has just found good; `default` where it has none."""

@@ -68,6 +68,14 @@ class Listener(Protocol):
         """
 
 
+Complain = Callable[[identity.Identity, str], None]
+"""Told of an agent, known by its token, that breaks the contract: where users look for it (an Event)."""
+
+
+def _nobody(_: identity.Identity, __: str) -> None:
+    """Nobody is told."""
+
+
 class _Rate:
     """A token bucket of messages."""
 
@@ -102,10 +110,12 @@ class Fleet:
         term: int,
         blob_of: session.BlobOf,
         hello_seconds: float = HELLO_SECONDS,
+        complain: Complain = _nobody,
     ) -> None:
         self._reviewer, self._listener, self._blob_of = reviewer, listener, blob_of
         self._term = term
         self._hello_seconds = hello_seconds
+        self._complain = complain
         self._unidentified = 0
         self._opened = 0
         self.sessions: dict[str, session.Session] = {}
@@ -153,18 +163,27 @@ class Fleet:
             token = bearer_of(context.invocation_metadata())
             who = await self._reviewer.identify(token)
             try:
-                async with asyncio.timeout(self._hello_seconds):
-                    data = await context.read()
-            except TimeoutError:
-                raise errors.ProtocolViolation(f"no Hello within {self._hello_seconds:.0f} s") from None
-            message = decode(data)
-            if message.WhichOneof("message") != "hello":
-                raise errors.ProtocolViolation("the first message of a stream must be Hello")
-            check_hello(message.hello, who)
+                hello = await self._hello(context, who)
+            except (errors.IdentityRefused, errors.ProtocolViolation) as problem:
+                self._complain(who, str(problem))
+                raise
             self._opened += 1
-            return session.Session(message.hello, who, number=self._opened, term=self._term, blob_of=self._blob_of)
+            return session.Session(hello, who, number=self._opened, term=self._term, blob_of=self._blob_of)
         finally:
             self._unidentified -= 1
+
+    async def _hello(self, context: Any, who: identity.Identity) -> stream_pb2.Hello:
+        """A stream's first message; raises IdentityRefused or ProtocolViolation."""
+        try:
+            async with asyncio.timeout(self._hello_seconds):
+                data = await context.read()
+        except TimeoutError:
+            raise errors.ProtocolViolation(f"no Hello within {self._hello_seconds:.0f} s") from None
+        message = decode(data)
+        if message.WhichOneof("message") != "hello":
+            raise errors.ProtocolViolation("the first message of a stream must be Hello")
+        check_hello(message.hello, who)
+        return message.hello
 
     def _enter(self, opened: session.Session) -> None:
         if older := self.sessions.get(opened.node):
@@ -212,6 +231,7 @@ class Fleet:
         except errors.ProtocolViolation as violation:
             metrics.STREAMS_REFUSED.labels("PROTOCOL").inc()
             log.warning("stream broke the contract", node=opened.node, reason=str(violation))
+            self._complain(opened.identity, str(violation))
             return grpc.StatusCode.INVALID_ARGUMENT, str(violation)
         except errors.StreamOutdated as outdated:
             return grpc.StatusCode.ABORTED, str(outdated)

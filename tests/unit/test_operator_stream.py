@@ -59,6 +59,7 @@ class Setup:
     port: int
     ca: bytes
     issued: list[authority.ServerCertificate]
+    complaints: list[str]
 
     def agent(self, node: str = "node1", *, token: str = "good", ca: bytes | None = None, **options: Any) -> FakeAgent:
         return FakeAgent(f"127.0.0.1:{self.port}", node, ca=ca or self.ca, token=token, **options)
@@ -70,6 +71,7 @@ async def serving(*, blobs: dict[str, bytes] | None = None, hello_seconds: float
     issuer = authority.new_issuer(authority.utc_now())
     issued = [authority.issue(issuer, ["localhost"], authority.utc_now())]
     heard = Heard()
+    complaints: list[str] = []
     async with fake.running() as client:
         fleet = stream.Fleet(
             reviewer=identity.Reviewer(client, audience="probefleet-agent", account=ACCOUNT),
@@ -77,10 +79,11 @@ async def serving(*, blobs: dict[str, bytes] | None = None, hello_seconds: float
             term=TERM,
             blob_of=(blobs or {}).get,
             hello_seconds=hello_seconds,
+            complain=lambda who, problem: complaints.append(f"{who.pod}: {problem}"),
         )
         server, port = await stream.serve(fleet, "127.0.0.1:0", certificate=lambda: issued[-1])
         try:
-            yield Setup(fleet, heard, fake, port, issuer.certificate_pem, issued)
+            yield Setup(fleet, heard, fake, port, issuer.certificate_pem, issued, complaints)
         finally:
             await server.stop(0.2)
 
@@ -260,6 +263,18 @@ async def test_a_second_hello_closes_the_stream() -> None:
         refusal = await agent.refused()
         assert refusal.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "says Hello once" in refusal.details()
+        (complaint,) = setup.complaints
+        assert "says Hello once" in complaint
+
+
+async def test_who_speaks_for_another_node_is_told_of_and_who_is_unknown_is_not() -> None:
+    async with serving() as setup:
+        for token in ("bad", "other"):
+            async with setup.agent(token=token) as agent:
+                await agent.connect()
+                await agent.refused()
+        (complaint,) = setup.complaints
+        assert complaint.endswith("the token is node 'node2's and cannot speak for 'node1'")
 
 
 async def test_samples_that_cannot_be_close_only_their_stream() -> None:
