@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from probefleet_agent.kernel import mounts, pins
 from probefleet_core import catalog as catalog_module
 from probefleet_core import errors as core_errors
 
-from probefleet_cli import sources, workspace
+from probefleet_cli import pinned_here, sources, workspace
 from probefleet_cli.failures import BadInput, Failure
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -110,26 +111,33 @@ def purge(*, yes: bool, bpffs: Path) -> None:
     """Detach and remove everything that Probefleet has pinned on this machine.
 
     An agent that runs here notices at its next push and loads its policies anew, with counts from zero. Runs that are
-    under way in other terminals are left alone.
+    under way in other terminals are left alone. Shows what it is about to remove, and asks.
     """
     tree = pins.root(bpffs)
-    instances, maps = tree.list_instances(), tree.list_maps()
-    dead = [found.path for found in workspace.list_private(bpffs) if not found.in_use]
-    busy = [found.path for found in workspace.list_private(bpffs) if found.in_use]
-    for path in busy:
-        click.echo(f"{path} belongs to a run that is under way; end that one with Ctrl-C")
-    if not tree.path.exists() and not dead:
+    found = workspace.list_private(bpffs)
+    for each in found:
+        if each.in_use:
+            click.echo(f"{each.path} belongs to a run that is under way; end that one with Ctrl-C", err=True)
+    listed = [*pinned_here.described(tree)]
+    for each in found:
+        if not each.in_use:
+            listed += [f"left by a run that died ({each.path.name}):", *pinned_here.described(pins.root(each.path))]
+    if not listed:
         click.echo(f"nothing of ours is pinned under {bpffs}")
         return
-    what = f"{len(instances)} instances and {len(maps)} maps under {tree.path}, and {len(dead)} left by runs that died"
+    for line in listed:
+        click.echo(line)
     if not yes:
-        click.confirm(f"Remove {what}?", abort=True, err=True)
+        if not sys.stdin.isatty():
+            raise BadInput("nobody can be asked here whether all of this is to go. Write --yes")
+        if not click.confirm("Remove all of it?", err=True):
+            raise Failure("nothing was removed")
     try:
         tree.purge()
         workspace.sweep(bpffs)
     except agent_errors.ProbefleetError as error:
         raise Failure(f"not everything could be removed: {error}") from error
-    click.echo(f"removed {what}")
+    click.echo("removed")
 
 
 @click.command()

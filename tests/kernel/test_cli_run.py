@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,17 @@ def pins_of(process: subprocess.Popen[str]) -> list[str]:
     return [path.name for path in folder.glob("[0-9a-f]*/link_*")]
 
 
-def wait_until_attached(process: subprocess.Popen[str]) -> None:
+def wait_until(process: subprocess.Popen[str] | None, true: Callable[[], bool]) -> None:
     # bpffs tells nobody of new names, so this looks again and again; a run that died ends it.
     deadline = time.monotonic() + 60
-    while not pins_of(process):
-        assert process.poll() is None, process.communicate()
+    while not true():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_until_attached(process: subprocess.Popen[str]) -> None:
+    wait_until(process, lambda: bool(pins_of(process)))
 
 
 def total(report: dict[str, Any], output: str) -> int:
