@@ -318,7 +318,7 @@ def check_hello(hello: stream_pb2.Hello, who: identity.Identity) -> None:
             f"protocol {hello.protocol} is not spoken here, only {PROTOCOL}: bring agent and operator to one version"
         )
     if hello.node != who.node:
-        raise errors.IdentityRefused(f"the token is node {who.node!r}'s and cannot speak for {hello.node!r}")
+        raise errors.IdentityRefused(f"the token is of node {who.node!r} and cannot speak for {hello.node!r}")
 
 
 async def serve(

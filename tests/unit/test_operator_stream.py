@@ -274,7 +274,7 @@ async def test_who_speaks_for_another_node_is_told_of_and_who_is_unknown_is_not(
                 await agent.connect()
                 await agent.refused()
         (complaint,) = setup.complaints
-        assert complaint.endswith("the token is node 'node2's and cannot speak for 'node1'")
+        assert complaint == "agent-node2: the token is of node 'node2' and cannot speak for 'node1'"
 
 
 async def test_samples_that_cannot_be_close_only_their_stream() -> None:
