@@ -125,5 +125,9 @@ def reconcile(desired: Desired, observed: Observed) -> list[Action]:
     gone = sorted(set(observed.instances) - in_use)
     actions += [Remove(digest) for digest in gone]
     used_maps = {uid for digest, uids in observed.instances.items() if digest not in gone for uid in uids}
+    # A policy that is to keep what it has, but is bound to nothing: what it has could not be adopted, so nobody knows
+    # which maps it uses.
+    if any(wish.digest is None and policy not in bindings for policy, wish in desired.policies.items()):
+        return actions
     actions += [RemoveMap(uid) for uid in sorted(observed.maps - used_maps - needed_maps)]
     return actions

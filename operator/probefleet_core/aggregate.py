@@ -107,6 +107,11 @@ class Aggregate:
         return self._events[output].since(cursor, names, limit=limit)
 
     @property
+    def foreign(self) -> int:
+        """Rows that nodes sent of pods which are on other nodes; known once a result was asked for."""
+        return sum(state.foreign for _, state in self._states())
+
+    @property
     def event_outputs(self) -> tuple[str, ...]:
         """The outputs that ``events_since`` knows."""
         return tuple(self._events)

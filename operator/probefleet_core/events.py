@@ -78,13 +78,24 @@ class NodeRing:
 class EventState:
     """One output's records of all nodes."""
 
-    __slots__ = ("_interval_ms", "_kept", "_kept_bytes", "_kept_count", "_output", "nodes", "received", "since_ns")
+    __slots__ = (
+        "_foreign",
+        "_interval_ms",
+        "_kept",
+        "_kept_bytes",
+        "_kept_count",
+        "_output",
+        "nodes",
+        "received",
+        "since_ns",
+    )
 
     def __init__(self, output: plan_pb2.Output, *, interval_ms: int) -> None:
         self._output = output
         self._interval_ms = interval_ms
         self._kept: deque[Kept] = deque()
         self._kept_count = self._kept_bytes = 0
+        self._foreign: set[str] = set()  # nodes that were found to speak for pods of others
         self.nodes: dict[str, NodeRing] = {}
         self.received = 0
         self.since_ns = 0
@@ -160,9 +171,15 @@ class EventState:
         return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
 
     @property
+    def foreign(self) -> int:
+        """Nodes that sent records of pods which are on other nodes, as far as anybody has read them."""
+        return len(self._foreign)
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
         """Losses that nobody counts, in words."""
         words = {text for state in self.nodes.values() for text in state.uncounted}
+        words |= set(tables.foreign_words(self._foreign))
         return tuple(sorted(words)[: tables.MAX_UNCOUNTED])
 
     def since(self, cursor: int, names: Names, *, limit: int = MOST_KEPT) -> Page:
@@ -174,7 +191,10 @@ class EventState:
         for kept in self._kept:
             low, high = max(begin, kept.first), min(kept.first + kept.count, begin + limit)
             if low < high:
+                joiner.node, joiner.foreign = kept.node, False
                 records += _records(kept, low - kept.first, high - kept.first, joiner)
+                if joiner.foreign:
+                    self._foreign.add(kept.node)
         # A cursor of an operator before this one may lie ahead.
         missed = max(begin - cursor, 0) if cursor else 0
         return Page(tuple(records), min(begin + len(records), self.received), missed)

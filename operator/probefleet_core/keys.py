@@ -3,6 +3,9 @@
 ``tables`` interns the keys of new rows here (the only loop over rows, once a key), so that from then on a row
 is a number and merging is NumPy. ``group`` puts names to identities and finds which keys are one row of the
 report. Key 0 stands for all that no longer found room: a node that invents keys cannot fill the memory.
+
+A node is believed only about its own pods: a key with a pod's uid also says (after its columns) which node sent it,
+and where that pod is known to be on another one the row is nobody's. What the node sent is counted, under no name.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ MAX_KEY_BYTES: Final = 128 << 20
 MAX_NODE_KEY_BYTES: Final = 32 << 20
 
 NODE: Final = "node"
+POD_UID: Final = "pod_uid"
 _POD_COLUMNS: Final = ("namespace", "workload", "pod")
 #: The wire's columns of each identity in groupBy.
 _WIRE: Final = {
@@ -60,6 +64,8 @@ class Keys:
     _rows: dict[Labels, int] = field(default_factory=dict)
     _row_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _unresolved: list[int] = field(default_factory=list)
+    #: Node → how many of its keys are of pods that are on another one.
+    foreign: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = wire_columns(self.group_by)
@@ -86,6 +92,9 @@ class Keys:
                 parts.append(["?"] * count)
             else:
                 raise columns.ColumnsError(f"new rows of output {table.output[:64]!r} without column {name!r}")
+        if POD_UID in self.names:
+            uids = parts[self.names.index(POD_UID)]
+            parts.append(["" if uid in _SPECIAL else node for uid in uids])
         if not parts:
             rows: Iterable[Labels] = [()] * count
         else:
@@ -122,31 +131,36 @@ class Keys:
             (joiner.label(group), tuple(self.names.index(column) for column in _WIRE.get(group, (group,))))
             for group in self.group_by
         ]
-        rows = self._rows
+        rows, says_who = self._rows, POD_UID in self.names
         known = len(self._row_of)
         self._row_of = np.concatenate([self._row_of, np.zeros(len(self._keys) - known, np.int64)])
         unresolved = []
         for number in (*self._unresolved, *range(max(known, 1), len(self._keys))):
             key = self._keys[number]
-            joiner.resolved = True
+            joiner.resolved, joiner.foreign = True, False
+            joiner.node = str(key[-1]) if says_who else ""
             label = tuple(join(*(key[place] for place in places)) for join, places in joins)
             self._row_of[number] = rows.setdefault(label, len(rows) + 1)
             if not joiner.resolved:
                 unresolved.append(number)
+            elif joiner.foreign:
+                self.foreign[joiner.node] = self.foreign.get(joiner.node, 0) + 1
         self._unresolved = unresolved
         return self._row_of, [tuple(result.OTHER for _ in self.group_by), *rows]
 
 
 class Joiner:
-    """Puts names to pod uids and container ids, each asked for once."""
+    """Puts names to pod uids and container ids, each asked for once; ``node`` is whose word it is."""
 
-    __slots__ = ("_names", "_pods", "_qualified", "resolved")
+    __slots__ = ("_names", "_pods", "_qualified", "foreign", "node", "resolved")
 
     def __init__(self, names: Names, *, qualified: bool) -> None:
         self._names = names
         self._qualified = qualified
         self._pods: dict[Label, result.PodName | None] = {}
         self.resolved = True  # set to False by a label for which a name was missing
+        self.node = ""
+        self.foreign = False  # set to True by a label of a pod that is on another node
 
     def label(self, group: str) -> Callable[..., Label]:
         """The function that makes one label of ``groupBy`` of a key's columns."""
@@ -158,7 +172,7 @@ class Joiner:
         }
         return joins.get(group, _as_is)
 
-    def find(self, uid: Label) -> result.PodName | None:
+    def _find(self, uid: Label) -> result.PodName | None:
         """The pod's names; None for the host, the unknown, and pods that nobody has heard of."""
         if uid not in self._pods:
             self._pods[uid] = None if uid in _SPECIAL else self._names(str(uid))
@@ -167,24 +181,36 @@ class Joiner:
             self.resolved = False
         return pod
 
+    def _elsewhere(self, pod: result.PodName) -> bool:
+        """Whether the node speaks for a pod that is not its own."""
+        elsewhere = bool(pod.nodes and self.node) and self.node not in pod.nodes
+        self.foreign = self.foreign or elsewhere
+        return elsewhere
+
     def _namespace(self, uid: Label) -> Label:
-        pod = self.find(uid)
-        return pod.namespace if pod else _SPECIAL.get(uid, result.UNKNOWN)
+        pod = self._find(uid)
+        if not pod:
+            return _SPECIAL.get(uid, result.UNKNOWN)
+        return result.UNKNOWN if self._elsewhere(pod) else pod.namespace
 
     def _workload(self, uid: Label) -> Label:
-        pod = self.find(uid)
-        return self._with_namespace(pod, pod.workload or pod.name) if pod else _SPECIAL.get(uid, result.UNKNOWN)
+        pod = self._find(uid)
+        if not pod:
+            return _SPECIAL.get(uid, result.UNKNOWN)
+        return result.UNKNOWN if self._elsewhere(pod) else self._with_namespace(pod, pod.workload or pod.name)
 
     def _pod(self, uid: Label) -> Label:
-        pod = self.find(uid)
-        # The uid of a pod that came and went unseen is worth more than "unknown": kubelet's logs have it.
-        return self._with_namespace(pod, pod.name) if pod else _SPECIAL.get(uid, uid)
+        pod = self._find(uid)
+        if not pod:
+            # The uid of a pod that came and went unseen is worth more than "unknown": kubelet's logs have it.
+            return _SPECIAL.get(uid, uid)
+        return result.UNKNOWN if self._elsewhere(pod) else self._with_namespace(pod, pod.name)
 
     def _container(self, uid: Label, container_id: Label) -> Label:
-        pod = self.find(uid)
+        pod = self._find(uid)
         if not pod:
             return _SPECIAL.get(uid, str(container_id)[:12] or result.UNKNOWN)
-        if not container_id:
+        if not container_id or self._elsewhere(pod):
             return result.UNKNOWN
         name = pod.containers.get(str(container_id))
         if name is None:

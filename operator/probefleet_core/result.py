@@ -34,13 +34,17 @@ STACK: Final = "stack"
 
 @dataclass(frozen=True, slots=True)
 class PodName:
-    """What the operator knows of a pod uid; ``containers`` maps container ids to names."""
+    """What the operator knows of a pod uid; ``containers`` maps container ids to names.
+
+    ``nodes``: where it runs or ran, and so who may speak for it. Empty: not checked (on a single machine there is one).
+    """
 
     namespace: str
     name: str
     workload_kind: str = ""
     workload: str = ""
     containers: Mapping[str, str] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
 
 
 #: Names of a pod, or None for one that nobody has heard of. Must also know pods that are gone.

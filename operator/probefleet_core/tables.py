@@ -177,9 +177,15 @@ class TableState:
     def uncounted(self) -> tuple[str, ...]:
         """Losses that nobody counts, in words."""
         words = {text for state in self.nodes.values() for text in state.uncounted}
+        words |= set(foreign_words(self._keys.foreign))
         if self._keys.overflowed:
             words.add(f"keys beyond {keys.MAX_KEYS} are counted under {result.OTHER}")
         return tuple(sorted(words)[:MAX_UNCOUNTED])
+
+    @property
+    def foreign(self) -> int:
+        """Keys that nodes sent of pods which are on other nodes."""
+        return sum(self._keys.foreign.values())
 
     def result(self, names: Names, *, fresh: Iterable[str], qualified: bool) -> result.OutputResult:
         """The merged rows; ``fresh`` nodes' samples are the window."""
@@ -348,6 +354,14 @@ class TableState:
         used = np.bincount(rows, minlength=count) > 0
         merged[~used] = 0
         return merged[:, None], used
+
+
+def foreign_words(foreign: Iterable[str]) -> list[str]:
+    """Said of nodes that speak for pods of others."""
+    return [
+        f"node {node} sent counts of pods that are not on it: they are under {result.UNKNOWN}"
+        for node in sorted(foreign)[:MAX_UNCOUNTED]
+    ]
 
 
 def bounded_texts(texts: Iterable[str]) -> tuple[str, ...]:

@@ -109,6 +109,8 @@ class Controller:
         self._sessions[opened.node] = opened
         self._hellos[opened.node] = opened.hello
         self._told.pop(opened.node, None)
+        if opened.ahead:
+            log.error("a node has applied a higher term", node=opened.node, applied=opened.applied_term, term=self.term)
         self.mark()
 
     def session_closed(self, closed: session.Session, _: str) -> None:
@@ -194,6 +196,7 @@ class Controller:
                 held=len(decided.held),
                 waiting=sum(len(nodes) for nodes in decided.waiting.values()),
             )
+        metrics.NODES_AHEAD.set(sum(each.ahead for each in self._sessions.values()))
         self._on_decided()
 
     def _tell(self, node: values.NodeName, state: placement.NodeState) -> bool:
@@ -218,7 +221,8 @@ class Controller:
             ready=node.ready,
             connected=here is not None,
             kernel=session.kernel_class(hello) if hello else None,
-            running=here.running if here else None,
+            # One that would refuse a push gets none; nodes that have not said what they run do not either.
+            running=here.running if here and not here.ahead else None,
         )
 
 

@@ -209,7 +209,7 @@ class Documents:
             name=name,
             kernel=session.kernel_class(hello) if hello else None,
             connected=here is not None,
-            said=here.running.get(policy) if here is not None and here.running is not None else None,
+            said=here.said_of(policy) if here is not None else None,
         )
 
     # What the query API and the metrics ask.

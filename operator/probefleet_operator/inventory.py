@@ -57,6 +57,7 @@ class Pod:
     owner: Owner | None
     containers: Mapping[str, str]  # container id (hex, without its scheme) → container name
     finished: bool  # Succeeded or Failed: its containers are gone, its counts are not
+    mirror: bool = False  # of a static pod: its uid is its manifest's, which several nodes may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,10 @@ def trim_pod(raw: api.Json) -> Pod:
         for container in status.get(group) or ()
         if container.get("containerID")
     }
+    # A static pod's cgroup is named by its config hash; the kubelet tells it in this annotation of the mirror pod.
+    static_uid = (metadata.get("annotations") or {}).get("kubernetes.io/config.mirror")
     return Pod(
-        # A static pod's cgroup is named by its config hash; the kubelet tells it in this annotation of the mirror pod.
-        uid=(metadata.get("annotations") or {}).get("kubernetes.io/config.mirror") or metadata["uid"],
+        uid=static_uid or metadata["uid"],
         name=metadata["name"],
         namespace=metadata["namespace"],
         node=spec.get("nodeName", ""),
@@ -109,6 +111,7 @@ def trim_pod(raw: api.Json) -> Pod:
         owner=controller_of(metadata),
         containers=containers,
         finished=status.get("phase") in ("Succeeded", "Failed"),
+        mirror=bool(static_uid),
     )
 
 
@@ -180,6 +183,10 @@ class Inventory:
             return found
         buried = self._tombstones.get(uid)
         return buried[1] if buried else None
+
+    def nodes_of(self, pod: Pod) -> tuple[str, ...]:
+        """Who may speak for a pod: its node. Of a static pod's uid nobody can tell: several nodes may have it."""
+        return () if pod.mirror else (pod.node,)
 
     def workload(self, pod: Pod) -> Owner:
         """The owner that a person would name."""

@@ -22,6 +22,12 @@ BATCHES = Counter("probefleet_batches", "Batches merged.")
 TABLES_IGNORED = Counter(
     "probefleet_tables_ignored", "Tables and event chunks of policies that the node does not run (late or hostile)."
 )
+FOREIGN_ROWS = Gauge(
+    "probefleet_foreign_rows", "Rows that nodes sent of pods which are on other nodes: wrong or hostile agents."
+)
+NODES_AHEAD = Gauge(
+    "probefleet_nodes_ahead", "Connected nodes that have applied a push of an operator with a higher term than ours."
+)
 RECONCILE_SECONDS = Histogram(
     "probefleet_reconcile_seconds",
     "Time to decide every node's desired state.",

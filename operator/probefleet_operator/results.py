@@ -124,13 +124,15 @@ class Results:
         if merged is None:
             return None
         selected = self._control.desired().get(uid, frozenset())
-        return merged.result(time.time_ns(), selected_nodes=selected, names=self.name_of)
+        result = merged.result(time.time_ns(), selected_nodes=selected, names=self.name_of)
+        metrics.FOREIGN_ROWS.set(sum(each.foreign for each in self._aggregates.values()))
+        return result
 
     def name_of(self, pod_uid: str) -> aggregate.PodName | None:
-        """What a pod is called; None for one that nobody has heard of in the last hour."""
+        """What a pod is called and whose it is; None for one that nobody has heard of in the last hour."""
         pod = self._names.pod(pod_uid)
-        if pod is None:
-            return None
+        if pod is None or not pod.node:
+            return None  # not bound to a node, as far as we have heard: nobody can have counted for it
         owner = self._names.workload(pod)
         return aggregate.PodName(
             namespace=pod.namespace,
@@ -138,6 +140,7 @@ class Results:
             workload_kind=owner.kind,
             workload=owner.name,
             containers=pod.containers,
+            nodes=self._names.nodes_of(pod),
         )
 
 

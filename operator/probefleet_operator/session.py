@@ -58,6 +58,7 @@ class Session:
         self.identity = who
         self.opened_at = time.time()
         self.version = hello.applied_version if hello.applied_term == term else 0
+        self.applied_term = hello.applied_term
         # An agent that never applied anything runs nothing; others say in their first Status what they run.
         self.running: Mapping[values.PolicyUid, stream_pb2.PolicyStatus] | None = (
             {} if hello.applied_term == 0 and hello.applied_version == 0 else None
@@ -72,6 +73,30 @@ class Session:
         self._desire: Desire | None = None
         self._ack: int | None = None
         self._wake = asyncio.Event()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the node has applied a push of a higher term than ours: it refuses ours, so it gets none."""
+        return self.applied_term > self._term
+
+    def said_of(self, policy: values.PolicyUid) -> stream_pb2.PolicyStatus | None:
+        """What the node says of a policy, or what we have to say of a node that cannot be told anything."""
+        said = (self.running or {}).get(policy)
+        if not self.ahead:
+            return said
+        return stream_pb2.PolicyStatus(
+            policy_uid=policy,
+            generation=said.generation if said else 0,
+            digest=said.digest if said else "",
+            state=stream_pb2.PolicyStatus.FAILED,
+            reason="NewerOperator",
+            message=(
+                f"The node has applied a push of term {self.applied_term}; this operator's is {self._term}, so the "
+                "node refuses its pushes and keeps what it runs. Either a second operator pushes to these agents: "
+                "remove one. Or the Lease and the clock were set back: write a higher term into the Lease's annotation "
+                "probefleet.io/term and restart the operator. Or the agent lies: look at its node."
+            ),
+        )
 
     def desire(self, desire: Desire) -> None:
         """Have this pushed, instead of whatever was not sent yet."""
@@ -93,6 +118,7 @@ class Session:
             each.log_tail = each.log_tail[-MAX_TEXT:]
         self.running = {values.PolicyUid(each.policy_uid): each for each in status.policies}
         self.probe_maps = tuple(status.probe_maps)
+        self.applied_term = max(self.applied_term, status.term)
         if status.term == self._term:
             self.answered_version = max(self.answered_version, status.version)
 

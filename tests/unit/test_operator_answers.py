@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import json
 import re
@@ -141,6 +142,31 @@ def test_a_status_longer_than_any_screen_is_cut_where_it_comes_in() -> None:
         assert opened.running is not None
         said = opened.running[values.PolicyUid("u")]
         assert (len(said.reason), len(said.message), len(said.log_tail)) == (128, 4096, 4096)
+
+    asyncio.run(main())
+
+
+def test_a_node_that_has_applied_a_higher_term_is_a_failure_that_says_what_to_do() -> None:
+    async def main() -> None:
+        hello = stream_pb2.Hello(node="n", applied_term=9, applied_version=3)
+        opened = session.Session(hello, None, number=1, term=7, blob_of=lambda _: None)  # type: ignore[arg-type]
+        said = opened.said_of(values.PolicyUid("u"))
+        assert opened.ahead and said is not None
+        assert (said.state, said.reason) == (FAILED, "NewerOperator")
+        assert "term 9; this operator's is 7" in said.message and "probefleet.io/term" in said.message
+        body = rendered(facts(node(0), dataclasses.replace(node(1), said=said)))
+        assert body["nodes"]["failed"] == 1 and body["failures"][0]["reason"] == "NewerOperator"
+
+    asyncio.run(main())
+
+
+def test_a_node_that_gets_ahead_during_its_session_is_noticed() -> None:
+    async def main() -> None:
+        opened = session.Session(stream_pb2.Hello(node="n"), None, number=1, term=7, blob_of=lambda _: None)  # type: ignore[arg-type]
+        opened.take_status(stream_pb2.Status(term=7, version=1))
+        assert not opened.ahead and opened.said_of(values.PolicyUid("u")) is None
+        opened.take_status(stream_pb2.Status(term=8, version=1))
+        assert opened.ahead
 
     asyncio.run(main())
 

@@ -196,6 +196,17 @@ def test_a_static_pod_is_known_by_the_uid_that_its_cgroup_has() -> None:
     assert inventory.trim_pod(raw).uid == "abc123"
 
 
+async def test_a_pods_node_may_speak_for_it_also_when_it_is_gone_and_a_static_pods_uid_is_nobodys() -> None:
+    fake = FakeApiServer()
+    fake.put("/api/v1/namespaces/shop/pods/web", pod("web"))
+    fake.put("/api/v1/namespaces/shop/pods/proxy", pod("proxy", annotations={"kubernetes.io/config.mirror": "abc"}))
+    async with known(fake) as (kept, told):
+        fake.delete("/api/v1/namespaces/shop/pods/web")
+        await until(lambda: ("web", True) in told)
+        found = {uid: kept.pod(uid) for uid in ("u-web", "abc")}
+        assert {uid: each and kept.nodes_of(each) for uid, each in found.items()} == {"u-web": ("node1",), "abc": ()}
+
+
 # Policies and ProbeMaps: whatever order events and lists come in.
 
 
