@@ -17,7 +17,7 @@ from probefleet_wire import columns
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import decode, pods, samples
+from probefleet_agent import decode, pods, prints, samples
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Answer, Book, CgroupId, PolicyUid
 from probefleet_agent.samples import Classified, GroupKey, Mark
@@ -212,10 +212,14 @@ class EventReader:
         for at in self.layout.value:
             if at is self._cgroup:
                 continue
+            if prints.is_part(at):
+                continue
             decoder = decode.decoder_of(at, self.output.decode, at.name)
             name = "time_ns" if decoder == "ktime" and "time_ns" not in {c.name for c in chunk.columns} else at.name
             chunk.columns.append(columns.column(name, _listed(decode.column(taken, at, decoder, self.lookups))))
         chosen = [identities[index] for index in keep.tolist()]
+        if prints.is_line(self.layout.value):
+            chunk.columns.append(columns.column("message", prints.messages(taken, self.layout.value)))
         chunk.columns.append(columns.column(POD_COLUMN, [identity.pod for identity in chosen]))
         chunk.columns.append(columns.column(CONTAINER_COLUMN, [identity.container for identity in chosen]))
         return chunk

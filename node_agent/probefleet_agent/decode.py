@@ -20,6 +20,8 @@ import numpy.typing as npt
 from probefleet_wire import syscalls
 from probefleet_wire.btf_layout import Field
 
+from probefleet_agent import prints
+
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Integers: TypeAlias = npt.NDArray[np.uint64] | npt.NDArray[np.int64]
 Column: TypeAlias = Integers | npt.NDArray[np.float64] | npt.NDArray[np.object_]
@@ -142,6 +144,7 @@ _NAMES: Mapping[str, Callable[[int, Lookups], str]] = {
     "uid": lambda value, lookups: lookups.user(value) or str(value),
     "syscall": lambda value, lookups: syscalls.name(value, lookups.machine),
     "errno": lambda value, _: syscalls.error_name(value) if value <= 0 else str(value),
+    "print_flags": lambda value, _: prints.flags(value),
     "device": lambda value, lookups: lookups.device(value) or f"{value >> 20}:{value & 0xFFFFF}",
 }
 
@@ -162,8 +165,9 @@ TYPEDEFS: Mapping[str, str] = {
     "ktime_t_ns": "ktime",
     "device_t": "device",
     "comm_t": "text",
+    prints.FLAGS: "print_flags",
 }
-DECODERS = frozenset({*_NAMES, "integer", "ip", "big_endian", "ktime", "text", "hex"})
+DECODERS = frozenset({*_NAMES, "integer", "ip", "big_endian", "ktime", "text", "hex"}) - {"print_flags"}
 CGROUP = ("cgroup_id_t",)
 
 

@@ -16,6 +16,7 @@ _TABLE = re.compile(
     r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE|TABLE\w*)"
     r"\s*\(([^()]*)\)"
 )
+_PRINT = re.compile(r"\bbpf_trace_printk\s*\(")
 _FUNCTION_MARK = "probefleet_selected"
 
 
@@ -80,3 +81,8 @@ def asks_for_pods(source: str) -> bool:
 def names(source: str, word: str) -> bool:
     """Whether a name stands in the code at all."""
     return re.search(rf"\b{re.escape(word)}\b", without_comments(source)) is not None
+
+
+def prints(source: str) -> bool:
+    """Whether the program calls ``bpf_trace_printk()``: then it has a ring of that name for its lines."""
+    return _PRINT.search(without_comments(source)) is not None

@@ -19,6 +19,8 @@ from probefleet_core import bcc_source, errors, map_facts, values
 
 IDENTITIES = ("namespace", "workload", "pod", "container")
 CGROUP = "cgroup_id_t"
+#: The ring of what a program prints (probefleet_print.h).
+PRINTS = "trace_printk"
 STACK_IDS = frozenset({"stack_id_t", "kernel_stack_id_t", "user_stack_id_t"})
 #: An array of counters is a histogram from so many on; below it could be anything.
 MIN_SLOTS = 8
@@ -147,6 +149,8 @@ def bcc_outputs(source: str) -> tuple[values.Output, ...]:
             made.append(
                 values.Output(table.name, table.name, values.Kind.TOPK, group_by=bcc_groups(source, table.name))
             )
+    if bcc_source.prints(source):
+        made.append(values.Output(PRINTS, PRINTS, values.Kind.EVENTS, group_by=()))
     return tuple(made[:MAX_DEFAULT_OUTPUTS])
 
 

@@ -10,6 +10,8 @@
   since the types come from ``vmlinux.h``.
 - The target is BPF with ``-mcpu=v3`` (Linux 5.10 has it), the same as the catalog's Makefile. ``arch`` only decides
   which registers PT_REGS_PARM1 means.
+- A text that prints (``bpf_printk``, ``bpf_trace_printk``) is given ``probefleet_print.h`` first, if the header tree
+  has it: its lines go into a ring of its own, not into the trace_pipe that all programs share.
 - The same source gives the same bytes, on any machine with the same clang: no paths, no ident, no build directory.
   Digests of objects are what nodes agree on.
 """
@@ -47,6 +49,9 @@ _BARE = re.compile(r"^(?:clang[^:]*: )?(?P<kind>fatal error|error): (?P<text>.*)
 _HOST_FILE = re.compile(r"^'(?P<path>[^']*)' file not found|^cannot open file '(?P<opened>[^']*)'")
 _INCBIN = re.compile(r"Could not find (?P<how>incbin|include) file '(?P<path>[^']*)'")
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+_PRINTS = re.compile(r"\bbpf_(?:trace_)?printk\s*\(")
+PRINT_HEADER = "probefleet_print.h"
 
 
 class ClangError(RuntimeError):
@@ -120,6 +125,8 @@ def compile_core(
         command: list[str | Path] = [tool, *FLAGS, f"-D__TARGET_ARCH_{machine}", "-ivfsoverlay", "overlay.json"]
         command += [f"-ffile-prefix-map={tree}/=" for tree in [*includes, scratch]]
         command += [f"-I{tree}" for tree in includes]
+        if prints(source) and any((tree / PRINT_HEADER).is_file() for tree in trees):
+            command += ["-include", PRINT_HEADER]
         command += ["-c", file_name, "-o", "object.o"]
         grants = sandbox.Grants(scratch, (tool, *trees, *headers))
         finished = sandbox.run(command, grants=grants, limits=limits)
@@ -143,6 +150,11 @@ def compile_core(
         tail = finished.stderr[-400:].decode("utf-8", "replace").strip()
         raise CompileError([_general(file_name, f"clang ended with status {finished.status} and no object: {tail}")])
     return Compiled(data, hashlib.sha256(data).hexdigest(), diagnostics, finished.seconds, finished.peak_bytes)
+
+
+def prints(source: str) -> bool:
+    """Whether a program's text calls bpf_printk() or bpf_trace_printk()."""
+    return _PRINTS.search(_COMMENT.sub(" ", source)) is not None
 
 
 def _find(clang: str) -> Path:
@@ -211,7 +223,8 @@ def _words(text: str, headers: str) -> str:
 
 
 def _headers(trees: Sequence[Path]) -> str:
-    names = sorted({f"<{each.name}>" for tree in trees if tree.name != "bpf" for each in tree.glob("*.h")})
+    found = {each.name for tree in trees if tree.name != "bpf" for each in tree.glob("*.h")} - {PRINT_HEADER}
+    names = sorted(f"<{each}>" for each in found)
     return ", ".join(names[:8]) + (" and " if names else "") + "<bpf/*.h>"
 
 

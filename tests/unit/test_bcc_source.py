@@ -120,3 +120,25 @@ def test_what_stands_before_the_authors_first_line_is_not_his() -> None:
 )
 def test_a_function_with_registers_as_its_context_is_for_a_kprobe(source: str, expected: bool) -> None:
     assert bcc_source.reads_registers(source, "f") == expected
+
+
+PRINTING = """int f(void *ctx)
+{
+	bpf_trace_printk("hello");
+	return 0;
+}
+"""
+
+
+def test_a_text_that_prints_is_given_a_ring_before_its_first_line() -> None:
+    assert bcc_source.prints(PRINTING) and not bcc_source.prints('// bpf_trace_printk("no");\nint x;\n')
+    before = bcc_source.prologue(PRINTING)
+    assert (
+        before.endswith("\n#line 1\n") and "BPF_RINGBUF_OUTPUT(trace_printk" in before and "probefleet_lost" in before
+    )
+    assert bcc_source.prepared(PRINTING).startswith(PRINTING)
+    assert "struct probefleet_print __probefleet_keep_0" in bcc_source.prepared(PRINTING)
+    # With our own header the functions take its line, so that --pid and the numbers of lines stay right.
+    ours = "#include <probefleet.h>\n" + PRINTING
+    assert bcc_source.prologue(ours) == ""
+    assert bcc_source.prepared(ours).splitlines()[0].count("probefleet_print_begin(const") == 1

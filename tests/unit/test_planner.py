@@ -24,6 +24,7 @@ from probefleet_core import (
     to_wire,
     values,
 )
+from probefleet_wire import clang
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.v1 import plan_pb2
 
@@ -713,7 +714,7 @@ def test_examples_can_be_planned(path: Path) -> None:
             probe = catalog.parse_probe(name, (folder / "probe.yaml").read_text(), compiled(source))
             probes = catalog.Catalog({name: probe})
         elif isinstance(found.program, values.CProgram):
-            elf = compiled(found.program.source)
+            elf = clang.compile_core(found.program.source, name="x.c", include_dirs=[ROOT / "bpf/include"]).object
         made = planner.plan(found, catalog=probes, elf=elf, probe_maps=shared, cpus=2)
         assert made.plan.outputs and made.plan.instance.digest
 

@@ -210,9 +210,11 @@ def _run(
             path.write_text(content)
         for path in (include, *include.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        more = ["-include", "probefleet_bcc.h"] if bcc_source.includes_ours(source) else []
+        prints = bcc_source.prints(source)
+        more = ["-include", "probefleet_bcc.h"] if prints or bcc_source.includes_ours(source) else []
+        more += ["-include", "probefleet_bcc_print.h"] if prints else []
         asked = {
-            "source": bcc_source.numbered(text),
+            "source": bcc_source.numbered(bcc_source.prologue(source) + text),
             "cflags": [f"-I{include}", *flags, "-include", "probefleet_tracepoints.h", *more],
             "kernel_source": str(tree),
         }
@@ -300,7 +302,10 @@ def _map(told: dict[str, Any], names: Mapping[int, str], btf: Btf | None) -> Bcc
     if not definition.type:
         raise _failed(definition.name, "the map takes its place from another process; write it as a map of its own")
     key, value = int(told.get("key_type", 0)), int(told.get("value_type", 0))
-    record, record_bytes = _record([str(each) for each in told["event_fields"]], btf)
+    if definition.name == bcc_source.PRINT_RING:
+        record, record_bytes = _struct(bcc_source.PRINT_RECORD, btf)
+    else:
+        record, record_bytes = _record([str(each) for each in told["event_fields"]], btf)
     if btf is not None and key and value:
         sizes = btf.size_of(key), btf.size_of(value)
         if sizes != (definition.key_bytes, definition.value_bytes):
@@ -330,3 +335,9 @@ def _record(fields: Sequence[str], btf: Btf | None) -> tuple[tuple[Field, ...], 
         if isinstance(found, Struct) and tuple(member.name for member in found.members if member.name) == wanted:
             return btf.layout_of(type_id), found.size_bytes
     return (), 0
+
+
+def _struct(name: str, btf: Btf | None) -> tuple[tuple[Field, ...], int]:
+    """The layout of the struct of that name."""
+    found = btf.find(name, Kind.STRUCT) if btf is not None else 0
+    return (btf.layout_of(found), btf.size_of(found)) if btf is not None and found else ((), 0)

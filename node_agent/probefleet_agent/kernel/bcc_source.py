@@ -8,6 +8,7 @@ BCC finds kernel headers and tracepoints' formats by itself, on a machine that h
 - for ``#include <probefleet.h>`` the pod filter, on that same line: BCC rewrites map operations in the main file only,
   and lines keep their numbers;
 - the number of each line: BCC's own rewriting moves them (``numbered``);
+- for ``bpf_trace_printk`` a ring of the program's own, and the functions that fill it (probefleet_bcc_print.h);
 - global objects of the structs that records may be made of, behind the last line: else BTF would not describe them.
 """
 
@@ -63,6 +64,28 @@ _FILTER = (
     "static inline void probefleet_count_lost(u32 what) { u64 *count = probefleet_lost.lookup(&what); "
     "if (count) __sync_fetch_and_add(count, 1); }"
 )
+PRINT_RING, PRINT_RECORD = "trace_printk", "probefleet_print"
+_PRINT = re.compile(r"\bbpf_trace_printk\s*\(")
+# Strings are read as %s does it: the kernel's or the user's. The first bytes are kept as they are, for %pI4 and %pI6.
+_PRINTS = (
+    f"BPF_RINGBUF_OUTPUT({PRINT_RING}, 128); "
+    "static inline struct probefleet_print *probefleet_print_begin(const char *format) { "
+    "u64 cgroup = bpf_get_current_cgroup_id(), id = bpf_get_current_pid_tgid(), flags = 0; "
+    "struct task_struct *task = (struct task_struct *)bpf_get_current_task(); struct probefleet_print *line; "
+    "if (!probefleet_selected(cgroup)) return 0; "
+    f"line = {PRINT_RING}.ringbuf_reserve(sizeof(struct probefleet_print)); "
+    "if (!line) { probefleet_count_lost(PROBEFLEET_LOST_RING); return 0; } "
+    "bpf_probe_read_kernel(&flags, sizeof(long), (void *)&task->thread_info.flags); "
+    "line->cgroup = cgroup; line->time = bpf_ktime_get_ns(); line->pid = id; line->tgid = id >> 32; "
+    "line->cpu = bpf_get_smp_processor_id(); line->flags = !!(flags & PROBEFLEET_NEED_RESCHED); line->pointers = 0; "
+    "bpf_get_current_comm(&line->task, sizeof(line->task)); "
+    "bpf_probe_read_kernel_str(&line->format, sizeof(line->format), format); return line; } "
+    "static inline void probefleet_print_text(struct probefleet_print *line, u32 place, u64 pointer) { "
+    "char *text = &line->texts[place * PROBEFLEET_PRINT_TEXT]; bpf_probe_read(text, 16, (void *)pointer); "
+    "if (bpf_probe_read_str(text, PROBEFLEET_PRINT_TEXT, (void *)pointer) < 0) text[0] = 0; } "
+    "static inline void probefleet_print_end(struct probefleet_print *line) { "
+    f"{PRINT_RING}.ringbuf_submit(line, 0); probefleet_count_lost(PROBEFLEET_SUBMITTED); }}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,16 @@ def includes_ours(source: str) -> bool:
     return bool(_OURS.search(source))
 
 
+def prints(source: str) -> bool:
+    """The text calls ``bpf_trace_printk``."""
+    return bool(_PRINT.search(_COMMENT.sub(" ", source)))
+
+
+def prologue(source: str) -> str:
+    """What stands before ``prepared``'s first line: a text that prints may have no line to put the functions into."""
+    return f"{_FILTER} {_PRINTS}\n#line 1\n" if prints(source) and not includes_ours(source) else ""
+
+
 def tracepoints(source: str) -> tuple[tuple[str, str], ...]:
     """(category, name) of every tracepoint whose arguments the text uses."""
     found = _TRACEPOINT.findall(_COMMENT.sub(" ", source))
@@ -117,11 +150,13 @@ def tracepoints(source: str) -> tuple[tuple[str, str], ...]:
 
 def prepared(source: str, *, keep: bool = True) -> str:
     """The text that is compiled; every line of the source keeps its number."""
-    text = _OURS.sub(lambda _: _FILTER, source, count=1)
     bare = _COMMENT.sub(" ", source)
-    if not keep or not _RECORDS.search(bare):
+    printing = prints(source)
+    text = _OURS.sub(lambda _: f"{_FILTER} {_PRINTS}" if printing else _FILTER, source, count=1)
+    if not keep or not (printing or _RECORDS.search(bare)):
         return text
-    names = [f"{word} {name}" for word, name in _STRUCT.findall(bare)] + _TYPEDEF.findall(bare)
+    names = [f"struct {PRINT_RECORD}"] if printing else []
+    names += [f"{word} {name}" for word, name in _STRUCT.findall(bare)] + _TYPEDEF.findall(bare)
     section = '__attribute__((section(".maps.probefleet_keep"), used))'
     kept = [f"{name} {KEEP}{index} {section};" for index, name in enumerate(dict.fromkeys(names[:MAX_NAMES]))]
     return text + "\n" + " ".join(kept) + "\n"

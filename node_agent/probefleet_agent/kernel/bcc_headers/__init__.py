@@ -72,7 +72,7 @@ def _fill(include: Path, btf: Btf, release: str) -> None:
     known = btf_c.enumerators(btf)
     supplied = "".join(f"#define {name} {value}\n" for name, value in abi_numbers() if name not in known)
     files["vmlinux.h"] = btf_c.emit(btf).removesuffix(btf_c.EPILOGUE) + supplied + _macros(known) + btf_c.EPILOGUE
-    files["probefleet_bcc.h"] = (HERE / "probefleet_bcc.h").read_text()
+    files |= {name: (HERE / name).read_text() for name in ("probefleet_bcc.h", "probefleet_bcc_print.h")}
     for name, text in files.items():
         path = include / name
         path.parent.mkdir(parents=True, exist_ok=True)

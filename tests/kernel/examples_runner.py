@@ -1,0 +1,91 @@
+"""Runs a file of ``examples/`` as a user does, `probefleet run FILE`, while a workload of a known size goes by.
+
+The tests of the examples use it: what needs tracepoints on this kernel (`tests/kernel/test_examples*.py`), what needs
+kprobes in a VM (`tests/kernel/vm_only/test_examples*.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BPFFS = Path("/sys/fs/bpf")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# In an emulated machine Python alone takes seconds to start, and BCC 15 s to compile.
+SECONDS = 180
+
+
+class Run:
+    """One `probefleet run`; its reports by the policy's name, once it has ended."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.reports: dict[str, dict[str, Any]] = {}
+
+    @property
+    def pins(self) -> Path:
+        """Its own folder in bpffs."""
+        return BPFFS / f"probefleet-run-{self.process.pid}" / "probefleet"
+
+    def attached(self) -> int:
+        """How many links it has; a name without digits in front is still being built."""
+        return len(list((self.pins / "instances").glob("[0-9a-f]*/link_*")))
+
+    def end(self) -> None:
+        """Press Ctrl-C and take the reports."""
+        self.process.send_signal(signal.SIGINT)
+        said, errors = self.process.communicate(timeout=SECONDS)
+        assert self.process.returncode == 0, errors
+        found = json.loads(said)
+        self.reports = {each["metadata"]["name"]: each["status"] for each in found.get("items", [found])}
+
+    def output(self, policy: str, output: str) -> dict[str, Any]:
+        """One output of one report."""
+        found: dict[str, Any] = next(each for each in self.reports[policy]["outputs"] if each["name"] == output)
+        return found
+
+    def rows(self, policy: str, output: str) -> dict[tuple[str, ...], int]:
+        """The total's rows."""
+        return {tuple(row["key"]): row["value"] for row in self.output(policy, output)["total"]["rows"]}
+
+    def records(self, policy: str, output: str) -> list[dict[str, str]]:
+        """The records that the report keeps, oldest first."""
+        return list(self.output(policy, output)["events"]["records"])
+
+    def counts(self, policy: str, output: str) -> dict[str, int]:
+        """Of an events output: received, submitted, lost, dropped."""
+        events = self.output(policy, output)["events"]
+        return {name: events[name] for name in ("received", "submitted", "lost", "dropped")}
+
+
+@contextmanager
+def running(*files: Path | str, links: int, arguments: Sequence[str] = ()) -> Iterator[Run]:
+    """Start it and wait until so many programs are attached; leaving ends it and reads the reports."""
+    paths = [str(EXAMPLES / file) if isinstance(file, str) else str(file) for file in files]
+    command = [sys.executable, "-m", "probefleet_cli.main", "run", *paths, "--output", "json", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = Run(process)
+    try:
+        deadline = time.monotonic() + SECONDS
+        # bpffs tells nobody of new names.
+        while run.attached() < links:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"{run.attached()} of {links} programs attached"
+            time.sleep(0.02)
+        yield run
+        run.end()
+        assert not run.pins.exists(), "nothing is left"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
