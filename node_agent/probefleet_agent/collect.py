@@ -209,6 +209,9 @@ class EventReader:
             positions=columns.pack(positions[keep]), end_position=end_position, dropped=self.dropped
         )
         taken = records[keep]
+        own = decode.own_command(self.layout.value)
+        # First, so that other fields of the records (a parent) know what these say.
+        processes = decode.processes(taken, own, self.lookups) if own is not None else None
         for at in self.layout.value:
             if at is self._cgroup:
                 continue
@@ -216,7 +219,11 @@ class EventReader:
                 continue
             decoder = decode.decoder_of(at, self.output.decode, at.name)
             name = "time_ns" if decoder == "ktime" and "time_ns" not in {c.name for c in chunk.columns} else at.name
-            chunk.columns.append(columns.column(name, _listed(decode.column(taken, at, decoder, self.lookups))))
+            if processes is not None and own is not None and at is own[0] and decoder == "pid":
+                column: decode.Column = processes
+            else:
+                column = decode.column(taken, at, decoder, self.lookups)
+            chunk.columns.append(columns.column(name, _listed(column)))
         chosen = [identities[index] for index in keep.tolist()]
         if prints.is_line(self.layout.value):
             chunk.columns.append(columns.column("message", prints.messages(taken, self.layout.value)))

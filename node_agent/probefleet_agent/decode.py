@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from probefleet_wire import syscalls
+from probefleet_wire import columns, syscalls
 from probefleet_wire.btf_layout import Field
 
 from probefleet_agent import prints
@@ -41,11 +41,17 @@ class Lookups(Protocol):
     def command(self, pid: int) -> str:
         """The command of a process."""
 
+    def learn(self, pid: int, command: str) -> None:
+        """A record says itself what a process is called."""
+
     def user(self, uid: int) -> str:
         """The name of a user."""
 
     def device(self, number: int) -> str:
         """The name of a block device by the kernel's dev_t (major << 20 | minor)."""
+
+    def function(self, address: int) -> str:
+        """The name of the kernel function that an address lies in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,32 @@ def with_typedef(fields: Sequence[Field], *names: str) -> Field | None:
     return next((field for field in fields if set(field.typedefs) & set(names)), None)
 
 
+def own_command(fields: tuple[Field, ...]) -> tuple[Field, Field] | None:
+    """Of a record that holds one command: the process that it is of (the first), and the command.
+
+    The record was written when it happened: short-lived processes are gone when it is read, others are called
+    differently by then (execve).
+    """
+    processes = [field for field in fields if "pid_nr_t" in field.typedefs]
+    commands = [field for field in fields if "comm_t" in field.typedefs]
+    return (processes[0], commands[0]) if processes and len(commands) == 1 else None
+
+
+def processes(buffer: Bytes, own: tuple[Field, Field], lookups: Lookups) -> npt.NDArray[np.object_]:
+    """The column of processes with the commands that the records themselves give; ``lookups`` learn them."""
+    parts = [buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes] for field in own]
+    both = np.ascontiguousarray(np.concatenate(parts, axis=1)[::-1])  # the newest first
+    distinct, newest, index = np.unique(both.view(f"V{both.shape[1]}"), return_index=True, return_inverse=True)
+    size = own[0].size_bytes
+    pairs = [(int.from_bytes(each[:size], "little"), _text(each[size:])) for each in map(bytes, distinct.tolist())]
+    for at in np.argsort(-newest).tolist():
+        number, command = pairs[at]
+        if number and command:
+            lookups.learn(number, command)
+    shown = [f"{command}[{number}]" if number and command else _pid(number, lookups) for number, command in pairs]
+    return np.array(shown or [""], dtype=object)[index.reshape(-1)[::-1]]
+
+
 def raw(buffer: Bytes, field: Field) -> npt.NDArray[Any]:
     """One field of every entry: ``n`` values, or ``(n, *shape)`` for an array; text as ``S``."""
     at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
@@ -146,6 +178,7 @@ _NAMES: Mapping[str, Callable[[int, Lookups], str]] = {
     "errno": lambda value, _: syscalls.error_name(value) if value <= 0 else str(value),
     "print_flags": lambda value, _: prints.flags(value),
     "device": lambda value, lookups: lookups.device(value) or f"{value >> 20}:{value & 0xFFFFF}",
+    "function": lambda value, lookups: lookups.function(value) or f"{value:#x}",
 }
 
 #: typedef → decoder. The right-hand words are also those of a policy's ``decode``.
@@ -164,6 +197,7 @@ TYPEDEFS: Mapping[str, str] = {
     "errno_t": "errno",
     "ktime_t_ns": "ktime",
     "device_t": "device",
+    "function_t": "function",
     "comm_t": "text",
     prints.FLAGS: "print_flags",
 }
@@ -205,6 +239,16 @@ def _check_fit(field: Field, decoder: str) -> None:
 
 def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Column:
     """One decoded column: integers and floats as arrays, everything else as strings (dtype object), ``n`` long."""
+    found = coded(buffer, field, decoder, lookups)
+    if isinstance(found, columns.StringColumn):
+        return np.array(found.distinct or [""], dtype=object)[found.index]
+    return found
+
+
+def coded(
+    buffer: Bytes, field: Field, decoder: str, lookups: Lookups
+) -> Integers | npt.NDArray[np.float64] | columns.StringColumn:
+    """The same with strings in coded form; its distinct ones may repeat."""
     if decoder in ("ip", "hex"):
         at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
         render = _address if decoder == "ip" else bytes.hex
@@ -237,9 +281,19 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
     return values.astype(np.uint64)
 
 
-def _each(values: npt.NDArray[Any], name: Callable[[Any], str]) -> npt.NDArray[np.object_]:
-    distinct, index = np.unique(values, return_inverse=True)
-    return np.array([name(value) for value in distinct.tolist()] or [""], dtype=object)[index.reshape(-1)]
+def distinct(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """``np.unique`` with the inverse, faster where equal values come in runs, as records of one task do."""
+    if not len(values):
+        return values, np.zeros(0, np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+    found, of_run = np.unique(values[starts], return_inverse=True)
+    lengths = np.diff(np.append(starts, len(values)))
+    return found, np.repeat(of_run.reshape(-1), lengths)
+
+
+def _each(values: npt.NDArray[Any], name: Callable[[Any], str]) -> columns.StringColumn:
+    found, index = distinct(values)
+    return columns.StringColumn(tuple(name(value) for value in found.tolist()), index.astype(np.uint64))
 
 
 def numbers(values: Bytes | npt.NDArray[np.uint8], layout: Layout, name: str) -> npt.NDArray[np.uint64]:

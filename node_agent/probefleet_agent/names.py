@@ -1,6 +1,9 @@
 """What decoding asks of this machine: commands, users, devices, stacks. Remembered, so that a row keeps its name.
 
 Implements ``decode.Lookups`` and ``collect.Stacks`` on /proc, the user database and ``kernel.symbols``.
+
+A pid that is used again must not bring its former owner's name. The kernel gives pids out in turn (idr_alloc_cyclic in
+kernel/pid.c), so none comes again before nearly all others were given: a name is good for half as many forks.
 """
 
 from __future__ import annotations
@@ -8,17 +11,19 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import re
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from probefleet_agent.kernel import clock, maps
+from probefleet_agent.kernel import clock, maps, symbols
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.symbols import Symbolizer
 
 #: Names of processes that are kept; the oldest go first.
 MAX_COMMANDS = 65_536
+_FORKS = re.compile(rb"^processes (\d+)", re.MULTILINE)
 #: bpf_get_stackid()'s answer when there was no stack: -EFAULT; when the bucket was taken: -EEXIST.
 _NO_STACK, _COLLISION = -14, -17
 
@@ -29,26 +34,35 @@ class MachineLookups:
     def __init__(self) -> None:
         self.machine = platform.machine()
         self.wall_minus_ktime_ns = clock.offset_ns()
-        self._commands: dict[int, str] = {}
+        self._commands: dict[int, tuple[str, int]] = {}  # with the number of forks by then
+        self._good_for_forks = int(Path("/proc/sys/kernel/pid_max").read_text()) // 2
+        self._forks = _forks()
         self._users: dict[int, str] = {}
 
     def refresh(self) -> None:
-        """Ask for the clocks' difference anew: the wall clock is stepped and slewed."""
+        """Ask for the clocks' difference anew (the wall clock is stepped and slewed), and how many forks there were."""
         self.wall_minus_ktime_ns = clock.offset_ns()
+        self._forks = _forks()
 
     def command(self, pid: int) -> str:
         """``comm`` of a process, also after its end if it was asked for before."""
         known = self._commands.get(pid)
-        if known is not None:
-            return known
+        if known is not None and self._forks - known[1] < self._good_for_forks:
+            return known[0]
         try:
             command = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
         except OSError:
             return ""
+        self.learn(pid, command)
+        return command
+
+    def learn(self, pid: int, command: str) -> None:
+        """A record says itself what a process is called: it may be gone by now, or be called otherwise later."""
+        # Anew at the end: the oldest go first.
+        self._commands.pop(pid, None)
         if len(self._commands) >= MAX_COMMANDS:
             self._commands.pop(next(iter(self._commands)))
-        self._commands[pid] = command
-        return command
+        self._commands[pid] = command, self._forks
 
     def user(self, uid: int) -> str:
         """Name of a user of this machine."""
@@ -66,6 +80,17 @@ class MachineLookups:
             return os.path.basename(link.readlink())  # noqa: PTH119  (a link's text, no path of ours)
         except OSError:
             return ""
+
+    def function(self, address: int) -> str:
+        """Name of the kernel function around an address; a module loaded since then has none."""
+        (name,) = symbols.kallsyms().resolve(np.array([address & (1 << 64) - 1], np.uint64))
+        return "" if name == symbols.UNKNOWN else name
+
+
+def _forks() -> int:
+    """How many tasks were ever made on this machine."""
+    found = _FORKS.search(Path("/proc/stat").read_bytes())
+    return int(found[1]) if found else 0
 
 
 class StackReader:

@@ -41,11 +41,17 @@ class Machine:
     def command(self, pid: int) -> str:
         return f"command-{pid}"
 
+    def learn(self, pid: int, command: str) -> None:
+        pass
+
     def user(self, uid: int) -> str:
         return f"user-{uid}"
 
     def device(self, number: int) -> str:
         return f"device-{number}"
+
+    def function(self, address: int) -> str:
+        return f"function-{address}"
 
 
 class Frames:

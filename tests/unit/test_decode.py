@@ -28,11 +28,17 @@ class Machine:
     def command(self, pid: int) -> str:
         return {4201: "nginx"}.get(pid, "")
 
+    def learn(self, pid: int, command: str) -> None:
+        pass
+
     def user(self, uid: int) -> str:
         return {33: "www-data"}.get(uid, "")
 
     def device(self, number: int) -> str:
         return {8 << 20: "sda"}.get(number, "")
+
+    def function(self, address: int) -> str:
+        return {0xFFFF_FFFF_8100_0004: "tcp_sendmsg"}.get(address, "")
 
 
 MACHINE = Machine()
@@ -149,6 +155,12 @@ def test_ports_are_numbers_whatever_their_byte_order(typedef: str, order: str) -
 )
 def test_a_typedef_names_its_decoder(typedef: str, number: int, shown: object) -> None:
     assert decoded(typed(I32, typedef, "__s32"), struct.pack("<i", number)) == [shown]
+
+
+def test_an_address_in_the_kernel_is_its_functions_name() -> None:
+    field = Field("ip", 0, 8, "int", typedefs=("function_t", "u64"), type_name="unsigned long long")
+    found = decoded(field, struct.pack("<Q", 0xFFFF_FFFF_8100_0004), struct.pack("<Q", 0xFFFF_FFFF_8100_0005))
+    assert found == ["tcp_sendmsg", "0xffffffff81000005"]
 
 
 def test_system_calls_are_those_of_the_machine() -> None:
@@ -339,3 +351,44 @@ def test_what_is_no_number_is_not_counted_in_a_value_without_fields() -> None:
     whole = dataclasses.replace(TEXT, name="")
     with pytest.raises(DecodeError, match=r"\(the whole\) is char"):
         decode.numbers(entries(bytes(8)), counter(whole), "")
+
+
+class Learner(Machine):
+    """Remembers what it is told, as the machine's lookups do."""
+
+    def __init__(self) -> None:
+        self.told: dict[int, str] = {}
+
+    def command(self, pid: int) -> str:
+        return self.told.get(pid, "") or super().command(pid)
+
+    def learn(self, pid: int, command: str) -> None:
+        self.told[pid] = command
+
+
+PROCESS = dataclasses.replace(U32, name="pid", typedefs=("pid_nr_t",))
+PARENT = dataclasses.replace(PROCESS, name="parent", offset_bytes=4)
+COMMAND = Field("command", 8, 16, "char", shape=(16,), type_name="char", typedefs=("comm_t",))
+
+
+def test_a_record_names_its_process_itself_and_others_learn_it() -> None:
+    own = decode.own_command((PROCESS, PARENT, COMMAND))
+    assert own == (PROCESS, COMMAND)
+    lookups = Learner()
+    records = entries(
+        struct.pack("<II16s", 7, 4201, b"sh"), struct.pack("<II16s", 8, 7, b"ls"), struct.pack("<II16s", 0, 9, b"")
+    )
+    # 7 is called otherwise by now, 8 is gone; 0 is no process.
+    assert decode.processes(records, own, lookups).tolist() == ["sh[7]", "ls[8]", "0"]
+    parents = decode.column(records, PARENT, "pid", lookups)
+    assert parents.tolist() == ["nginx[4201]", "sh[7]", "9"]
+    assert decode.processes(records[:0], own, lookups).tolist() == []
+    again = entries(*(struct.pack("<II16s", 7, 1, name) for name in (b"sh", b"ls", b"sh", b"cat", b"ls")))
+    assert decode.processes(again, own, lookups).tolist() == ["sh[7]", "ls[7]", "sh[7]", "cat[7]", "ls[7]"]
+    assert lookups.command(7) == "ls", "the last one holds"
+
+
+def test_a_command_of_nobody_in_particular_names_no_process() -> None:
+    assert decode.own_command((PROCESS, PARENT)) is None
+    assert decode.own_command((COMMAND,)) is None
+    assert decode.own_command((PROCESS, COMMAND, dataclasses.replace(COMMAND, name="next", offset_bytes=24))) is None

@@ -119,11 +119,17 @@ class Answers:
     def command(self, pid: int) -> str:
         return self.said[f"command {pid}"]
 
+    def learn(self, pid: int, command: str) -> None:
+        pass
+
     def user(self, uid: int) -> str:
         return self.said[f"user {uid}"]
 
     def device(self, number: int) -> str:
         return self.said[f"device {number}"]
+
+    def function(self, address: int) -> str:
+        return self.said[f"function {address}"]
 
 
 class Process:
