@@ -203,8 +203,10 @@ class _Board:
             first = None
         others = []
         for node in members:
-            # Nodes that run this digest already only learn of new outputs and intervals.
-            if first is None or node.name == first or self._runs(node, candidate.uid) == digest:
+            # Nodes that run this digest already only learn of new outputs and intervals. One that could not run it (it
+            # was first while another was away) has tried it, and is not held.
+            tried_here = self._tried(node, candidate.uid, plan) is not None
+            if first is None or node.name == first or tried_here or self._runs(node, candidate.uid) == digest:
                 self._plans[node.name].append(plan)
             else:
                 others.append(node)

@@ -310,4 +310,4 @@ class ProbeMap:
     max_entries: int
     key: str
     value: str
-    policies: tuple[str, ...] = ()  #: who may use it; empty: every policy of the namespace
+    policies: tuple[str, ...] = ()  #: who may use it, and so write to it; empty: every policy of the namespace

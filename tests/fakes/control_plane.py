@@ -281,6 +281,11 @@ class ControlPlane:
         self.kubectl("apply", "--server-side", "-f", str(folder))
         for plural in ("probepolicies", "probereports", "probemaps"):
             self.kubectl("wait", "--for=condition=Established", f"crd/{plural}.probefleet.io", "--timeout=20s")
+        deadline = time.monotonic() + 30
+        while "probepolicies" not in self.kubectl("api-resources", "--api-group=probefleet.io", "--cached=false"):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the API server established the CRDs and does not list them")
+            time.sleep(0.1)  # established comes before discovery, which tells nobody when it is done
 
     def ca_bundle(self, namespace: str, name: str = "probefleet-ca") -> bytes:
         """What agents would mount."""

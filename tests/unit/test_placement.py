@@ -145,6 +145,19 @@ def test_a_failure_holds_the_class_and_is_listed() -> None:
     assert placed.waiting == {}
 
 
+def test_a_node_that_failed_as_well_is_not_held() -> None:
+    """``a`` was away for a moment, so ``b`` was tried; now both are there and both have failed."""
+    failed = [node(name, said("p1", "", State.FAILED)) for name in ("a", "b")]
+    placed = place([candidate(made=plan())], [*failed, node("c")])
+    assert digests(placed) == {"a": [NEW], "b": [NEW], "c": []}
+    assert [(held.node, held.waiting) for held in placed.held] == [("a", 1)]
+
+
+def test_where_all_have_failed_none_is_held() -> None:
+    failed = [node(name, said("p1", "", State.FAILED)) for name in ("a", "b")]
+    assert place([candidate(made=plan())], failed).held == ()
+
+
 def test_over_budget_on_the_first_node_holds_the_class() -> None:
     nodes = [node("a", said("p1", NEW, State.DETACHED)), node("b")]
     placed = place([candidate(made=plan())], nodes)
