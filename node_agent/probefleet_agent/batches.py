@@ -19,10 +19,10 @@ from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import clock, maps, uapi
+from probefleet_agent.kernel import clock, map_storage, maps, uapi
 from probefleet_agent.kernel.rings import Records
 from probefleet_agent.kernel.uapi import MapType
-from probefleet_agent.perf_ring import PerfRing
+from probefleet_agent.perf_ring import KeptRing
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest
 
@@ -109,7 +109,7 @@ def add_events(
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
             chunk.since_ns, chunk.submitted, chunk.lost = instance.since_ns, counts[2], counts[1] + counts[3]
-            if isinstance(ring, PerfRing):
+            if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost
                 chunk.dropped += ring.dropped
             chunk.gaps.extend(_gaps(instance))
@@ -155,6 +155,10 @@ def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Ident
     words = []
     if handle.info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH):
         words.append(f"{handle.name} is an LRU map: what it evicts is not counted")
+    if handle.info.type == MapType.TASK_STORAGE:
+        words.append(f"{handle.name} is task storage: a task that ended took its entry with it")
+        if not map_storage.thread_descriptors():
+            words.append(f"{handle.name}: threads but the first of each process cannot be read before Linux 6.9")
     if reader.rows.overflowed:
         words.append(f"more than {samples.MAX_ROWS:,} rows: the rest is in one row (other)")
     if isinstance(reader.stacks, names.StackReader) and reader.stacks.collisions:

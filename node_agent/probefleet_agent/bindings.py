@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
+from probefleet_wire import map_types
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import collect, names, samples
@@ -21,7 +22,7 @@ from probefleet_agent.kernel import clock, symbols
 from probefleet_agent.kernel.rings import RingReader
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.marks import Marks
-from probefleet_agent.perf_ring import PerfRing
+from probefleet_agent.perf_ring import KeptRing, PerfRing, QueueRing
 from probefleet_agent.pods import Book, PolicyUid
 from probefleet_agent.reconcile import Digest
 
@@ -47,7 +48,7 @@ class Bindings:
         self._book = book
         self._marks = marks
         self._symbolizer = symbols.Symbolizer()
-        self._rings: dict[tuple[Digest, str], RingReader | PerfRing] = {}
+        self._rings: dict[tuple[Digest, str], RingReader | KeptRing] = {}
 
     def bind(self, uid: PolicyUid, plan: plan_pb2.Plan, loaded: Loaded) -> None:
         """Make the policy's readers; one that reads a ring on goes on where it was."""
@@ -87,12 +88,11 @@ class Bindings:
             budgets[bound.digest] = asked if known is None else 0 if 0 in (known, asked) else max(known, asked)
         return budgets
 
-    def ring(self, digest: Digest, handle: MapHandle) -> RingReader | PerfRing:
-        """The reader of an instance's ring or perf buffer, opened where it is not yet."""
+    def ring(self, digest: Digest, handle: MapHandle) -> RingReader | KeptRing:
+        """The reader of an instance's ring, perf buffer or queue, opened where it is not yet."""
         key = (digest, handle.name)
         if key not in self._rings:
-            perf = handle.info.type == MapType.PERF_EVENT_ARRAY
-            self._rings[key] = PerfRing(handle.fd) if perf else RingReader(handle.fd)
+            self._rings[key] = _open_ring(handle)
         return self._rings[key]
 
     def acknowledge(self, marks: Mapping[samples.RingOf, samples.Mark]) -> None:
@@ -159,7 +159,7 @@ class Bindings:
         handle = loaded.maps[output.map]
         assert handle.layout is not None
         ring = self.ring(bound.digest, handle)
-        epoch = f"{clock.boot_id()}:{handle.info.id}{ring.incarnation if isinstance(ring, PerfRing) else ''}"
+        epoch = f"{clock.boot_id()}:{handle.info.id}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
         whose = (PolicyUid(bound.plan.policy_uid), output.name, epoch)
         if earlier is not None and earlier.epoch != epoch:
             earlier = None
@@ -176,7 +176,15 @@ class Bindings:
                 self._marks.drop((uid, name, reader.epoch))
 
 
-def _beginning(bound: Bound, loaded: Loaded, ring: RingReader | PerfRing) -> samples.Mark:
+def _open_ring(handle: MapHandle) -> RingReader | KeptRing:
+    if handle.info.type == MapType.PERF_EVENT_ARRAY:
+        return PerfRing(handle.fd)
+    if handle.info.type in map_types.POPPED:
+        return QueueRing(handle.fd, handle.info)
+    return RingReader(handle.fd)
+
+
+def _beginning(bound: Bound, loaded: Loaded, ring: RingReader | KeptRing) -> samples.Mark:
     """Where a policy begins to read a ring: what one in use held before the policy came is not its own."""
     if loaded.plans and bound.plan.policy_uid not in loaded.plans:
         return samples.Mark(ring.producer_position(), 0, 0)

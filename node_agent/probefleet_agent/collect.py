@@ -74,6 +74,8 @@ class TableReader:
 
     def read(self, keys: Bytes, values: npt.NDArray[np.uint8]) -> None:
         """Take in one reading of the map."""
+        if not keys.shape[1]:  # a map of maps without any
+            return
         histogram = self.output.kind == plan_pb2.Output.HISTOGRAM
         if not histogram and self.rows.fold != "sum":
             numbers = decode.folded(values, self.layout, self.output.value, self.rows.fold)
@@ -259,4 +261,4 @@ def wants_events(output: plan_pb2.Output) -> bool:
 def cgroups_in(layout: Layout, keys: Bytes) -> Sequence[int]:
     """Distinct cgroup ids in a map's keys."""
     at = decode.with_typedef(layout.key, *decode.CGROUP)
-    return [] if at is None else np.unique(decode.raw(keys, at)).tolist()
+    return [] if at is None or not len(keys) else np.unique(decode.raw(keys, at)).tolist()

@@ -10,15 +10,15 @@ name, symbols) is asked of ``Lookups``.
 from __future__ import annotations
 
 import ipaddress
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from probefleet_wire import columns, syscalls
 from probefleet_wire.btf_layout import Field
+from probefleet_wire.map_layout import LPM_KEY, lpm_address_bytes
+from probefleet_wire.map_layout import Layout as Layout
 
 from probefleet_agent import prints
 
@@ -52,40 +52,6 @@ class Lookups(Protocol):
 
     def function(self, address: int) -> str:
         """The name of the kernel function that an address lies in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the bytes of one map, or of one ring's records, are to be read."""
-
-    key: tuple[Field, ...]
-    key_bytes: int
-    value: tuple[Field, ...]  # of a ring: the record
-    value_bytes: int
-
-    def to_json(self) -> str:
-        """For the manifest: an adopted instance is read without its object."""
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Layout:
-        """The inverse of ``to_json``."""
-        data = json.loads(text)
-
-        def fields(name: str) -> tuple[Field, ...]:
-            return tuple(
-                Field(
-                    **{
-                        **item,
-                        "typedefs": tuple(item["typedefs"]),
-                        "shape": tuple(item["shape"]),
-                        "enum_names": tuple((n, v) for n, v in item["enum_names"]),
-                    }
-                )
-                for item in data[name]
-            )
-
-        return cls(fields("key"), data["key_bytes"], fields("value"), data["value_bytes"])
 
 
 def find(fields: Sequence[Field], name: str, what: str) -> Field:
@@ -165,6 +131,20 @@ def _address(data: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
+def _prefix(data: bytes) -> str:
+    """An LPM trie's key: ``10.0.0.0/8``; bytes in hex where it holds more than an address."""
+    length, rest = int.from_bytes(data[:4], "little"), data[4:]
+    if not lpm_address_bytes(len(data)) or length > 8 * len(rest):
+        return f"{rest.hex()}/{length}"
+    network = ipaddress.ip_network((rest, length), strict=False)
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    return f"{mapped}/{length - 96}" if mapped and length >= 96 else str(network)
+
+
+#: Decoders from the bytes of one distinct value to its text.
+_RENDERED: Mapping[str, Callable[[bytes], str]] = {"ip": _address, "hex": bytes.hex, "prefix": _prefix}
+
+
 def _pid(value: int, lookups: Lookups) -> str:
     command = lookups.command(value)
     return f"{command}[{value}]" if command else str(value)
@@ -200,7 +180,9 @@ TYPEDEFS: Mapping[str, str] = {
     "function_t": "function",
     "comm_t": "text",
     prints.FLAGS: "print_flags",
+    LPM_KEY: "prefix",
 }
+#: Those that a policy may name; "prefix" is chosen by an LPM trie alone.
 DECODERS = frozenset({*_NAMES, "integer", "ip", "big_endian", "ktime", "text", "hex"}) - {"print_flags"}
 CGROUP = ("cgroup_id_t",)
 
@@ -249,9 +231,9 @@ def coded(
     buffer: Bytes, field: Field, decoder: str, lookups: Lookups
 ) -> Integers | npt.NDArray[np.float64] | columns.StringColumn:
     """The same with strings in coded form; its distinct ones may repeat."""
-    if decoder in ("ip", "hex"):
+    if decoder in _RENDERED:
         at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
-        render = _address if decoder == "ip" else bytes.hex
+        render = _RENDERED[decoder]
         return _each(at.view(f"V{field.size_bytes}").reshape(-1), lambda value: render(bytes(value)))
     _check_fit(field, decoder)
     values = raw(buffer, field)

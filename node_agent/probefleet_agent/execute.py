@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from probefleet_wire import map_layout, map_types
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError
@@ -246,7 +247,7 @@ class Executor:
             opened.load()
             fd = opened.map_fd(spec.map)
         definition = next(each for each in parsed.maps if each.name == spec.map)
-        handle = MapHandle(spec.map, fd, maps.info(fd), layout_of(parsed, definition), spec.uid)
+        handle = MapHandle(spec.map, fd, maps.info(fd), map_layout.layout_of(parsed, definition), spec.uid)
         try:
             with self.root.staging_map(spec.uid) as folder:
                 folder.pin_map("map", fd)
@@ -280,7 +281,7 @@ class Executor:
             raise NotObserving(instance.title, helpers)
         sizes = {size.map: size.max_entries for size in instance.map_sizes}
         shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
-        check_budget(parsed.maps, sizes, frozenset(shared), budget_bytes)
+        check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
         with libbpf.open_object(blob, instance.title) as opened:
             sections = {program: opened.section(program) for program in opened.program_names}
             chosen = self._choose(instance.attachments, sections, instance.title)
@@ -298,17 +299,21 @@ class Executor:
                 opened.set_rodata(FILTER_ON, b"\x01")
             for name, entries in sizes.items():
                 opened.set_max_entries(name, entries)
-            definitions = {definition.name: definition for definition in parsed.maps}
+            definitions = {definition.name: definition for definition in parsed.all_maps}
             for name, handle in shared.items():
-                check_fit(definitions.get(name), layout_of(parsed, definitions[name]), handle, instance.title)
+                check_fit(
+                    definitions.get(name), map_layout.layout_of(parsed, definitions[name]), handle, instance.title
+                )
                 opened.reuse_map(name, handle.fd)
             opened.load()
             loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
             try:
-                for name in opened.map_names:
+                for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
                     fd = opened.map_fd(name)
                     uid = shared[name].probe_map_uid if name in shared else ""
-                    loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout_of(parsed, definitions[name]), uid)
+                    loaded.maps[name] = MapHandle(
+                        name, fd, maps.info(fd), map_layout.layout_of(parsed, definitions[name]), uid
+                    )
                 for program in sorted(wanted):
                     loaded.programs[program] = opened.program_fd(program)
             except BaseException:
@@ -389,25 +394,12 @@ def check_budget(
 
 def estimate(definition: MapDef, max_entries: int = 0) -> int:
     """Bytes that a map will take, from its definition."""
-    info = maps.MapInfo(
-        id=0, type=definition.type, key_size=definition.key_bytes, value_size=definition.value_bytes,
-        max_entries=max_entries or definition.max_entries or maps.possible_cpus(), flags=definition.flags,
-        name=definition.name, btf_id=0, btf_key_type_id=0, btf_value_type_id=0,
-    )  # fmt: skip
-    return maps.memory_bytes(info)
-
-
-def layout_of(parsed: BpfObject, definition: MapDef) -> Layout | None:
-    """How the map's bytes are read, where its definition says so."""
-    btf = parsed.btf
-    if btf is None:
-        return None
-    key = btf.layout_of(definition.key_type) if definition.key_type else ()
-    value = btf.layout_of(definition.value_type) if definition.value_type else ()
-    if not value:
-        return None
-    key_bytes = btf.size_of(definition.key_type) if definition.key_type else definition.key_bytes
-    return Layout(key, key_bytes, value, btf.size_of(definition.value_type))
+    cpus = maps.possible_cpus()
+    entries = max_entries or definition.max_entries or cpus
+    sizes = map_types.Sizes(
+        definition.type, definition.key_bytes, definition.value_bytes, entries, definition.flags, definition.map_extra
+    )
+    return map_types.bytes_of(sizes, cpus=cpus)
 
 
 def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandle, title: str) -> None:

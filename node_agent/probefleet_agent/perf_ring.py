@@ -1,29 +1,32 @@
-"""A perf buffer that can be read like a ring buffer: positions, a cursor, and room that is given back by ``commit``.
+"""Records that the kernel forgets when they are read, read like a ring buffer: positions, a cursor, and ``commit``.
 
-The kernel forgets a perf record when it is read, so records are kept here until the operator has them. With the agent's
-process they end, and the next one counts positions anew: its ``incarnation`` makes that another epoch.
+Perf buffers, queues and stacks. Records are kept here until the operator has them. With the agent's process they end,
+and the next one counts positions anew: its ``incarnation`` makes that another epoch.
 """
 
 from __future__ import annotations
 
+import abc
 import time
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from probefleet_agent.kernel import map_storage
 from probefleet_agent.kernel.perf import PerfBufferReader
 from probefleet_agent.kernel.rings import Records
+from probefleet_agent.kernel.syscall import MapInfo
 
 #: Records kept for an operator that is away; what comes after is dropped and counted.
 MAX_BYTES = 16 << 20
 
 
-class PerfRing:
-    """One perf event array; the engine's counterpart of ``RingReader``."""
+class KeptRing(abc.ABC):
+    """What was taken out of one map; the engine's counterpart of ``RingReader``."""
 
-    def __init__(self, fd: SupportsIndex) -> None:
-        self._reader = PerfBufferReader(fd)
+    def __init__(self) -> None:
         self._records: list[tuple[int, bytes]] = []
         self._bytes = 0
         self._next = 0
@@ -69,18 +72,50 @@ class PerfRing:
         self._records = [(at, data) for at, data in self._records if at >= position]
         self._bytes = sum(len(data) for _, data in self._records)
 
+    @abc.abstractmethod
     def close(self) -> None:
         """What was not read is gone."""
-        self._reader.close()
+
+    @abc.abstractmethod
+    def _fresh(self) -> Sequence[bytes]:
+        """What has come since the last time, taken out of the kernel."""
 
     def _take(self) -> None:
-        fresh = self._reader.read()
-        self.lost = fresh.lost
-        for index in range(len(fresh)):
-            data = fresh.bytes_at(index)
+        for data in self._fresh():
             if self._bytes + len(data) > MAX_BYTES:
                 self.dropped += 1
             else:
                 self._records.append((self._next, data))
                 self._bytes += len(data)
             self._next += 1
+
+
+class PerfRing(KeptRing):
+    """One perf event array."""
+
+    def __init__(self, fd: SupportsIndex) -> None:
+        super().__init__()
+        self._reader = PerfBufferReader(fd)
+
+    def close(self) -> None:
+        """What was not read is gone."""
+        self._reader.close()
+
+    def _fresh(self) -> Sequence[bytes]:
+        fresh = self._reader.read()
+        self.lost = fresh.lost
+        return [fresh.bytes_at(index) for index in range(len(fresh))]
+
+
+class QueueRing(KeptRing):
+    """One queue (oldest first) or stack (newest first), emptied at each reading. What finds it full is not counted."""
+
+    def __init__(self, fd: SupportsIndex, info: MapInfo) -> None:
+        super().__init__()
+        self._fd, self._info = fd, info
+
+    def close(self) -> None:
+        """What was not popped stays in the kernel."""
+
+    def _fresh(self) -> Sequence[bytes]:
+        return map_storage.pop_all(self._fd, self._info)

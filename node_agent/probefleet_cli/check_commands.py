@@ -7,7 +7,7 @@ a folder of its own. ``explain`` stops at the plan, so it works on a laptop, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -71,7 +71,7 @@ def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
     yield f"{each.policy.namespace}/{each.policy.name} ({plan.instance.title}, scope {each.policy.scope})"
     yield f"  digest    {plan.instance.digest}: policies with this digest share one program"
     yield from _listed("programs", summary.programs)
-    yield from _listed("maps", [f"{name}: {quantities.show_bytes(size)}" for name, size in summary.maps])
+    yield from _listed("maps", [_sized(name, size, dict(summary.not_read)) for name, size in summary.maps])
     total = quantities.show_bytes(summary.map_bytes)
     times = f" × {nodes} nodes = {quantities.show_bytes(summary.map_bytes * nodes)}" if nodes > 1 else " on a node"
     yield f"  map bytes {total}{times}"
@@ -83,6 +83,11 @@ def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
     yield f"  budget    {cpu}, {quantities.show_bytes(budget.map_memory_bytes)} of maps, on each node"
     yield f"  interval  {plan.interval_ms / 1000:g} s"
     yield from _listed("needs", summary.verbs)
+
+
+def _sized(name: str, size: int, notes: Mapping[str, str]) -> str:
+    note = f" ({notes[name]})" if name in notes else ""
+    return f"{name}: {quantities.show_bytes(size)}{note}"
 
 
 def _listed(title: str, items: tuple[str, ...] | list[str]) -> Iterator[str]:

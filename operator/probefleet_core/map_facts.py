@@ -1,81 +1,52 @@
-"""What a map is, by its number in the kernel: which can be counted, which carry records, and what each takes of memory.
+"""What a map of a program is to a plan: our own or the author's, read as numbers, as records or not at all, how large.
 
-Pure. ``planner`` and ``outputs`` ask. Sizes follow the kernel's own accounting (kernel/bpf/hashtab.c, arraymap.c,
-ringbuf.c, stackmap.c); they are estimates before a map exists, the agent reads the true ones afterwards.
+Pure. ``planner`` and ``outputs`` ask; the facts about types themselves are the wire's (``map_types``).
 """
 
 from __future__ import annotations
 
+from probefleet_wire import map_types
 from probefleet_wire.bpf_object import MapDef
+from probefleet_wire.map_types import Flag, MapType, Read
 
-HASH, ARRAY, PERF_EVENT_ARRAY, PERCPU_HASH, PERCPU_ARRAY, STACK_TRACE, LRU_HASH, LRU_PERCPU_HASH, RINGBUF = (
-    1,
-    2,
-    4,
-    5,
-    6,
-    7,
-    9,
-    10,
-    27,
-)
-NAMES = {
-    HASH: "hash",
-    ARRAY: "array",
-    PERF_EVENT_ARRAY: "perf-event-array",
-    PERCPU_HASH: "percpu-hash",
-    PERCPU_ARRAY: "percpu-array",
-    STACK_TRACE: "stack-trace",
-    LRU_HASH: "lru-hash",
-    LRU_PERCPU_HASH: "lru-percpu-hash",
-    RINGBUF: "ringbuf",
-}
-HASHES = frozenset({HASH, PERCPU_HASH, LRU_HASH, LRU_PERCPU_HASH})
-ARRAYS = frozenset({ARRAY, PERCPU_ARRAY})
-PER_CPU = frozenset({PERCPU_HASH, LRU_PERCPU_HASH, PERCPU_ARRAY})
-COUNTABLE = HASHES | ARRAYS
-RECORDS = frozenset({RINGBUF, PERF_EVENT_ARRAY})
-PAGE_BYTES = 4096
 #: Of our own in every program that includes probefleet.h.
 OWN = frozenset({"probefleet_lost", "probefleet_filter"})
+#: Records that become an output by themselves: reading them takes them from nobody else.
+STREAMS = frozenset({MapType.RINGBUF, MapType.PERF_EVENT_ARRAY})
+MIN_RING_BYTES = 4096
 
 
 def is_own(name: str) -> bool:
-    """Belongs to Probefleet or to libbpf (.rodata, .bss), not to the program's author."""
-    return name in OWN or name.startswith(".")
+    """Belongs to Probefleet, not to the program's author."""
+    return name in OWN
 
 
 def type_name(number: int) -> str:
     """As ProbeMaps spell it."""
-    return NAMES.get(number, f"type {number}")
+    return map_types.name_of(number)
+
+
+def read_as(found: MapDef) -> Read:
+    """How an output can read it."""
+    return Read.NOT if found.flags & Flag.WRONLY else map_types.read_as(found.type)
+
+
+def why_not_read(found: MapDef) -> str:
+    """Why no output can read it; empty where one can."""
+    if found.flags & Flag.WRONLY:
+        return "its flag BPF_F_WRONLY keeps user space from reading it"
+    if map_types.read_as(found.type) is not Read.NOT:
+        return ""
+    return map_types.UNREADABLE.get(found.type, "nothing is known of its type")
+
+
+def is_ring_size(entries: int) -> bool:
+    """Can a ring buffer have so many bytes?"""
+    return entries >= MIN_RING_BYTES and not entries & (entries - 1)
 
 
 def bytes_of(found: MapDef, *, cpus: int, entries: int = 0) -> int:
     """Memory of one map on one node with so many CPUs; ``entries`` in place of what its definition says."""
-    count = entries or found.max_entries
-    key, value = _round8(found.key_bytes), _round8(found.value_bytes)
-    if found.type in HASHES:
-        buckets = 16 * _power_of_two(count)
-        if found.type in PER_CPU:
-            return buckets + count * (48 + key + 8) + count * value * cpus
-        # One spare element a CPU, for updates in place.
-        return buckets + (count + cpus) * (48 + key + value)
-    if found.type == ARRAY:
-        return count * value
-    if found.type == PERCPU_ARRAY:
-        return count * (8 + value * cpus)
-    if found.type == RINGBUF:
-        return count + 3 * PAGE_BYTES
-    if found.type == PERF_EVENT_ARRAY:
-        return 8 * (count or cpus)
-    if found.type == STACK_TRACE:
-        return 8 * _power_of_two(count) + count * (24 + value)
-    return count * (64 + key + value)
-
-
-def _round8(size: int) -> int:
-    return (size + 7) // 8 * 8
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
+    count = entries or found.max_entries or (cpus if found.type == MapType.PERF_EVENT_ARRAY else 0)
+    sizes = map_types.Sizes(found.type, found.key_bytes, found.value_bytes, count, found.flags, found.map_extra)
+    return map_types.bytes_of(sizes, cpus=cpus)

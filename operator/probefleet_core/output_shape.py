@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from probefleet_core import errors, values
-from probefleet_core.attach_shape import C_IDENTIFIER
 from probefleet_core.shape import ListOf, MapOf, Record, Text, Union, Whole, join
 
 OUTPUT_NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
 GROUP = r"node|namespace|workload|pod|container|key(\.[A-Za-z_][A-Za-z0-9_.\[\]]*)?"
 SLOTS = r"value|key(\.[A-Za-z_][A-Za-z0-9_.]*)?"
+READ_MAP = r"[A-Za-z_][A-Za-z0-9_]*|\.(bss|data|rodata)(\.[A-Za-z0-9_.]+)?"
 FIELD = r"[A-Za-z_][A-Za-z0-9_.\[\]]*"
 DECODERS = ("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "text", "hex")
 KINDS = tuple(kind.value for kind in values.Kind)
@@ -77,7 +77,12 @@ OUTPUT = Record(
         "from": Record(
             "a source",
             {
-                "map": C_IDENTIFIER,
+                "map": Text(
+                    max_length=128,
+                    min_length=1,
+                    pattern=READ_MAP,
+                    write="Write the name as it stands in the C source, or .bss, .data or .rodata for its variables.",
+                ),
                 "value": Text(max_length=128, min_length=1, pattern=FIELD, write="Write a field of the map's value."),
                 "record": Text(
                     max_length=128,

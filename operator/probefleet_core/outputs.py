@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from probefleet_wire.bpf_object import MapDef
+from probefleet_wire import map_layout, map_types
+from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import Kind as BtfKind
+from probefleet_wire.map_types import MapType, Read
 
 from probefleet_core import bcc_source, errors, map_facts, values
 
@@ -32,12 +34,26 @@ MAX_DEFAULT_OUTPUTS = 16
 class Known:
     """A map whose key and value BTF describes."""
 
-    name: str
-    type: int
+    definition: MapDef
     btf: Btf
     key: tuple[Field, ...]
     value: tuple[Field, ...]
-    value_type: int
+
+    @property
+    def name(self) -> str:
+        """As the program calls it."""
+        return self.definition.name
+
+    @property
+    def type(self) -> int:
+        """The map's, or of a map of maps that of the inner ones."""
+        inner = self.definition.inner
+        return inner.type if inner and self.definition.type in map_types.OUTER else self.definition.type
+
+    @property
+    def carries_records(self) -> bool:
+        """A stream, not numbers by key."""
+        return map_facts.read_as(self.definition) is Read.RECORDS
 
     @property
     def identity(self) -> Field | None:
@@ -58,20 +74,20 @@ class Known:
         )
 
 
-def known_maps(maps: Sequence[MapDef], btf: Btf) -> dict[str, Known]:
-    """The maps that outputs can name: not our own, and of a type that is read."""
-    return {
-        each.name: Known(
-            name=each.name,
-            type=each.type,
-            btf=btf,
-            key=btf.layout_of(each.key_type) if each.key_type and each.type in map_facts.COUNTABLE else (),
-            value=btf.layout_of(each.value_type) if each.value_type else (),
-            value_type=each.value_type,
-        )
-        for each in maps
-        if not map_facts.is_own(each.name) and each.type in map_facts.COUNTABLE | map_facts.RECORDS
-    }
+def known_maps(parsed: BpfObject) -> dict[str, Known]:
+    """The maps that outputs can name: not our own, and of a type that is read. Variables are the last of them."""
+    assert parsed.btf is not None
+    found = {}
+    for each in parsed.all_maps:
+        how = map_facts.read_as(each)
+        if map_facts.is_own(each.name) or how is Read.NOT:
+            continue
+        layout = map_layout.layout_of(parsed, each)
+        if layout is None and (each.is_section or each.type in map_types.OUTER):
+            continue
+        key, value = (layout.key, layout.value) if layout else (map_layout.key_of(parsed.btf, each)[0], ())
+        found[each.name] = Known(each, parsed.btf, key if how is Read.TABLE else (), value)
+    return found
 
 
 # Defaults.
@@ -81,8 +97,8 @@ def default_outputs(maps: dict[str, Known]) -> tuple[values.Output, ...]:
     """An output for every map that BTF describes, in the order of the source."""
     made: list[values.Output] = []
     for found in maps.values():
-        if found.type in map_facts.RECORDS:
-            if found.value_type:
+        if found.carries_records:
+            if found.value and found.type in map_facts.STREAMS:
                 made.append(values.Output(found.name, found.name, values.Kind.EVENTS, group_by=()))
             continue
         if not found.key:
@@ -101,7 +117,7 @@ def _default(found: Known, field: Field, name: str) -> values.Output:
     if not field.shape:
         if any(STACK_IDS & set(each.typedefs) for each in found.key):
             kind = values.Kind.STACKS
-        elif found.type in map_facts.HASHES:
+        elif found.type not in map_types.ARRAYS:
             kind = values.Kind.TOPK
     return values.Output(
         name=name,
@@ -115,10 +131,11 @@ def _default(found: Known, field: Field, name: str) -> values.Output:
 
 def default_groups(found: Known, kind: values.Kind, slots: str = "") -> tuple[str, ...]:
     """All of the key, with the pod in place of its cgroup; stacks are rows by themselves."""
-    if found.type in map_facts.ARRAYS and found.type not in map_facts.HASHES and kind is values.Kind.HISTOGRAM:
+    if found.type in map_types.ARRAYS and kind is values.Kind.HISTOGRAM:
         return ()
     groups = []
-    for field in found.key:
+    # Of an LPM trie the whole key is one field, and stands first.
+    for field in found.key[:1] if found.type == MapType.LPM_TRIE else found.key:
         if field is found.identity:
             groups.append("pod")
         elif kind is values.Kind.STACKS and STACK_IDS & set(field.typedefs):
@@ -178,16 +195,16 @@ def _bcc_slots(source: str, table: bcc_source.Table) -> tuple[str, tuple[str, ..
 
 
 def resolve(
-    output: values.Output, maps: dict[str, Known], there: Sequence[str], path: str, problems: errors.Problems
+    output: values.Output, maps: dict[str, Known], parsed: BpfObject, path: str, problems: errors.Problems
 ) -> values.Output | None:
     """Check one output against the object's maps, and fill in what it leaves to BTF."""
     found = maps.get(output.map)
     if found is None:
-        why = (
-            "maps of its type cannot be read as numbers"
-            if output.map in there
-            else "the program has no map of that name"
-        )
+        there = parsed.map(output.map)
+        why = "the program has no map of that name"
+        if there is not None:
+            reason = map_facts.why_not_read(there) or "BTF does not describe what it holds"
+            why = f"a map of type {map_facts.type_name(there.type)} is not read: {reason}"
         problems.add(
             f"{path}.from.map",
             f'"{output.map}"',
@@ -196,13 +213,13 @@ def resolve(
         )
         return None
     before = len(problems.found)
-    if (output.kind is values.Kind.EVENTS) != (found.type in map_facts.RECORDS):
-        carries = "records" if found.type in map_facts.RECORDS else "numbers by key"
+    if (output.kind is values.Kind.EVENTS) != found.carries_records:
+        carries = "records" if found.carries_records else "numbers by key"
         problems.add(
             f"{path}.{output.kind}",
             f"{output.kind} of a map of type {map_facts.type_name(found.type)}",
             why=f"such a map carries {carries}",
-            write="Write events: {}." if found.type in map_facts.RECORDS else "Write counter, histogram or topk.",
+            write="Write events: {}." if found.carries_records else "Write counter, histogram or topk.",
         )
         return None
     if output.kind is values.Kind.EVENTS:
@@ -220,7 +237,7 @@ def _events(output: values.Output, found: Known, path: str, problems: errors.Pro
             why="the program has no struct of that name (or never uses it, and the compiler left it away)",
             write="Write the struct of a record, or give the map __type(value, struct …).",
         )
-    if not output.record and not found.value_type:
+    if not output.record and not found.value:
         problems.add(
             f"{path}.from.record",
             "missing",

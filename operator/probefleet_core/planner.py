@@ -17,8 +17,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from probefleet_wire import map_types
 from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.btf_layout import Field
+from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_core import (
@@ -61,6 +63,7 @@ class Summary:
     map_bytes: int  #: their sum
     pins: tuple[str, ...]  #: paths below the bpffs mount
     verbs: tuple[str, ...]  #: RBAC rules that the applying user needs: "create probepolicies.probefleet.io", …
+    not_read: tuple[tuple[str, str], ...] = ()  #: maps that no output reads by itself → their type, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +197,11 @@ def _sizes(
     """Bytes of each map on one node; over the budget is a problem."""
     policy = request.policy
     entries = {use.name: use.max_entries for use in policy.maps if use.max_entries}
-    own = [each for each in parts.parsed.maps if each.name not in shared] if parts.parsed else []
+    own = [each for each in parts.parsed.all_maps if each.name not in shared] if parts.parsed else []
     for index, use in enumerate(policy.maps):
         found = next((each for each in own if each.name == use.name), None)
-        is_ring = found is not None and found.type == map_facts.RINGBUF
-        if use.max_entries and is_ring and (use.max_entries & (use.max_entries - 1) or use.max_entries < 4096):
+        is_ring = found is not None and found.type in (MapType.RINGBUF, MapType.USER_RINGBUF)
+        if use.max_entries and is_ring and not map_facts.is_ring_size(use.max_entries):
             problems.add(
                 f"spec.maps[{index}].maxEntries",
                 f"{use.max_entries}",
@@ -243,7 +246,7 @@ def _check_selection(policy: values.ProbePolicy, parts: program_parts.Parts, pro
         )
     if parts.parsed is None or parts.parsed.btf is None:
         return
-    maps = outputs.known_maps(parts.parsed.maps, parts.parsed.btf)
+    maps = outputs.known_maps(parts.parsed)
     for output in parts.outputs:
         found = maps[output.map]
         # An event's identity is in its record, a count's in its key.
@@ -324,6 +327,18 @@ def _assemble(
     )
 
 
+def _not_read(parts: program_parts.Parts) -> tuple[tuple[str, str], ...]:
+    read = {output.map for output in parts.outputs}
+    found = []
+    for each in parts.parsed.maps if parts.parsed else ():
+        why = map_facts.why_not_read(each)
+        if each.type in map_types.POPPED and each.name not in read:
+            why = "reading takes its entries out: an output with events: {} does"
+        if why and not map_facts.is_own(each.name):
+            found.append((each.name, f"{map_facts.type_name(each.type)}, not read: {why}"))
+    return tuple(found)
+
+
 def _summary(
     policy: values.ProbePolicy,
     parts: program_parts.Parts,
@@ -350,5 +365,6 @@ def _summary(
         maps=sizes,
         map_bytes=sum(size for _, size in sizes),
         pins=tuple(pins),
+        not_read=_not_read(parts),
         verbs=tuple(verbs),
     )

@@ -13,6 +13,7 @@ from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
+from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_core import c_declaration, errors, map_facts, values
@@ -109,7 +110,7 @@ def misfit(own: MapDef, own_btf: Btf, shared: MapDef, shared_btf: Btf) -> str:
     """Why a program's map cannot be replaced by a ProbeMap, with both layouts; empty where it can."""
     if own.type != shared.type:
         return f"it is of type {map_facts.type_name(own.type)}, the ProbeMap of {map_facts.type_name(shared.type)}"
-    if own.type in map_facts.RECORDS or own.type == map_facts.STACK_TRACE:
+    if own.type in map_facts.STREAMS or own.type == MapType.STACK_TRACE:
         return ""
     for part, mine, theirs in (
         (

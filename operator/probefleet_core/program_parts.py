@@ -249,7 +249,7 @@ def _resolved(
 ) -> tuple[values.Output, ...]:
     """The outputs, checked; or those that the maps suggest."""
     assert parsed.btf is not None
-    maps = outputs.known_maps(parsed.maps, parsed.btf)
+    maps = outputs.known_maps(parsed)
     if not asked:
         found = outputs.default_outputs(maps)
         if not found:
@@ -260,8 +260,7 @@ def _resolved(
                 write="Give a map a key and an integer value by __type(), or a ring buffer __type(value, struct …).",
             )
         return found
-    there = [each.name for each in parsed.maps]
     made = [
-        outputs.resolve(output, maps, there, f"spec.outputs[{index}]", problems) for index, output in enumerate(asked)
+        outputs.resolve(output, maps, parsed, f"spec.outputs[{index}]", problems) for index, output in enumerate(asked)
     ]
     return tuple(output for output in made if output is not None)

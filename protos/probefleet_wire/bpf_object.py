@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from probefleet_wire.btf import MAGIC, MAX_TEXT_BYTES, Btf
 from probefleet_wire.btf_types import VOID, Array, BtfError, Ptr, Struct, TypeId, Var
-from probefleet_wire.elf import EM_BPF, STB_GLOBAL, STB_WEAK, STT_FUNC, Elf, ElfError, Symbol
+from probefleet_wire.elf import EM_BPF, SHT_NOBITS, STB_GLOBAL, STB_WEAK, STT_FUNC, STT_SECTION, Elf, ElfError, Symbol
+from probefleet_wire.map_types import Flag, MapType
 
 INSTRUCTION_BYTES = 8
 MAX_DATA_BYTES = 32 << 20
@@ -39,6 +40,23 @@ class MapDef:
     numa_node: int = 0
     map_extra: int = 0
     inner: MapDef | None = None
+    #: What ``.values = {[3] = &other}`` puts into slots before the program runs: inner maps, or programs.
+    slots: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def is_section(self) -> bool:
+        """Global variables (``.bss`` and its like), not a map that the C declares."""
+        return self.name.startswith(".")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A map in a program's instructions: what a loader fills in."""
+
+    section: str
+    offset_bytes: int  #: within the section
+    program: str  #: "" in a function that is no program (``.text``)
+    map: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +115,9 @@ class BpfObject:
     variables: tuple[Variable, ...]
     btf: Btf | None
     lines: dict[str, tuple[LineRecord, ...]]
+    #: ``.rodata``, ``.data``, ``.bss`` and their like, as the maps that a loader makes of them.
+    sections: tuple[MapDef, ...] = ()
+    references: tuple[Reference, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> BpfObject:
@@ -108,14 +129,32 @@ class BpfObject:
         btf_section, ext = elf.section(".BTF"), elf.section(".BTF.ext")
         btf = Btf.parse(btf_section.data) if btf_section else None
         programs = _programs(elf)
+        maps = map_definitions(btf) if btf else ()
+        places = _places(elf)
         return cls(
             licence=licence.data.split(b"\0")[0].decode("utf-8", "backslashreplace") if licence else "",
             programs=programs,
-            maps=map_definitions(btf) if btf else (),
+            maps=tuple(replace(each, slots=_slots(elf, btf, each, places)) for each in maps) if btf else (),
             variables=_variables(elf, btf) if btf else (),
             btf=btf,
             lines=_lines(ext.data, btf, programs) if btf and ext else {},
+            sections=_sections(elf),
+            references=_references(elf, programs, places),
         )
+
+    @property
+    def all_maps(self) -> tuple[MapDef, ...]:
+        """Every map that loading it makes."""
+        return (*self.maps, *self.sections)
+
+    def map(self, name: str) -> MapDef | None:
+        """The map, or section of variables, of that name."""
+        return next((each for each in self.all_maps if each.name == name), None)
+
+    def callers(self, map_name: str) -> tuple[ProgramDef, ...]:
+        """The programs that have a map in their instructions (what lies in ``.text`` belongs to all)."""
+        users = {each.program for each in self.references if each.map == map_name}
+        return self.programs if "" in users else tuple(each for each in self.programs if each.name in users)
 
     def program(self, name: str) -> ProgramDef:
         """The program of that name; raises ``ElfError`` where there is none."""
@@ -223,6 +262,85 @@ def _inner(btf: Btf, name: str, type_id: int, depth: int) -> MapDef | None:
     if depth >= MAX_INNER_DEPTH:
         raise BtfError(f"map {name!r} lies in a map in a map; the kernel knows one level")
     return _map(btf, f"{name}.inner", pointer.target, depth + 1)
+
+
+# Sections in which maps are defined: BTF's, and the one before it.
+MAP_SECTIONS = (".maps", "maps")
+_DATA = (".rodata", ".data", ".bss")
+_POINTER_BYTES = 8
+
+
+def _places(elf: Elf) -> dict[tuple[int, int], str]:
+    """(section number, offset) → the map that is defined there."""
+    numbers = {each.index for each in elf.sections if each.name in MAP_SECTIONS}
+    return {
+        (symbol.section, symbol.value): symbol.name
+        for symbol in elf.symbols
+        if symbol.section in numbers and symbol.type != STT_SECTION and symbol.name
+    }
+
+
+def _references(
+    elf: Elf, programs: tuple[ProgramDef, ...], places: dict[tuple[int, int], str]
+) -> tuple[Reference, ...]:
+    """Every map relocation, in the order of the file."""
+    found = []
+    for section in elf.sections:
+        if not section.executable:
+            continue
+        inside = [each for each in programs if each.section == section.name]
+        for relocation in elf.relocations(section):
+            at = relocation.offset_bytes
+            place = relocation.symbol.value
+            if relocation.symbol.type == STT_SECTION:  # a static map: the instruction itself says where in the section
+                place = int.from_bytes(section.data[at + 4 : at + 8], "little")
+            name = places.get((relocation.symbol.section, place))
+            if name is None:
+                continue
+            owner = next((p.name for p in inside if 0 <= at - p.offset_bytes < len(p.instructions)), "")
+            found.append(Reference(section.name, at, owner, name))
+    return tuple(found)
+
+
+def _sections(elf: Elf) -> tuple[MapDef, ...]:
+    """Sections of variables: arrays of one entry, mapped into memory."""
+    found = []
+    for section in elf.sections:
+        stem = "." + section.name.split(".")[1] if section.name.startswith(".") else ""
+        if stem not in _DATA or not section.size_bytes or not (section.data or section.type == SHT_NOBITS):
+            continue
+        flags = Flag.MMAPABLE | (Flag.RDONLY_PROG if stem == ".rodata" else 0)
+        found.append(
+            MapDef(section.name, MapType.ARRAY, key_bytes=4, value_bytes=section.size_bytes, max_entries=1, flags=flags)
+        )
+    return tuple(found)
+
+
+def _slots(elf: Elf, btf: Btf, definition: MapDef, places: dict[tuple[int, int], str]) -> tuple[tuple[int, str], ...]:
+    """The initial entries of an array of maps or programs: pointers that lie behind its definition's members."""
+    if definition.type not in (MapType.ARRAY_OF_MAPS, MapType.HASH_OF_MAPS, MapType.PROG_ARRAY):
+        return ()
+    section = elf.section(".maps")
+    variable = btf.datasec(".maps")
+    place = next((at for at, name in places.items() if name == definition.name), None)
+    if section is None or variable is None or place is None:
+        return ()
+    record = next(
+        btf.struct(found.type)
+        for each in variable.variables
+        if isinstance(found := btf.type(each.type), Var) and found.name == definition.name
+    )
+    values = next((member for member in record.members if member.name == "values"), None)
+    if values is None:
+        return ()
+    start = place[1] + values.offset_bytes
+    # The array is the definition's last member: the next map begins behind it.
+    after = min((at for number, at in places if number == place[0] and at > place[1]), default=section.size_bytes)
+    return tuple(
+        ((relocation.offset_bytes - start) // _POINTER_BYTES, relocation.symbol.name)
+        for relocation in elf.relocations(section)
+        if start <= relocation.offset_bytes < after and relocation.symbol.name
+    )
 
 
 def _programs(elf: Elf) -> tuple[ProgramDef, ...]:

@@ -26,6 +26,7 @@ from probefleet_core import (
 )
 from probefleet_wire import clang
 from probefleet_wire.bpf_object import BpfObject, MapDef
+from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,7 +298,7 @@ def test_every_map_that_btf_describes_is_an_output() -> None:
     ("asked", "path", "says"),
     [
         (output("a", "on"), "from.map", "Did you mean one?"),
-        (output("a", "traces"), "from.map", "cannot be read as numbers"),
+        (output("a", "traces"), "from.map", "a map of type stack-trace is not read"),
         (output("a", "ring"), "counter", "Write events: {}."),
         (output("a", "one", "events"), "events", "such a map carries numbers"),
         (output("a", "pair"), "from.value", "has 2 numbers"),
@@ -678,19 +679,20 @@ def test_objects_that_are_no_probe_map_are_refused() -> None:
 @pytest.mark.parametrize(
     ("definition", "size"),
     [
-        (MapDef("a", map_facts.HASH, 4, 8, max_entries=100), 16 * 128 + 102 * (48 + 8 + 8)),
-        (MapDef("a", map_facts.PERCPU_HASH, 4, 8, max_entries=100), 16 * 128 + 100 * 64 + 100 * 8 * 2),
-        (MapDef("a", map_facts.ARRAY, 4, 12, max_entries=10), 160),
-        (MapDef("a", map_facts.PERCPU_ARRAY, 4, 8, max_entries=10), 10 * 24),
-        (MapDef("a", map_facts.RINGBUF, max_entries=4096), 4 * 4096),
-        (MapDef("a", map_facts.PERF_EVENT_ARRAY, 4, 4), 16),
-        (MapDef("a", map_facts.STACK_TRACE, 4, 1016, max_entries=64), 8 * 64 + 64 * 1040),
-        (MapDef("a", 11, 4, 4, max_entries=2), 2 * 80),
+        (MapDef("a", MapType.HASH, 4, 8, max_entries=100), 896 + 16 * 128 + 102 * (48 + 8 + 8) + 16),
+        (MapDef("a", MapType.PERCPU_HASH, 4, 8, max_entries=100), 896 + 16 * 128 + 100 * 64 + 100 * 8 * 2),
+        (MapDef("a", MapType.ARRAY, 4, 12, max_entries=10), 312 + 160),
+        (MapDef("a", MapType.PERCPU_ARRAY, 4, 8, max_entries=10), 312 + 10 * 24),
+        (MapDef("a", MapType.RINGBUF, max_entries=4096), 584 + 4 * 4096),
+        (MapDef("a", MapType.PERF_EVENT_ARRAY, 4, 4), 312 + 16),
+        (MapDef("a", MapType.STACK_TRACE, 4, 1016, max_entries=64), 320 + 8 * 64 + 64 * 1032),
+        (MapDef("a", MapType.LPM_TRIE, 8, 4, max_entries=2), 312 + 2 * 48),
     ],
 )
 def test_what_maps_take(definition: MapDef, size: int) -> None:
+    """The kernel's own figures are compared in tests/kernel/test_map_types.py."""
     assert map_facts.bytes_of(definition, cpus=2) == size
-    assert map_facts.type_name(11) == "type 11"
+    assert map_facts.type_name(11) == "lpm-trie" and map_facts.type_name(99) == "type 99"
 
 
 # Everything together.

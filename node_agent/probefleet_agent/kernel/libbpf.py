@@ -154,6 +154,12 @@ class Object:
             raise ObjectError(f"{name} is not a BPF object that libbpf can open: {self._last_words()}")
         self._maps = dict(self._named("map"))
         self._programs = dict(self._named("program"))
+        # libbpf calls them "object.bss"; sections with a longer name (".data.mine") by that.
+        self._sections = {
+            name[name.index(".") :]: pointer
+            for name, pointer in self._maps.items()
+            if "." in name and library().bpf_map__is_internal(pointer)
+        }
         for map_name, pointer in self._maps.items():
             # `__uint(pinning, LIBBPF_PIN_BY_NAME)` would pin outside our tree.
             library().bpf_map__set_pin_path(pointer, None)
@@ -167,6 +173,11 @@ class Object:
     def map_names(self) -> tuple[str, ...]:
         """The maps that the C declares; ``.rodata`` and its like are not among them."""
         return tuple(name for name, pointer in self._maps.items() if not library().bpf_map__is_internal(pointer))
+
+    @property
+    def section_names(self) -> tuple[str, ...]:
+        """``.rodata``, ``.data``, ``.bss`` and their like: the maps that libbpf makes of global variables."""
+        return tuple(self._sections)
 
     @property
     def program_names(self) -> tuple[str, ...]:
@@ -288,6 +299,8 @@ class Object:
             pointer = following(self._object, pointer)
 
     def _map(self, name: str) -> int:
+        if name in self._sections:
+            return self._sections[name]
         if name not in self._maps:
             raise ObjectError(f"{self.name} has no map {name!r}; there is: {', '.join(self.map_names) or 'none'}")
         return self._maps[name]

@@ -16,9 +16,11 @@ from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
+from probefleet_wire import map_types
+from probefleet_wire.map_types import Read
 
 from probefleet_agent.errors import KernelError, ProbefleetError
-from probefleet_agent.kernel import syscall, uapi
+from probefleet_agent.kernel import map_storage, syscall, uapi
 from probefleet_agent.kernel.syscall import MapInfo as MapInfo
 from probefleet_agent.kernel.uapi import HASH_TYPES, PER_CPU_TYPES, Command, MapType
 
@@ -27,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 CHUNK_BYTES = 16 << 20
 MIN_BATCH = 64
 _NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, uapi.ENOTSUPP})
-_BATCHED = frozenset({MapType.ARRAY, MapType.PERCPU_ARRAY, *HASH_TYPES})
+_BATCHED = frozenset({MapType.ARRAY, MapType.PERCPU_ARRAY, MapType.LPM_TRIE, *HASH_TYPES})
 
 
 def info(fd: SupportsIndex) -> MapInfo:
@@ -71,9 +73,17 @@ def read(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
     """All entries: keys ``u1[n, key_size]``; values ``u1[n, value_size]``, per-CPU ``u1[n, cpus, rounded up to 8]``.
 
     While programs write, a hash's key that stays is seen exactly once, words do not tear, fields of one value may be
-    of different moments. Raises KernelError.
+    of different moments. Maps of maps: outer and inner key side by side; ``u1[0, 0]`` where no inner map is there.
+    Storage: its owners as keys. Raises KernelError, and ProbefleetError for a map that holds nothing to read.
     """
-    if info.type == MapType.STACK_TRACE or info.type not in _BATCHED:
+    if info.type in map_types.OUTER:
+        return _read_inner(fd, info)
+    if info.type in map_types.STORAGE:
+        return map_storage.read_storage(fd, info)
+    if info.type in map_types.POPPED or (info.type != MapType.STACK_TRACE and why_not_read(info)):
+        why = why_not_read(info) or "reading takes its entries out"
+        raise ProbefleetError(f"map {info.name} is of type {map_types.name_of(info.type)}, which is not read: {why}")
+    if info.type not in _BATCHED:
         keys, values = _read_each(fd, info)
     else:
         batched = _read_batches(fd, info)
@@ -81,6 +91,29 @@ def read(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
     if info.type in PER_CPU_TYPES:
         values = values.reshape(len(values), possible_cpus(), round_up(info.value_size, 8))
     return keys, values
+
+
+def why_not_read(info: MapInfo) -> str:
+    """Why no output can be made of it; empty where one can."""
+    if info.flags & map_types.Flag.WRONLY:
+        return "its flags say that user space may not read it"
+    if map_types.read_as(info.type) is not Read.NOT:
+        return ""
+    return map_types.UNREADABLE.get(info.type, "nothing is known of its type")
+
+
+def _read_inner(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
+    keys: list[Bytes] = []
+    values: list[Bytes] = []
+    for outer, inner in map_storage.inner_maps(fd, info):
+        with inner:
+            some_keys, some_values = read(inner, syscall.map_info(inner))
+        repeated = np.broadcast_to(np.frombuffer(outer, np.uint8), (len(some_keys), len(outer)))
+        keys.append(np.concatenate([repeated, some_keys], axis=1))
+        values.append(some_values)
+    if not keys:
+        return np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint8)
+    return np.concatenate(keys), np.concatenate(values)
 
 
 def lookup_many(fd: SupportsIndex, info: MapInfo, keys: Bytes) -> tuple[Bytes, npt.NDArray[np.bool_]]:
@@ -212,31 +245,9 @@ def sum_lost(fd: SupportsIndex) -> npt.NDArray[np.uint64]:
 
 
 def memory_bytes(info: MapInfo) -> int:
-    """Kernel memory that a map of these sizes takes when it is full: an estimate, before it is made.
-
-    Follows ``map_mem_usage`` of kernel/bpf/{arraymap,hashtab,ringbuf,stackmap}.c (Linux 6.4 and later).
-    """
-    value, key = round_up(info.value_size, 8), round_up(info.key_size, 8)
-    entries, cpus = info.max_entries, possible_cpus()
-    fixed = 512
-    if info.type == MapType.ARRAY:
-        return fixed + entries * value
-    if info.type == MapType.PERCPU_ARRAY:
-        return fixed + entries * (8 + value * cpus)
-    if info.type in HASH_TYPES:
-        buckets = 1 << max(entries - 1, 0).bit_length()
-        element = 48 + key + (8 + value * cpus if info.type in PER_CPU_TYPES else value)
-        lru = info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH)
-        spare = 0 if lru or info.flags & uapi.BPF_F_NO_PREALLOC else cpus
-        return fixed + buckets * 16 + (entries + spare) * element
-    if info.type == MapType.RINGBUF:
-        return fixed + entries + 3 * os.sysconf("SC_PAGESIZE")
-    if info.type == MapType.STACK_TRACE:
-        buckets = 1 << max(entries - 1, 0).bit_length()
-        return fixed + buckets * 8 + entries * (24 + value)
-    if info.type in (MapType.PERF_EVENT_ARRAY, MapType.PROG_ARRAY, MapType.ARRAY_OF_MAPS):
-        return fixed + entries * 8
-    return fixed + entries * (48 + key + value)
+    """Kernel memory that a map of these sizes takes when it is full: an estimate, before it is made."""
+    sizes = map_types.Sizes(info.type, info.key_size, info.value_size, info.max_entries, info.flags, info.map_extra)
+    return map_types.bytes_of(sizes, cpus=possible_cpus(), page_bytes=os.sysconf("SC_PAGESIZE"))
 
 
 def memory_used_bytes(fd: SupportsIndex) -> int:

@@ -160,6 +160,17 @@ def map_get_next_key(fd: SupportsIndex, key: bytes | None, key_size: int) -> byt
     return following.raw
 
 
+def map_pop(fd: SupportsIndex, value_bytes: int) -> bytes | None:
+    """Take the next value out of a queue or stack; None where it is empty."""
+    value = ctypes.create_string_buffer(max(value_bytes, 1))
+    result = _call(Command.MAP_LOOKUP_AND_DELETE_ELEM, uapi.Element(map_fd=int(fd), value=address(value)))
+    if result == -errno.ENOENT:
+        return None
+    if result < 0:
+        raise KernelError(-result, "pop a map's value")
+    return value.raw[:value_bytes]
+
+
 def map_batch(
     command: Command, fd: SupportsIndex, *, keys: int, values: int, count: int, in_batch: int = 0, out_batch: int = 0
 ) -> tuple[int, int]:
@@ -307,6 +318,7 @@ class MapInfo:
     btf_id: int
     btf_key_type_id: int
     btf_value_type_id: int
+    map_extra: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +361,7 @@ def map_info(fd: SupportsIndex) -> MapInfo:
     return MapInfo(
         id=raw.id, type=raw.type, key_size=raw.key_size, value_size=raw.value_size, max_entries=raw.max_entries,
         flags=raw.map_flags, name=raw.name.decode(errors="replace"), btf_id=raw.btf_id,
-        btf_key_type_id=raw.btf_key_type_id, btf_value_type_id=raw.btf_value_type_id,
+        btf_key_type_id=raw.btf_key_type_id, btf_value_type_id=raw.btf_value_type_id, map_extra=raw.map_extra,
     )  # fmt: skip
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 from enum import IntEnum
 
+from probefleet_wire import map_types
+from probefleet_wire.map_types import MapType as MapType
+
 
 class Command(IntEnum):
     """``enum bpf_cmd``."""
@@ -29,6 +32,7 @@ class Command(IntEnum):
     RAW_TRACEPOINT_OPEN = 17
     BTF_LOAD = 18
     BTF_GET_FD_BY_ID = 19
+    MAP_LOOKUP_AND_DELETE_ELEM = 21
     MAP_FREEZE = 22
     MAP_LOOKUP_BATCH = 24
     MAP_LOOKUP_AND_DELETE_BATCH = 25
@@ -40,26 +44,7 @@ class Command(IntEnum):
     ENABLE_STATS = 32
 
 
-class MapType(IntEnum):
-    """``enum bpf_map_type``, those that the agent reads or makes."""
-
-    HASH = 1
-    ARRAY = 2
-    PROG_ARRAY = 3
-    PERF_EVENT_ARRAY = 4
-    PERCPU_HASH = 5
-    PERCPU_ARRAY = 6
-    STACK_TRACE = 7
-    LRU_HASH = 9
-    LRU_PERCPU_HASH = 10
-    LPM_TRIE = 11
-    ARRAY_OF_MAPS = 12
-    HASH_OF_MAPS = 13
-    RINGBUF = 27
-
-
-PER_CPU_TYPES = frozenset({MapType.PERCPU_HASH, MapType.PERCPU_ARRAY, MapType.LRU_PERCPU_HASH})
-HASH_TYPES = frozenset({MapType.HASH, MapType.PERCPU_HASH, MapType.LRU_HASH, MapType.LRU_PERCPU_HASH})
+PER_CPU_TYPES, HASH_TYPES = map_types.PER_CPU, map_types.HASHES
 
 
 class ProgramType(IntEnum):
