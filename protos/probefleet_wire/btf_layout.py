@@ -63,7 +63,7 @@ class Field:
     kind: ScalarKind
     signed: bool = False
     type_name: str = ""  #: as C writes the element: ``unsigned int``, ``enum state``, ``struct sock *``
-    typedefs: tuple[str, ...] = ()  #: of the element, outermost first: ``('pid_t', '__kernel_pid_t')``
+    typedefs: tuple[str, ...] = ()  #: outermost first: ``('pid_t', '__kernel_pid_t')``; an array's, then its element's
     shape: tuple[int, ...] = ()  #: empty for a scalar
     enum_names: tuple[tuple[str, int], ...] = ()
     bit_offset: int = 0  #: from the struct's start, for a bit-field
@@ -197,9 +197,11 @@ def _flatten(btf: Btf, type_id: int, name: str, base: int, depth: int, in_union:
     shape: list[int] = []
     element = type_id
     found = btf.type(btf.resolve(type_id))
+    typedefs = btf.typedef_chain(type_id)
     while isinstance(found, Array):
         shape.append(found.count)
         element = found.element
+        typedefs += btf.typedef_chain(element)
         found = btf.type(btf.resolve(element))
         if len(shape) > MAX_DEPTH:
             raise BtfError(f"array type {type_id} has more than {MAX_DEPTH} dimensions: a cycle")
@@ -226,7 +228,7 @@ def _flatten(btf: Btf, type_id: int, name: str, base: int, depth: int, in_union:
             kind=scalar.kind,
             signed=scalar.signed,
             type_name=c_name_of(btf, btf.resolve(element)),
-            typedefs=btf.typedef_chain(element),
+            typedefs=typedefs,
             shape=tuple(shape),
             enum_names=scalar.enum_names,
             in_union=in_union,

@@ -250,3 +250,16 @@ def test_the_kernels_own_btf_is_read_whole() -> None:
     assert fields["tgid"] == tgid.offset_bytes
     assert btf.dtype_of(btf.require("task_struct", Kind.STRUCT)).itemsize == task.size_bytes
     assert not any(isinstance(btf.type(each), Fwd) for each in btf.find_all("task_struct", Kind.STRUCT))
+
+
+def test_an_arrays_own_typedef_is_known_and_its_elements() -> None:
+    make = BtfBuilder()
+    u32 = make.integer("unsigned int", 4)
+    byte = make.typedef("u8", make.integer("unsigned char", 1))
+    address = make.typedef("ip_t", make.array(byte, 16, index=u32))
+    flow = make.struct("flow", 32, [("local", address, 0), ("remote", address, 16)], union=False)
+    fields = Btf.parse(make.to_bytes()).layout_of(flow)
+    assert [(each.name, each.typedefs, each.shape) for each in fields] == [
+        ("local", ("ip_t", "u8"), (16,)),
+        ("remote", ("ip_t", "u8"), (16,)),
+    ]
