@@ -7,7 +7,7 @@ once for all policies that share an instance; each keeps only what its selection
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -222,35 +222,45 @@ class EventReader:
             decoder = decode.decoder_of(at, self.output.decode, at.name)
             name = "time_ns" if decoder == "ktime" and "time_ns" not in {c.name for c in chunk.columns} else at.name
             if processes is not None and own is not None and at is own[0] and decoder == "pid":
-                column: decode.Column = processes
+                values: decode.Coded = processes
             else:
-                column = decode.column(taken, at, decoder, self.lookups)
-            chunk.columns.append(columns.column(name, _listed(column)))
-        chosen = [identities[index] for index in keep.tolist()]
+                values = decode.coded(taken, at, decoder, self.lookups)
+            if isinstance(values, columns.StringColumn):
+                chunk.columns.append(columns.coded_column(name, values.distinct, values.index.astype(np.int64)))
+            else:
+                chunk.columns.append(columns.column(name, values))
         if prints.is_line(self.layout.value):
             chunk.columns.append(columns.column("message", prints.messages(taken, self.layout.value)))
-        chunk.columns.append(columns.column(POD_COLUMN, [identity.pod for identity in chosen]))
-        chunk.columns.append(columns.column(CONTAINER_COLUMN, [identity.container for identity in chosen]))
+        whose, containers = identities.index[keep], [each.container for each in identities.known]
+        chunk.columns.append(columns.coded_column(POD_COLUMN, [each.pod for each in identities.known], whose))
+        chunk.columns.append(columns.coded_column(CONTAINER_COLUMN, containers, whose))
         return chunk
 
 
-def _listed(column: decode.Column) -> decode.Column | list[str]:
-    return [str(value) for value in column.tolist()] if column.dtype == object else column
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """An identity for each of many entries: entry ``i`` is ``known[index[i]]``'s."""
+
+    known: tuple[pods.Identity, ...]
+    index: npt.NDArray[np.int64]
+
+    def __iter__(self) -> Iterator[pods.Identity]:
+        return (self.known[at] for at in self.index.tolist())
 
 
 def judge(
     book: Book, policy: PolicyUid, entries: Bytes, cgroup: Field | None
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], list[pods.Identity]]:
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Whose]:
     """Of each entry: does it count, must it wait, whose is it. Entries without a cgroup count for all."""
     n = len(entries)
     if cgroup is None:
-        return np.ones(n, bool), np.zeros(n, bool), [pods.Identity(pods.UNKNOWN, "")] * n
-    distinct, index = np.unique(decode.raw(entries, cgroup), return_inverse=True)
-    ids = [CgroupId(int(value)) for value in distinct.tolist()]
+        return np.ones(n, bool), np.zeros(n, bool), Whose((pods.Identity(pods.UNKNOWN, ""),), np.zeros(n, np.int64))
+    found, index = decode.distinct(decode.raw(entries, cgroup))
+    ids = [CgroupId(int(value)) for value in found.tolist()]
     answers = np.array([book.answer(policy, cgroup_id) for cgroup_id in ids] or [Answer.UNKNOWN], np.uint8)[index]
     unknown = pods.Identity(pods.UNKNOWN, "")
-    known = [book.identities.get(cgroup_id, unknown) for cgroup_id in ids]
-    return answers == Answer.SELECTED, answers == Answer.UNKNOWN, [known[at] for at in index.tolist()]
+    known = tuple(book.identities.get(cgroup_id, unknown) for cgroup_id in ids)
+    return answers == Answer.SELECTED, answers == Answer.UNKNOWN, Whose(known, index)
 
 
 def wants_events(output: plan_pb2.Output) -> bool:

@@ -25,6 +25,8 @@ from probefleet_agent import prints
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Integers: TypeAlias = npt.NDArray[np.uint64] | npt.NDArray[np.int64]
 Column: TypeAlias = Integers | npt.NDArray[np.float64] | npt.NDArray[np.object_]
+#: The same, strings in coded form: no loop touches a row.
+Coded: TypeAlias = Integers | npt.NDArray[np.float64] | columns.StringColumn
 
 
 class DecodeError(ValueError):
@@ -81,7 +83,7 @@ def own_command(fields: tuple[Field, ...]) -> tuple[Field, Field] | None:
     return (processes[0], commands[0]) if processes and len(commands) == 1 else None
 
 
-def processes(buffer: Bytes, own: tuple[Field, Field], lookups: Lookups) -> npt.NDArray[np.object_]:
+def processes(buffer: Bytes, own: tuple[Field, Field], lookups: Lookups) -> columns.StringColumn:
     """The column of processes with the commands that the records themselves give; ``lookups`` learn them."""
     parts = [buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes] for field in own]
     both = np.ascontiguousarray(np.concatenate(parts, axis=1)[::-1])  # the newest first
@@ -93,7 +95,7 @@ def processes(buffer: Bytes, own: tuple[Field, Field], lookups: Lookups) -> npt.
         if number and command:
             lookups.learn(number, command)
     shown = [f"{command}[{number}]" if number and command else _pid(number, lookups) for number, command in pairs]
-    return np.array(shown or [""], dtype=object)[index.reshape(-1)[::-1]]
+    return columns.StringColumn(tuple(shown), index.reshape(-1)[::-1].astype(np.uint64))
 
 
 def raw(buffer: Bytes, field: Field) -> npt.NDArray[Any]:
@@ -227,9 +229,7 @@ def column(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Colum
     return found
 
 
-def coded(
-    buffer: Bytes, field: Field, decoder: str, lookups: Lookups
-) -> Integers | npt.NDArray[np.float64] | columns.StringColumn:
+def coded(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Coded:
     """The same with strings in coded form; its distinct ones may repeat."""
     if decoder in _RENDERED:
         at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])

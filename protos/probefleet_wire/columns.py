@@ -138,6 +138,22 @@ def pack_strings(values: Iterable[str]) -> stream_pb2.Strings:
     return stream_pb2.Strings(distinct=list(codes), index=pack(np.asarray(index, dtype=np.uint32)))
 
 
+def coded_column(name: str, texts: Sequence[str], index: npt.NDArray[np.integer[Any]]) -> stream_pb2.Column:
+    """Row ``i`` is ``texts[index[i]]``: as ``column``, without a loop over rows. Texts may repeat, or be unused."""
+    if not len(index):
+        return column(name, [])
+    # By first appearance, as ``pack_strings`` has it: of several assignments to one place the last one stays.
+    first = np.full(len(texts), -1)
+    first[index[::-1]] = np.arange(len(index))[::-1]
+    used = np.argsort(first, kind="stable")[np.count_nonzero(first < 0) :]
+    codes: dict[str, int] = {}
+    code_of = np.zeros(len(texts), np.uint32)
+    code_of[used] = [codes.setdefault(texts[at], len(codes)) for at in used.tolist()]
+    return stream_pb2.Column(
+        name=name, strings=stream_pb2.Strings(distinct=list(codes), index=pack(code_of[index].astype(np.uint32)))
+    )
+
+
 def unpack_strings(strings: stream_pb2.Strings, *, limit: int) -> StringColumn:
     """The coded form, of at most ``limit`` rows. Raises ColumnsError for stray indices, and for size."""
     distinct = tuple(strings.distinct)

@@ -356,12 +356,12 @@ def test_every_record_is_sent_refused_or_counted_as_dropped_once(
 
 def test_judging_nothing_is_nothing(book: Book) -> None:
     counted, pending, identities = collect.judge(book, MINE, records(), CGROUP)
-    assert (counted.tolist(), pending.tolist(), identities) == ([], [], [])
+    assert (counted.tolist(), pending.tolist(), list(identities)) == ([], [], [])
 
 
 def test_an_entry_without_a_cgroup_is_nobodys_we_know(book: Book) -> None:
     _, _, identities = collect.judge(book, MINE, records(IN_WEB), None)
-    assert identities == [pods.Identity(pods.UNKNOWN, "")]
+    assert list(identities) == [pods.Identity(pods.UNKNOWN, "")]
 
 
 def test_events_are_read_from_rings_and_the_rest_from_maps() -> None:

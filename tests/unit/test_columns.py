@@ -214,3 +214,9 @@ def test_a_column_takes_what_it_is_given(values: object, kind: str, back: list[o
 def test_a_column_that_does_not_fit_its_rows_is_refused(message: stream_pb2.Column, words: str) -> None:
     with pytest.raises(ColumnsError, match=words):
         columns.read_column(message, 3)
+
+
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=5), st.data())
+def test_a_coded_column_reads_as_its_texts_however_they_repeat(texts: list[str], data: st.DataObject) -> None:
+    index = np.array(data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=20)), np.int64)
+    assert columns.coded_column("c", texts, index) == columns.column("c", [texts[at] for at in index.tolist()])

@@ -379,12 +379,12 @@ def test_a_record_names_its_process_itself_and_others_learn_it() -> None:
         struct.pack("<II16s", 7, 4201, b"sh"), struct.pack("<II16s", 8, 7, b"ls"), struct.pack("<II16s", 0, 9, b"")
     )
     # 7 is called otherwise by now, 8 is gone; 0 is no process.
-    assert decode.processes(records, own, lookups).tolist() == ["sh[7]", "ls[8]", "0"]
+    assert decode.processes(records, own, lookups).to_list() == ["sh[7]", "ls[8]", "0"]
     parents = decode.column(records, PARENT, "pid", lookups)
     assert parents.tolist() == ["nginx[4201]", "sh[7]", "9"]
-    assert decode.processes(records[:0], own, lookups).tolist() == []
+    assert decode.processes(records[:0], own, lookups).to_list() == []
     again = entries(*(struct.pack("<II16s", 7, 1, name) for name in (b"sh", b"ls", b"sh", b"cat", b"ls")))
-    assert decode.processes(again, own, lookups).tolist() == ["sh[7]", "ls[7]", "sh[7]", "cat[7]", "ls[7]"]
+    assert decode.processes(again, own, lookups).to_list() == ["sh[7]", "ls[7]", "sh[7]", "cat[7]", "ls[7]"]
     assert lookups.command(7) == "ls", "the last one holds"
 
 
@@ -392,3 +392,10 @@ def test_a_command_of_nobody_in_particular_names_no_process() -> None:
     assert decode.own_command((PROCESS, PARENT)) is None
     assert decode.own_command((COMMAND,)) is None
     assert decode.own_command((PROCESS, COMMAND, dataclasses.replace(COMMAND, name="next", offset_bytes=24))) is None
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_distinct_values_and_where_they_are(values: list[int]) -> None:
+    found, index = decode.distinct(np.array(values, np.uint64))
+    assert found.tolist() == sorted(set(values))
+    assert found[index].tolist() == values
