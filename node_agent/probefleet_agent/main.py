@@ -7,8 +7,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
 import click
@@ -16,7 +18,6 @@ import structlog
 
 from probefleet_agent.engine import VERSION, Engine
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.session import Dial, Session
 
 
 @click.command(context_settings={"auto_envvar_prefix": "PROBEFLEET", "max_content_width": 100})
@@ -74,13 +75,18 @@ def main(
         sys.exit(1)
     with engine:
         log.info("started", version=VERSION, cgroup_root=cgroup_root)
-        asyncio.run(_run(engine, Dial(target, ca_file, token_file, server_name)))
+        # gRPC's core writes lines of its own, and no JSON. It reads this when it is imported, so session comes after.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        from probefleet_agent.session import Dial, Session
+
+        session = Session(engine, Dial(target, ca_file, token_file, server_name))
+        asyncio.run(_run(session.run()))
         empty = engine.leave()
     log.info("stopped; nothing is left on this node" if empty else "stopped; what is pinned goes on counting")
 
 
-async def _run(engine: Engine, dial: Dial) -> None:
-    task = asyncio.create_task(Session(engine, dial).run(), name="session")
+async def _run(session: Coroutine[None, None, None]) -> None:
+    task = asyncio.create_task(session, name="session")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)

@@ -32,6 +32,7 @@ WRITE_SECONDS = 60.0  # an agent that takes nothing for so long is gone
 MAX_UNIDENTIFIED = 2_000  # streams that have not proved who they are
 MAX_MESSAGES_PER_SECOND = 50.0
 BURST_MESSAGES = 500.0
+MOST_MIB = session.MAX_MESSAGE_BYTES >> 20  # gRPC itself ends a stream with a larger message
 STRIKES = 200  # messages over the rate before the stream is closed; until then it is only slowed
 
 SERVER_OPTIONS = [
@@ -88,8 +89,9 @@ class _Rate:
         self._tokens = min(BURST_MESSAGES, self._tokens + (now - self._at) * MAX_MESSAGES_PER_SECOND)
         self._at = now
         self._tokens -= 1
+        if self._tokens >= BURST_MESSAGES / 2:
+            self._strikes = 0  # it has calmed down
         if self._tokens >= 0:
-            self._strikes = 0
             return 0.0
         self._strikes += 1
         if self._strikes > STRIKES:
@@ -141,9 +143,13 @@ class Fleet:
             await self._refuse(context, grpc.StatusCode.UNAVAILABLE, "the API server cannot be asked now: try again")
             return
         self._enter(opened)
-        code, reason = grpc.StatusCode.OK, "the operator is shutting down"
+        code, reason = grpc.StatusCode.OK, f"the stream broke, or one message had more than {MOST_MIB} MiB"
         try:
             code, reason = await self._converse(opened, context)
+        except asyncio.CancelledError:
+            if self.draining:
+                reason = "the operator is shutting down"
+            raise
         finally:
             self._leave(opened, reason)
         if code is not grpc.StatusCode.OK:
