@@ -81,9 +81,10 @@ def add_events(
     loaded: Mapping[Digest, Loaded],
     bindings: Bindings,
     identities: Identities,
-) -> list[samples.Commit]:
-    """The records that have come for all policies; how far each one's ring is read."""
+) -> tuple[list[samples.Commit], bool]:
+    """The records that have come for all policies: how far each one's ring is read, and whether more wait there."""
     commits: list[samples.Commit] = []
+    behind = False
     for uid, bound in bindings.bound.items():
         for name, reader in bound.events.items():
             instance = loaded[bound.digest]
@@ -105,6 +106,9 @@ def add_events(
                 # Nothing came, and yet an operator that is new has to hear what lay before.
                 chunk = stream_pb2.EventChunk(end_position=reader.cursor, dropped=reader.dropped)
             reader.announced = True
+            # Not where records are held back for want of an identity: they come no sooner by reading on.
+            whole = records.end_position == reader.cursor
+            behind = behind or (whole and reader.cursor - began.position > _RING_READ_BYTES // 2)
             counts = instance.lost()
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
@@ -118,7 +122,7 @@ def add_events(
                 chunk.counted_before = began.counted
             batch.events.append(chunk)
             commits.append(((uid, name, reader.epoch), reader.mark))
-    return commits
+    return commits, behind
 
 
 def cgroups_in_use(loaded: Mapping[Digest, Loaded], bindings: Bindings) -> set[int]:

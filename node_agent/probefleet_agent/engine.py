@@ -60,6 +60,8 @@ class Engine:
         # Of the last push, also an earlier process's: an operator that was replaced cannot come back.
         self._term, self._version = self._tracker.term, self._tracker.version
         self._remembered_ns = time.time_ns()
+        #: More records wait in a ring than the last ``collect`` could take: it is to be called again at once.
+        self.behind = False
 
     @classmethod
     def open(
@@ -174,6 +176,7 @@ class Engine:
 
     def collect(self, now_ns: int, *, force: bool = False) -> stream_pb2.Batch | None:
         """What is due, as the next batch; ``None`` where nothing is, or too much is unacknowledged."""
+        self.behind = False
         if not force and not self._stream.open:
             return None
         batch = stream_pb2.Batch(time_ns=now_ns)
@@ -185,7 +188,9 @@ class Engine:
             self._tracker.beat(now_ns)
         for digest in self._costs.tick(now_ns, loaded, self._bindings.budgets(), force=force):
             self._installed.detach(digest)
-        commits = batches.add_events(batch, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
+        commits, self.behind = batches.add_events(
+            batch, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities
+        )
         batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         if due:
             self._identities.forget_gone(now_ns, lambda: batches.cgroups_in_use(loaded, self._bindings))

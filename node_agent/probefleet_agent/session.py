@@ -146,7 +146,8 @@ class Session:
                 detached = now_detached
                 status = await self._call(self._engine.status)
                 await outgoing.put(stream_pb2.FromAgent(status=status))
-            await asyncio.sleep(TICK_SECONDS)
+            # A ring of 16 MB is full within 0.3 s of a million records a second.
+            await asyncio.sleep(0 if self._engine.behind else TICK_SECONDS)
 
     async def _call(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function)
