@@ -54,6 +54,7 @@ def connection(command: Command) -> Command:
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time. Without: Ctrl-C, at most 10m.")
 @click.option("--interval", default="1s", show_default=True, help="How often nodes send values.")
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
+@options.wide
 def run(
     name: str,
     *,
@@ -67,6 +68,7 @@ def run(
     duration: float | None,
     interval: str,
     output: str,
+    wide: bool,
 ) -> None:
     """Measure with a catalog probe on the whole cluster, until Ctrl-C or --for; nothing of it stays.
 
@@ -92,7 +94,7 @@ def run(
         raise Failure(
             f"no node has sent a sample of {where}/{called}. kubectl get pods -n {system_namespace} shows agents"
         )
-    screen.print_reports([screen.Shown(called, last["status"], where)], output=output, stream=sys.stdout)
+    screen.print_reports([screen.Shown(called, last["status"], where)], output=output, stream=sys.stdout, wide=wide)
 
 
 def policy_manifest(

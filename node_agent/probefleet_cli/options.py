@@ -53,3 +53,10 @@ def settings(command: Command) -> Command:
     return click.option(
         "--set", "settings", multiple=True, metavar="PARAMETER=VALUE", help="A catalog probe's parameter; repeatable."
     )(command)
+
+
+def wide(command: Command) -> Command:
+    """``--wide``."""
+    return click.option(
+        "--wide", is_flag=True, help="On a terminal, show every field of each record whole, as in a pipe."
+    )(command)

@@ -15,6 +15,8 @@ from probefleet_core import summary
 from rich.console import Console
 from rich.text import Text
 
+from probefleet_cli import event_table
+
 Json: TypeAlias = dict[str, Any]
 
 FORMATS: Final = ("table", "json", "yaml")
@@ -39,14 +41,17 @@ def render(status: Json, *, name: str, namespace: str = "", output: str = "table
     return "\n".join(report_lines(status, name=name)) + "\n"
 
 
-def report_lines(status: Json, *, name: str, rows: int = 50) -> list[str]:
-    """The long form of the report's summary: every row and every distribution that the status has."""
+def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0) -> list[str]:
+    """The long form of the report's summary: every row and every distribution that the status has.
+
+    Records of events are fitted into ``width`` columns; 0: they are shown whole.
+    """
     found = [f"== {name} =="]
     found += summary.head(status)
     for output in status["outputs"]:
         found.append("")
         if output["kind"] == "events":
-            found += events_lines(output)
+            found += events_lines(output, rows=rows, width=width)
         elif output["kind"] == "stacks":
             found += stacks_lines(output)
         else:
@@ -55,10 +60,10 @@ def report_lines(status: Json, *, name: str, rows: int = 50) -> list[str]:
     return found
 
 
-def text(status: Json, *, name: str) -> Text:
+def text(status: Json, *, name: str, rows: int = 50, width: int = 0) -> Text:
     """The report for rich: the same lines, with colours that help the eye. For live views and terminals."""
     styled = Text()
-    for line in report_lines(status, name=name):
+    for line in report_lines(status, name=name, rows=rows, width=width):
         styled.append(line, style=_style(line))
         if line.endswith("|") and "|" in line[:-1]:
             # Only the bar of a histogram.
@@ -67,21 +72,28 @@ def text(status: Json, *, name: str) -> Text:
     return styled
 
 
-def write(status: Json, *, name: str, stream: TextIO, namespace: str = "", output: str = "table") -> None:
-    """Print the report: in colour where ``stream`` is a terminal, else the plain text."""
+def write(
+    status: Json, *, name: str, stream: TextIO, namespace: str = "", output: str = "table", wide: bool = False
+) -> None:
+    """Print the report: on a terminal in colour and fitted to it (unless ``wide``), elsewhere plain and whole."""
     if output == "table" and stream.isatty():
-        Console(file=stream, highlight=False, soft_wrap=True).print(text(status, name=name), end="")
+        console = Console(file=stream, highlight=False, soft_wrap=True)
+        console.print(text(status, name=name, width=0 if wide else console.width), end="")
     else:
         stream.write(render(status, name=name, namespace=namespace, output=output))
 
 
-def events_lines(output: Json) -> list[str]:
-    """The newest records as a table, oldest first, with what became of the others."""
+def events_lines(output: Json, *, rows: int = MAX_EVENT_ROWS, width: int = 0) -> list[str]:
+    """The newest records as a table, oldest first, with what became of the others; fitted into ``width``, if given."""
     found = summary.output_lines(output, rows=0, histograms=0)
-    records = output["events"]["records"][-MAX_EVENT_ROWS:]
+    records = output["events"]["records"][-min(rows, MAX_EVENT_ROWS) :]
     if not records:
         return [*found, "  nothing yet"]
+    if width:
+        records = event_table.terse(records)
     header, body = summary.event_cells(records)
+    if width:
+        header, body = event_table.fitted(header, body, width - 2)
     return found + [f"  {line}" for line in _columns(header, body)]
 
 

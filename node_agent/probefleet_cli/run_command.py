@@ -31,6 +31,7 @@ TICK_SECONDS = 0.1
 @click.option("--interval", help="How often values are read (1s to 1h). Probes by name: 1s.")
 @options.settings
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
+@options.wide
 @options.machine
 def run(
     what: tuple[str, ...],
@@ -42,6 +43,7 @@ def run(
     interval: str | None,
     settings: tuple[str, ...],
     output: str,
+    wide: bool,
     bpffs: Path,
     cgroup_root: str,
 ) -> None:
@@ -90,7 +92,7 @@ def run(
         measured.sample_rest()
         late = [text for text in _refusals(measured) if text not in refusals]
         results = measured.results()
-    screen.print_reports(_shown(measured.prepared, results), output=output, stream=sys.stdout)
+    screen.print_reports(_shown(measured.prepared, results), output=output, stream=sys.stdout, wide=wide)
     if refusals or late:
         raise KernelRefuses("\n".join(late) or f"{len(refusals)} of {len(prepared)} policies did not run, see above")
 

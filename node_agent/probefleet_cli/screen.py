@@ -62,7 +62,11 @@ class Screen:
     def show(self, reports: Sequence[Shown]) -> None:
         """Draw the newest reports."""
         if self._live is not None:
-            self._live.update(Group(*(render.text(each.status, name=each.name) for each in reports)), refresh=True)
+            console = self._live.console
+            # All reports are to be seen at once; the end shows every row.
+            rows = max(3, min(20, console.height // max(1, 2 * len(reports))))
+            shown = [render.text(each.status, name=each.name, rows=rows, width=console.width) for each in reports]
+            self._live.update(Group(*shown), refresh=True)
 
 
 def progress(text: str) -> None:
@@ -71,7 +75,7 @@ def progress(text: str) -> None:
         click.secho(text, err=True, dim=True)
 
 
-def print_reports(reports: Sequence[Shown], *, output: str, stream: TextIO | None = None) -> None:
+def print_reports(reports: Sequence[Shown], *, output: str, stream: TextIO | None = None, wide: bool = False) -> None:
     """The end: every report, in the form that was asked for."""
     stream = stream or sys.stdout
     if output in ("folded", "svg"):
@@ -79,7 +83,7 @@ def print_reports(reports: Sequence[Shown], *, output: str, stream: TextIO | Non
     elif len(reports) == 1 or output == "table":
         for index, each in enumerate(reports):
             stream.write("\n" if index else "")
-            render.write(each.status, name=each.name, namespace=each.namespace, stream=stream, output=output)
+            render.write(each.status, name=each.name, namespace=each.namespace, stream=stream, output=output, wide=wide)
     else:
         documents = [render.document(each.status, name=each.name, namespace=each.namespace) for each in reports]
         if output == "json":

@@ -63,7 +63,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_the_help_of_run_names_every_option() -> None:
     said = CliRunner().invoke(main.machine, ["run", "--help"]).output
     shown = set(re.findall(r"^\s+(?:-\w, )?(--[a-z-]+)", said, re.MULTILINE))
-    wanted = "--namespace --pid --for --interval --set --output --bpffs --cgroup-root --help"
+    wanted = "--namespace --pid --for --interval --set --output --wide --bpffs --cgroup-root --help"
     assert shown == set(wanted.split())
 
 
