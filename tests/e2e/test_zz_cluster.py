@@ -1,6 +1,6 @@
 """End-to-end test 5, second half, and 4 for the whole release: what happens to the cluster itself.
 
-An upgrade, an API server that is gone, a node that comes and one that dies, the end of the
+An upgrade, an API server that is gone, agents without privilege, a node that comes and one that dies, the end of the
 release. These disturb every other policy of the cluster, so the file's name makes them the last; the release is
 installed again when they are through.
 """
@@ -31,6 +31,8 @@ NODES = (1, 2, 3)
 JOINING = 4
 #: A node that joins runs every matching policy so soon after its agent is Ready; Kubernetes tells that time in seconds.
 JOIN_SECONDS = 10 + 1
+#: Those of the chart but SYS_RESOURCE: maps need it before Linux 5.11 only, and a sandboxed machine has it not to give.
+CAPABILITIES = ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH", "SYSLOG"]
 #: So long the operator lives without an API server.
 OUTAGE_SECONDS = 15
 PINNED = Path("/sys/fs/bpf/probefleet")
@@ -180,6 +182,50 @@ def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(
 
     finish_counting(namespace)
     assert {number: pinned_programs(number) for number in NODES} == programs
+
+
+# Without privilege.
+
+
+@pytest.fixture
+def privileged_again(installed: str) -> Iterator[None]:
+    """Agents are as before, whatever the test did."""
+    yield
+    upgrade()
+
+
+@pytest.mark.usefixtures("privileged_again")
+def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
+    kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
+    kube.wait_programmed("syscount", namespace)
+    count_once("before", namespace, "node1")
+    upgrade("agent.privileged=false", f"agent.capabilities={{{','.join(CAPABILITIES)}}}")
+    contexts = json.loads(kube.kubectl("get", "daemonset/probefleet-agent", "-n", kube.SYSTEM, "-o", "json"))
+    context = contexts["spec"]["template"]["spec"]["containers"][0]["securityContext"]
+    assert context["privileged"] is False
+    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
+    covered(namespace, 3, 3)
+    # What was pinned with privilege is counted on without; …
+    count_once("after", namespace, "node2")
+    assert kube.totals(kube.report("syscount", namespace), "calls") == {("before",): 997, ("after",): 997}
+
+    # … and what is new is loaded, attached and counted.
+    fresh: dict[str, Any] = {**SYSCOUNT}
+    fresh["program"] = {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max,getpgid"}}}
+    kube.apply(kube.policy("fresh", namespace, fresh))
+    kube.wait_programmed("fresh", namespace)
+    count_once("third", namespace, "node3")
+
+    def counted() -> bool:
+        return kube.totals(kube.report("fresh", namespace), "calls").get(("third",)) == 997
+
+    kube.eventually(counted, "997 calls in the new policy's report")
+
+    def unknown() -> bool:
+        cost = kube.report("fresh", namespace).get("cost", {})
+        return (cost.get("overhead"), cost.get("nodesKnown"), cost.get("nodesUnknown")) == ("unknown", 0, 3)
+
+    kube.eventually(unknown, "a cost that says `unknown`")
 
 
 # A node comes, and dies.
