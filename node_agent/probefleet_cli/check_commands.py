@@ -19,8 +19,8 @@ from probefleet_cli import interruption, measurement, options, preparation, sour
 from probefleet_cli.failures import KernelRefuses
 
 
-@click.command()
-@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...")
+@click.command(short_help="Is a policy valid, and does it load here?")
+@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...", shell_complete=options.complete_what)
 @options.settings
 @click.option("-v", "--verbose", is_flag=True, help="The verifier's whole log, where it refuses.")
 @options.machine
@@ -47,10 +47,17 @@ def check(what: tuple[str, ...], *, settings: tuple[str, ...], verbose: bool, bp
         raise KernelRefuses("\n".join(refusals))
 
 
-@click.command()
-@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...")
+@click.command(short_help="What a policy puts on each node, and what rights it takes.")
+@click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...", shell_complete=options.complete_what)
 @options.settings
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="For how many nodes to reckon.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    metavar="COUNT",
+    default=1,
+    show_default=True,
+    help="For how many nodes to reckon.",
+)
 def explain(what: tuple[str, ...], *, settings: tuple[str, ...], nodes: int) -> None:
     """What a policy would put on each node, and which rights it takes to apply it."""
     for index, each in enumerate(_prepare(what, settings, nodes=nodes)):

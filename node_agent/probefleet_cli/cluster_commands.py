@@ -32,27 +32,28 @@ def connection(command: Command) -> Command:
     for option in (
         click.option(
             "--system-namespace",
+            metavar="NAME",
             default=cluster_api.DEFAULT_SYSTEM_NAMESPACE,
             show_default=True,
             envvar="PROBEFLEET_NAMESPACE",
             help="Where the operator runs.",
         ),
-        click.option("--context", help="Context of the kubeconfig."),
+        click.option("--context", metavar="NAME", help="Context of the kubeconfig."),
         click.option("--kubeconfig", type=click.Path(path_type=Path), help="Default: KUBECONFIG, ~/.kube/config."),
-        click.option("-n", "--namespace", help="Default: the context's."),
+        click.option("-n", "--namespace", metavar="NAME", help="Default: the context's."),
     ):
         command = option(command)
     return command
 
 
-@click.command()
-@click.argument("name")
+@click.command(short_help="Measure on the whole cluster for a while.")
+@click.argument("name", shell_complete=options.complete_probe)
 @connection
-@click.option("-l", "--selector", help="Only pods with these labels, as kubectl's -l.")
+@click.option("-l", "--selector", metavar="LABELS", help="Only pods with these labels, as kubectl's -l.")
 @click.option("--cluster-scope", is_flag=True, help="All namespaces and the host; needs its own RBAC verb.")
 @options.settings
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time. Without: Ctrl-C, at most 10m.")
-@click.option("--interval", default="1s", show_default=True, help="How often nodes send values.")
+@click.option("--interval", metavar="TIME", default="1s", show_default=True, help="How often nodes send values.")
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
 @options.wide
 def run(
@@ -172,11 +173,13 @@ def _raise_refusal(policy: Json) -> None:
         raise KernelRefuses("\n".join(["no node can run it:", *lines]))
 
 
-@click.command()
+@click.command(short_help="Records of a policy's events.")
 @click.argument("policy")
 @connection
 @click.option("-f", "--follow", is_flag=True, help="Go on as records come, until Ctrl-C.")
-@click.option("--event-output", "event_output", help="Only this output, where the policy has several of events.")
+@click.option(
+    "--event-output", "event_output", metavar="NAME", help="Only this output, where the policy has several of events."
+)
 @click.option("-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True)
 def events(
     policy: str,
@@ -211,7 +214,7 @@ def events(
             time.sleep(RECONNECT_SECONDS)
 
 
-@click.command()
+@click.command(short_help="A policy on each of its nodes.")
 @click.argument("policy")
 @connection
 @click.option("-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True)

@@ -16,13 +16,13 @@ from probefleet_agent.kernel import mounts, pins
 from probefleet_core import catalog as catalog_module
 from probefleet_core import errors as core_errors
 
-from probefleet_cli import pinned_here, sources, workspace
+from probefleet_cli import options, pinned_here, sources, workspace
 from probefleet_cli.failures import BadInput, Failure
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command()
+@click.command(short_help="Can this machine run probes?")
 @click.option("-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True)
 def doctor(*, output: str) -> None:
     """Can this machine run probes, and if not, what is to be changed? Exit status 1 if something fails."""
@@ -44,8 +44,8 @@ def doctor(*, output: str) -> None:
         raise Failure(f"this machine cannot run probes as it is: {failed}")
 
 
-@click.command()
-@click.argument("name", required=False)
+@click.command(short_help="The probes that Probefleet ships, and their documentation.")
+@click.argument("name", required=False, shell_complete=options.complete_probe)
 def catalog(name: str | None) -> None:
     """The probes that Probefleet ships; with a NAME, its documentation and parameters."""
     known = sources.load_catalog()
@@ -97,7 +97,7 @@ def _yaml(manifest: sources.Manifest) -> list[str]:
     return str(yaml.safe_dump(manifest, sort_keys=False)).splitlines()
 
 
-@click.command()
+@click.command(short_help="Remove everything of ours from this machine.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--bpffs",
@@ -140,7 +140,7 @@ def purge(*, yes: bool, bpffs: Path) -> None:
     click.echo("removed")
 
 
-@click.command()
+@click.command(short_help="Versions of Probefleet, Python and the kernel.")
 def version() -> None:
     """Versions of Probefleet, Python and the kernel."""
     click.echo(
@@ -148,11 +148,17 @@ def version() -> None:
     )
 
 
-@click.command()
+@click.command(short_help="Code for the shell that completes commands and options.")
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the code that completes commands and options: source <(probefleet completion bash)."""
+    """Print the code that completes commands, options and probes' names in a shell.
+
+    \b
+      source <(probefleet completion bash)        # in ~/.bashrc
+      source <(probefleet completion zsh)         # in ~/.zshrc
+      probefleet completion fish | source         # in ~/.config/fish/config.fish
+    """
     kind = get_completion_class(shell)
     assert kind is not None  # click has all three
     root = context.find_root()

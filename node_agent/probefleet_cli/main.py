@@ -42,7 +42,7 @@ def machine(*, verbose: bool) -> None:
     configure_logs(verbose=verbose)
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(context_settings=CONTEXT, short_help="The same on a whole cluster; also as kubectl probefleet.")
 def cluster() -> None:
     """The same on a whole cluster, by the caller's own kubeconfig and rights.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from probefleet_agent.kernel import mounts
 from probefleet_core import quantities
 
@@ -29,10 +30,25 @@ class Duration(click.ParamType[float]):
             self.fail(f"{value!r}: {error}.", param, ctx)
 
 
+def complete_probe(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
+    """The catalog's names, for the shell."""
+    from probefleet_cli import sources
+
+    return [
+        CompletionItem(probe.name, help=probe.title) for probe in sources.load_catalog() if probe.name.startswith(word)
+    ]
+
+
+def complete_what(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
+    """The catalog's names, and files."""
+    return [*complete_probe(context, parameter, word), CompletionItem(word, type="file")]
+
+
 def machine(command: Command) -> Command:
     """``--bpffs`` and ``--cgroup-root``."""
     command = click.option(
         "--cgroup-root",
+        metavar="PATH",
         default="/",
         show_default=True,
         envvar="PROBEFLEET_CGROUP_ROOT",

@@ -22,13 +22,15 @@ from probefleet_cli.failures import BadInput, KernelRefuses
 TICK_SECONDS = 0.1
 
 
-@click.command()
-@click.argument("what", nargs=-1, required=True, metavar="NAME|FILE...")
-@click.option("-n", "--namespace", help="Count only pods of this namespace that are on this machine.")
-@click.option("--pid", type=click.IntRange(min=1), help="Count only this process. All probes by name can.")
+@click.command(short_help="Measure on this machine.")
+@click.argument("what", nargs=-1, required=True, metavar="NAME|FILE...", shell_complete=options.complete_what)
+@click.option("-n", "--namespace", metavar="NAME", help="Count only pods of this namespace that are on this machine.")
+@click.option(
+    "--pid", type=click.IntRange(min=1), metavar="PID", help="Count only this process. All probes by name can."
+)
 @click.option("-l", "--selector", hidden=True)
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time (30s, 5m). Without: Ctrl-C.")
-@click.option("--interval", help="How often values are read (1s to 1h). Probes by name: 1s.")
+@click.option("--interval", metavar="TIME", help="How often values are read (1s to 1h). Probes by name: 1s.")
 @options.settings
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
 @options.wide

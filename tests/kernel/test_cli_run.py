@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from probefleet_agent.kernel import features
 
 from tests.workloads import run as workloads
@@ -85,6 +86,27 @@ def test_a_run_counts_a_workload_exactly() -> None:
     assert [(row["key"], row["value"]) for row in rows] == [(["(host)", RARE], 997)]
     assert report["status"]["lost"] == 0
     assert errors == "", "nothing but the report where nobody looks"
+
+
+def test_yaml_of_two_policies_is_two_reports_and_no_pipe_gets_colours() -> None:
+    said, errors = finish(start("run", "execsnoop", "runqlat", "--for", "1s", "-o", "yaml"))
+    documents = list(yaml.safe_load_all(said))
+    assert [each["kind"] for each in documents] == ["ProbeReport", "ProbeReport"]
+    assert [each["metadata"]["name"] for each in documents] == ["execsnoop", "runqlat"]
+    said, errors = finish(start("run", "execsnoop", "--for", "1s"))
+    assert "\x1b" not in said + errors and "== execsnoop ==" in said
+
+
+def test_a_process_that_is_gone_has_the_name_that_its_record_gave() -> None:
+    """Also as the parent of another: a shell within a shell, each over at once."""
+    process = start("run", "execsnoop", "-o", "json")
+    wait_until_attached(process)
+    subprocess.run(["bash", "-c", "bash -c '/bin/true parent-test; :'; :"], check=True)
+    process.send_signal(signal.SIGINT)
+    said, _ = finish(process)
+    events = next(each for each in json.loads(said)["status"]["outputs"] if each["name"] == "events")
+    (found,) = [each for each in events["events"]["records"] if each["arguments"] == "/bin/true parent-test"]
+    assert found["pid"].startswith("true[") and found["parent"].startswith("bash[")
 
 
 def test_a_run_ends_by_itself_and_leaves_nothing() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,3 +267,24 @@ def test_stacks_are_asked_of_outputs_that_have_them() -> None:
 
 def test_durations_have_a_unit() -> None:
     assert options.Duration().convert("1m30s", None, None) == 90.0
+
+
+@pytest.mark.parametrize(("word", "expected"), [("run sysc", "plain,syscount"), ("catalog ru", "plain,runqlat")])
+def test_the_shell_completes_probes(word: str, expected: str) -> None:
+    words = f"probefleet {word}".split()
+    environment = {**os.environ, "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    environment["_PROBEFLEET_COMPLETE"] = "bash_complete"
+    program = "import sys; sys.argv[0] = 'probefleet'; from probefleet_cli.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert expected in done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_gets_its_code(shell: str) -> None:
+    said = CliRunner().invoke(main.machine, ["completion", shell]).output
+    assert "_PROBEFLEET_COMPLETE=" in said and "probefleet" in said
+
+
+def test_no_help_is_cut_off() -> None:
+    for group in (main.machine, main.cluster):
+        assert "..." not in CliRunner().invoke(group, ["--help"], terminal_width=80).output.replace("[ARGS]...", "")
