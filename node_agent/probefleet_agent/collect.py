@@ -35,8 +35,10 @@ _KERNEL_STACK, _USER_STACK = ("kernel_stack_id_t",), ("user_stack_id_t", "stack_
 class Stacks(Protocol):
     """Gives stacks as folded text."""
 
-    def folded(self, pid: int, kernel_id: int | None, user_id: int | None) -> str:
-        """``outermost;…;innermost``, kernel frames last, marked ``_[k]``."""
+    def folded(
+        self, pids: Sequence[int], kernel_ids: Sequence[int | None], user_ids: Sequence[int | None]
+    ) -> list[str]:
+        """``outermost;…;innermost`` of each, kernel frames last, marked ``_[k]``."""
 
 
 @dataclass(slots=True)
@@ -137,17 +139,19 @@ class TableReader:
         if self.stacks is None:
             raise DecodeError(f"output {self.output.name}: the program has no stack trace map")
 
+        wanted = np.flatnonzero(counts)
+
         def ids(typedefs: tuple[str, ...]) -> list[int | None]:
             at = decode.with_typedef(self.layout.key, *typedefs)
-            return decode.raw(keys, at).tolist() if at else [None] * len(keys)
+            return decode.raw(keys[wanted], at).tolist() if at else [None] * len(wanted)
 
-        pid_field = decode.with_typedef(self.layout.key, "pid_nr_t")
-        pids = decode.raw(keys, pid_field).tolist() if pid_field else [0] * len(keys)
-        wanted = counts.tolist()
-        return [
-            self.stacks.folded(pid, kernel, user) if wanted[index] else ""
-            for index, (pid, kernel, user) in enumerate(zip(pids, ids(_KERNEL_STACK), ids(_USER_STACK), strict=True))
-        ]
+        pids = [pid or 0 for pid in ids(("pid_nr_t",))]
+        texts = [""] * len(keys)
+        for at, text in zip(
+            wanted.tolist(), self.stacks.folded(pids, ids(_KERNEL_STACK), ids(_USER_STACK)), strict=True
+        ):
+            texts[at] = text
+        return texts
 
 
 @dataclass(slots=True)

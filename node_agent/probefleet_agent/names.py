@@ -12,6 +12,7 @@ import os
 import platform
 import pwd
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,16 +102,24 @@ class StackReader:
         self._symbolizer, self._lookups = symbolizer, lookups
         self.collisions = 0
 
-    def folded(self, pid: int, kernel_id: int | None, user_id: int | None) -> str:
-        """``command;outermost;…;innermost``: user frames first, kernel frames marked ``_[k]``."""
-        user = self._addresses(user_id)
-        kernel = self._addresses(kernel_id)
-        parts = [self._lookups.command(pid) or (f"pid {pid}" if pid else "idle")]
-        if user is not None:
-            parts += reversed(self._symbolizer.user(pid, user))
-        if kernel is not None:
-            parts += [f"{name}_[k]" for name in reversed(self._symbolizer.kernel(kernel))]
-        return ";".join(part.replace(";", ":") for part in parts)
+    def folded(
+        self, pids: Sequence[int], kernel_ids: Sequence[int | None], user_ids: Sequence[int | None]
+    ) -> list[str]:
+        """``command;outermost;…;innermost`` of each: user frames first, kernel frames marked ``_[k]``."""
+        users = [self._addresses(each) for each in user_ids]
+        named = iter(
+            self._symbolizer.users([(pid, user) for pid, user in zip(pids, users, strict=True) if user is not None])
+        )
+        found = []
+        for pid, user, kernel_id in zip(pids, users, kernel_ids, strict=True):
+            parts = [self._lookups.command(pid) or (f"pid {pid}" if pid else "idle")]
+            if user is not None:
+                parts += reversed(next(named))
+            kernel = self._addresses(kernel_id)
+            if kernel is not None:
+                parts += [f"{name}_[k]" for name in reversed(self._symbolizer.kernel(kernel))]
+            found.append(";".join(part.replace(";", ":") for part in parts))
+        return found
 
     def _addresses(self, stack_id: int | None) -> npt.NDArray[np.uint64] | None:
         if stack_id is None or stack_id < 0:

@@ -60,9 +60,11 @@ class Frames:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def folded(self, pid: int, kernel_id: int | None, user_id: int | None) -> str:
-        self.asked.append(pid)
-        return f"{pid};{user_id};{kernel_id}"
+    def folded(
+        self, pids: Sequence[int], kernel_ids: Sequence[int | None], user_ids: Sequence[int | None]
+    ) -> list[str]:
+        self.asked += pids
+        return [f"{pid};{user};{kernel}" for pid, kernel, user in zip(pids, kernel_ids, user_ids, strict=True)]
 
 
 @pytest.fixture
