@@ -70,6 +70,7 @@ def add_tables(
             if full and execute.LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             table.uncounted.extend(_uncounted(reader, handle, identities))
+            table.uncounted.extend(instance.followers.sentences())
             table.gaps.extend(_gaps(instance))
             batch.tables.append(table)
 

@@ -37,6 +37,10 @@ VERSION = "0.1.0"
 REMEMBER_NS = 300_000_000_000
 
 
+#: How often it is looked whether interfaces and pods came or went, where programs are attached to them.
+FOLLOW_EVERY_NS = 1_000_000_000
+
+
 class StalePush(ProbefleetError):
     """A push that is not newer than the last: of an operator that was replaced, or sent twice."""
 
@@ -49,7 +53,8 @@ class Engine:
     def __init__(self, root: pins.Root, *, cgroup_root: str, node: str, stats: bool, files_root: str) -> None:
         self.node = node
         self._root = root
-        self._installed = Installed(root, files_root)
+        self._installed = Installed(root, files_root, cgroup_root)
+        self._followed_ns = 0
         self._tracker = Tracker(root)
         self._identities = Identities(self._tracker, cgroup_root=cgroup_root)
         self._marks = Marks(root)
@@ -146,6 +151,7 @@ class Engine:
             self._bindings.forget_strangers()
         self._reconcile(specs)
         self._fill_filters()
+        self._follow(time.time_ns())
         self._installed.forget_blobs(
             {plan.instance.object.sha256 for plan in wanted.values()} | {spec.sha256 for spec in specs.values()}
         )
@@ -183,6 +189,8 @@ class Engine:
         bound, loaded = self._bindings.bound, self._installed.loaded
         due = [uid for uid, each in bound.items() if force or now_ns >= each.due_ns]
         self._bindings.lookups.refresh()
+        if now_ns - self._followed_ns > FOLLOW_EVERY_NS:
+            self._follow(now_ns)
         if due:
             self._identities.learn(scan=False)
             self._tracker.beat(now_ns)
@@ -305,6 +313,15 @@ class Engine:
     def _fill_filters(self) -> None:
         for digest, loaded in self._installed.loaded.items():
             self._identities.fill_filter(loaded, self._bindings.users(digest))
+
+    def _follow(self, now_ns: int) -> None:
+        """Interfaces and pods come and go: attach where programs are wanted now."""
+        self._followed_ns = now_ns
+        for digest, loaded in self._installed.loaded.items():
+            if loaded.followers.each and not loaded.detached:
+                users = self._bindings.users(digest)
+                pods = self._identities.groups_of_pods(users) if loaded.followers.by_pod else {}
+                self._installed.follow(loaded, pods, now_ns)
 
     def _remember(self, now_ns: int) -> None:
         self._remembered_ns = now_ns

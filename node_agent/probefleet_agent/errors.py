@@ -139,7 +139,7 @@ class LayoutMismatch(ProbefleetError):
 
 
 class NotObserving(ProbefleetError):
-    """The program calls a helper that could change a packet, a verdict or a process."""
+    """The program could change a packet, a verdict or a process."""
 
     reason = "NotObserveOnly"
 
@@ -148,3 +148,10 @@ class NotObserving(ProbefleetError):
             f"{title} calls {', '.join(helpers)}: Probefleet observes only, and that can change what it watches. "
             "Leave the call away."
         )
+
+    @classmethod
+    def because(cls, title: str, why: str) -> NotObserving:
+        """For whatever else could not be proved."""
+        made = cls(title, [])
+        made.args = (f"{title} is refused: {why}. Probefleet observes only",)
+        return made

@@ -12,7 +12,7 @@ import base64
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from probefleet_wire import map_layout, map_types
@@ -23,10 +23,12 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
+from probefleet_agent import following, observing
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import hooks, libbpf, links, maps, pins, syscall
+from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins, syscall
 from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
 
 FILTER = "probefleet_filter"
@@ -64,7 +66,8 @@ class Loaded:
     maps: dict[str, MapHandle]
     programs: dict[str, Fd]
     sections: dict[str, str]
-    links: list[links.Link] = field(default_factory=list)
+    links: dict[int, links.Link] = field(default_factory=dict)  # by the attachment's number
+    followers: following.Followers = field(default_factory=following.Followers)
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     since_ns: int = 0  # wall clock
@@ -111,8 +114,9 @@ class Loaded:
 
     def close(self) -> None:
         """Let go of all descriptors."""
-        for link in self.links:
+        for link in self.links.values():
             link.close()
+        self.followers.close()
         for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
             fd.close()
 
@@ -130,6 +134,7 @@ class Loaded:
                 "since_ns": self.since_ns,
                 "gaps": self.gaps,
                 "pinned_links": self.pinned_links,
+                "places": self.followers.places(),
                 "plans": {uid: _b64(plan) for uid, plan in self.plans.items()},
                 "asked_ns": self.asked_ns,
             },
@@ -144,6 +149,8 @@ class Executor:
     root: pins.Root
     #: Stands before the paths of uprobes: the agent's own files are others than the node's.
     files_root: str = ""
+    #: The node's own cgroup below the cgroup2 mount.
+    cgroup_root: str = "/"
     #: What hooks cost here; measured before the first program is attached to one of its kind.
     hooks: hooks.Hooks = field(default_factory=hooks.Hooks)
 
@@ -176,11 +183,12 @@ class Executor:
                 self._measure_hooks(loaded)
                 # Counting begins with the links: what comes before them cannot fail any more.
                 loaded.since_ns = loaded.asked_ns = time.time_ns()
-                self._attach(loaded)
-                for number, link in enumerate(loaded.links):
+                loaded.ways = self._attach(loaded)
+                for number, link in loaded.links.items():
                     if link.pinnable:
                         for index, fd in enumerate(link.fds):
-                            folder.pin_link(number * 4096 + index, loaded.chosen[number].program, fd)
+                            folder.pin_link(number * MAX_PLACES + index, loaded.chosen[number].program, fd)
+                loaded.followers.pin(folder)
                 folder.write_manifest(loaded.manifest())
             undo.pop_all()
         return loaded
@@ -213,12 +221,15 @@ class Executor:
             )
             self._measure_hooks(loaded)
             if not loaded.pinned_links:
-                self._attach(loaded)
+                self._attach(loaded, pinned={number // MAX_PLACES for number in pinned.numbered})
                 why = "this kernel (before 5.15) ends such attachments with the agent's process"
                 loaded.gaps.append((stopped_ns, time.time_ns(), why))
                 self.root.write_manifest(digest, loaded.manifest())
-            for fds in pinned.links.values():
-                for fd in fds:
+            else:
+                self._begin_following(loaded)
+            kept = loaded.followers.take_over(pinned.numbered, told.get("places", {}), stopped_ns)
+            for number, fd in pinned.numbered.items():
+                if number not in kept:
                     fd.close()
             undo.pop_all()
         return loaded
@@ -232,9 +243,20 @@ class Executor:
         """End its attachments; maps and what they hold stay."""
         for path in (self.root.instances / loaded.digest).glob("link_*"):
             path.unlink()
-        for link in loaded.links:
+        for link in loaded.links.values():
             link.close()
         loaded.links.clear()
+        loaded.followers.close()
+
+    def follow(self, loaded: Loaded, pods: Pods, now_ns: int) -> None:
+        """Keep up with interfaces and pods that came and went; ``pods`` are those that its policies select."""
+        changed, gaps = loaded.followers.follow(self.root.folder(loaded.digest), pods, now_ns)
+        if changed:
+            loaded.gaps = [*loaded.gaps, *gaps][-following.MAX_GAPS :]
+            for number, text in loaded.followers.ways():
+                if number < len(loaded.ways):
+                    loaded.ways[number] = text
+            self.remember(loaded)
 
     def remember(self, loaded: Loaded) -> None:
         """Write the manifest anew: who is bound, and when an operator last asked for it."""
@@ -305,6 +327,8 @@ class Executor:
                     definitions.get(name), map_layout.layout_of(parsed, definitions[name]), handle, instance.title
                 )
                 opened.reuse_map(name, handle.fd)
+            loading = [program for program in opened.program_names if opened.autoload(program)]
+            observing.check(instance.title, blob, {each: opened.program_type(each)[0] for each in loading})
             opened.load()
             loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
             try:
@@ -360,17 +384,29 @@ class Executor:
             else:
                 loaded.hooks_ns[name] = max(cost_ns, loaded.hooks_ns.get(name, 0.0))
 
-    def _attach(self, loaded: Loaded) -> None:
-        loaded.ways.clear()
-        for attachment in loaded.chosen:
+    def _attach(self, loaded: Loaded, pinned: Set[int] = frozenset()) -> list[str]:
+        """Attach all but the attachments of these numbers; each in words."""
+        self._begin_following(loaded)
+        followed = {follower.number for follower in loaded.followers.each}
+        ways = dict(loaded.followers.begin())
+        for number, attachment in enumerate(loaded.chosen):
+            if number in followed or number in pinned:
+                continue
             section = loaded.sections.get(attachment.program, "")
             link = links.attach(
                 loaded.programs[attachment.program], attachment, program_section=section, root=self.files_root
             )
-            loaded.links.append(link)
+            loaded.links[number] = link
             loaded.pinned_links = loaded.pinned_links and link.pinnable
-            if len(loaded.ways) < MAX_WAYS:
-                loaded.ways.append(f"{attachment.program}: {link.way}")
+            ways[number] = f"{attachment.program}: {link.way}"
+        return [ways[number] for number in sorted(ways)][:MAX_WAYS]
+
+    def _begin_following(self, loaded: Loaded) -> None:
+        around = links_network.Surroundings(
+            self.files_root, self.cgroup_root, f"probefleet:{self.root.path}:{loaded.digest}"
+        )
+        for number, attachment in enumerate(loaded.chosen):
+            loaded.followers.add(number, attachment, loaded.programs[attachment.program], around)
 
 
 def check_budget(

@@ -17,7 +17,7 @@ from probefleet_wire.v1 import stream_pb2
 from probefleet_agent import execute
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import maps
-from probefleet_agent.pods import Answer, Book, CgroupId, PodUid, PolicyUid, Selected
+from probefleet_agent.pods import HOST, Answer, Book, CgroupId, PodUid, PolicyUid, Selected
 from probefleet_agent.reconcile import Digest
 from probefleet_agent.tracker import Tracker
 
@@ -115,6 +115,17 @@ class Identities:
         if known:
             values = np.array([written[cgroup] for cgroup in known], np.uint8).reshape(-1, 1)
             maps.update_many(handle.fd, _as_keys(known), values)
+
+    def groups_of_pods(self, policies: Sequence[PolicyUid]) -> dict[str, list[str]]:
+        """Pod uid → paths of its cgroups, of all pods that any of these policies selects."""
+        found: dict[str, list[str]] = {}
+        for cgroup, path in self.tracker.paths().items():
+            identity = self.book.identities.get(cgroup)
+            if identity is None or identity.pod == HOST:
+                continue
+            if self.book.joint_answer(policies, cgroup) == Answer.SELECTED:
+                found.setdefault(identity.pod, []).append(path)
+        return found
 
     def forget_filter(self, digest: Digest) -> None:
         """The instance is gone."""

@@ -18,6 +18,7 @@ from probefleet_agent import execute
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import pins
+from probefleet_agent.kernel.spread import Pods
 from probefleet_agent.reconcile import Digest, MapUid
 
 #: An object's bytes after unpacking; the largest catalog object has 60 KB.
@@ -47,13 +48,13 @@ class Failure:
 class Installed:
     """Every instance and ProbeMap under one tree of pins."""
 
-    def __init__(self, root: pins.Root, files_root: str) -> None:
+    def __init__(self, root: pins.Root, files_root: str, cgroup_root: str) -> None:
         self.loaded: dict[Digest, Loaded] = {}
         self.maps: dict[MapUid, tuple[plan_pb2.ProbeMap, MapHandle]] = {}
         self.failures: dict[Digest, Failure] = {}
         self.map_failures: dict[MapUid, Failure] = {}
         self._root = root
-        self._executor = execute.Executor(root, files_root)
+        self._executor = execute.Executor(root, files_root, cgroup_root)
         self._unadopted: set[Digest] = set()
         self._blobs: dict[str, bytes] = {}
 
@@ -120,6 +121,10 @@ class Installed:
         """End its attachments; what it counted stays."""
         self._executor.detach(self.loaded[digest])
         log.warning("over its budget: detached", digest=digest)
+
+    def follow(self, loaded: Loaded, pods: Pods, now_ns: int) -> None:
+        """Attach to what came, let go of what went."""
+        self._executor.follow(loaded, pods, now_ns)
 
     def make_map(self, spec: plan_pb2.ProbeMap) -> None:
         """Create and pin a ProbeMap; where that fails, remember why."""

@@ -21,6 +21,7 @@ from probefleet_agent.kernel.uapi import AttachType, Command, MapType, ProgramTy
 
 PMUS = Path("/sys/bus/event_source/devices")
 PERF_TYPE_SOFTWARE, SOFTWARE_CPU_CLOCK, SOFTWARE_DUMMY = 1, 0, 9
+NO_INTERFACE = 0x7FFFFFFF
 # mov r0, 0; exit
 RETURN_ZERO = struct.pack("<BBhi", 0xB7, 0, 0, 0) + struct.pack("<BBhi", 0x95, 0, 0, 0)
 _NOT_CONCLUSIVE = frozenset({errno.EPERM, errno.EACCES, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY})
@@ -113,6 +114,18 @@ def tp_btf() -> bool:
 
 
 @_probe
+def tcx() -> bool:
+    """Whether TC programs attach by links that share an interface (TCX, Linux 6.6)."""
+    with syscall.prog_load(RETURN_ZERO, ProgramType.SCHED_CLS, name="pf_probe") as program:
+        try:
+            syscall.link_create(program, NO_INTERFACE, AttachType.TCX_INGRESS).close()
+        except KernelError as error:
+            # Who knows the call looks for the interface.
+            return error.errno == errno.ENODEV
+    return True
+
+
+@_probe
 def raw_tracepoints() -> bool:
     """Raw tracepoint programs (Linux 4.17)."""
     return _loads(ProgramType.RAW_TRACEPOINT)
@@ -147,7 +160,7 @@ def all_features() -> dict[str, bool]:
 
 _ALL = (
     btf, tp_btf, raw_tracepoints, kprobes, uprobes, perf_link, cookies, ring_buffer, batch, percpu_batch, bpf_stats,
-    hardware_counters,
+    hardware_counters, tcx,
 )  # fmt: skip
 
 

@@ -16,12 +16,14 @@ from probefleet_agent.errors import NoSuchTarget, ProbefleetError, UnsupportedFe
 from probefleet_agent.kernel import links_function, links_perf, links_trace, links_user
 from probefleet_agent.kernel.link import Kind
 from probefleet_agent.kernel.link import Link as Link
+from probefleet_agent.kernel.links_network import KINDS as _NETWORK
 
 KINDS: Mapping[str, Kind] = {
     **links_trace.KINDS,
     **links_function.KINDS,
     **links_user.KINDS,
     **links_perf.KINDS,
+    **_NETWORK,
 }
 
 

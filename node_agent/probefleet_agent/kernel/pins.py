@@ -46,6 +46,7 @@ class Pinned:
     maps: dict[str, Fd] = field(default_factory=dict)
     programs: dict[str, Fd] = field(default_factory=dict)
     links: dict[str, list[Fd]] = field(default_factory=dict)  # program → its links, in order
+    numbered: dict[int, Fd] = field(default_factory=dict)  # the same links by the numbers of their pins
 
     def close(self) -> None:
         """Close the descriptors; the pins stay."""
@@ -76,6 +77,10 @@ class Folder:
     def pin_link(self, number: int, program: str, fd: SupportsIndex) -> None:
         """Pin a link; ``number`` tells apart several of one program (one a CPU, one an attachment)."""
         syscall.obj_pin(fd, str(self.path / f"link_{number}_{_escaped(program)}"))
+
+    def unpin_link(self, number: int, program: str) -> None:
+        """Detach what ``pin_link`` pinned, unless a descriptor holds it."""
+        (self.path / f"link_{number}_{_escaped(program)}").unlink(missing_ok=True)
 
     def write_manifest(self, data: bytes) -> None:
         """Keep bytes beside the pins; a second call replaces the first at once."""
@@ -139,6 +144,10 @@ class Root:
     def remove_map(self, uid: str) -> bool:
         """Forget a probe map; it lives on in programs that use it."""
         return _remove(self.maps, uid)
+
+    def folder(self, digest: str) -> Folder:
+        """A complete instance, to pin more links in it or take some away."""
+        return Folder(self.instances / _checked(digest))
 
     def read_manifest(self, digest: str) -> bytes:
         """An instance's manifest, without opening the rest."""
@@ -280,6 +289,7 @@ def _open(path: Path) -> Pinned:
         raise
     for program, pairs in links.items():
         pinned.links[program] = [fd for _, fd in sorted(pairs, key=lambda pair: pair[0])]
+        pinned.numbered.update(pairs)
     return pinned
 
 

@@ -48,11 +48,16 @@ PER_CPU_TYPES, HASH_TYPES = map_types.PER_CPU, map_types.HASHES
 
 
 class ProgramType(IntEnum):
-    """``enum bpf_prog_type``: the kinds that only observe."""
+    """``enum bpf_prog_type``: the kinds that only observe, or are made to (``network_programs``)."""
 
+    SOCKET_FILTER = 1
     KPROBE = 2  # and uprobes
+    SCHED_CLS = 3
     TRACEPOINT = 5
+    XDP = 6
     PERF_EVENT = 7
+    CGROUP_SKB = 8
+    CGROUP_SOCK = 9
     RAW_TRACEPOINT = 17
     TRACING = 26  # tp_btf with AttachType.TRACE_RAW_TP
 
@@ -61,8 +66,17 @@ class AttachType(IntEnum):
     """``enum bpf_attach_type``, where a program type needs one."""
 
     NONE = 0
+    CGROUP_INET_INGRESS = 0
+    CGROUP_INET_EGRESS = 1
+    CGROUP_INET_SOCK_CREATE = 2
+    CGROUP_INET4_POST_BIND = 12
+    CGROUP_INET6_POST_BIND = 13
     TRACE_RAW_TP = 23
+    CGROUP_INET_SOCK_RELEASE = 34
+    XDP = 37
     PERF_EVENT = 41
+    TCX_INGRESS = 46
+    TCX_EGRESS = 47
 
 
 BPF_F_NO_PREALLOC = 1

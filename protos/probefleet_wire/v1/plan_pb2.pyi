@@ -112,10 +112,13 @@ class Instance(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SHARED_MAPS_FIELD_NUMBER: _builtins.int
     MAP_SIZES_FIELD_NUMBER: _builtins.int
+    PODS_OF_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """hex, 32 characters: over all the fields below"""
     title: _builtins.str
     """"catalog/runqlat", "c/slow", "bcc/execs": for people"""
+    pods_of: _builtins.str
+    """The policy's uid, where programs are attached to the pods that it selects: no other policy shares them then."""
     @_builtins.property
     def object(self) -> Global___CoreObject:
         """catalog, c and object: all are CO-RE objects by now"""
@@ -145,10 +148,11 @@ class Instance(_message.Message):
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         shared_maps: _abc.Iterable[Global___SharedMap] | None = ...,
         map_sizes: _abc.Iterable[Global___MapSize] | None = ...,
+        pods_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bcc", b"bcc", "object", b"object", "program", b"program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "parameters", b"parameters", "program", b"program", "shared_maps", b"shared_maps", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "parameters", b"parameters", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["object", "bcc"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -286,6 +290,11 @@ class Attachment(_message.Message):
     UPROBE_FIELD_NUMBER: _builtins.int
     PERF_EVENT_FIELD_NUMBER: _builtins.int
     SYSCALL_FIELD_NUMBER: _builtins.int
+    XDP_FIELD_NUMBER: _builtins.int
+    TC_FIELD_NUMBER: _builtins.int
+    SOCKET_FILTER_FIELD_NUMBER: _builtins.int
+    CGROUP_SKB_FIELD_NUMBER: _builtins.int
+    CGROUP_SOCK_FIELD_NUMBER: _builtins.int
     ALTERNATIVE_FIELD_NUMBER: _builtins.int
     program: _builtins.str
     """the function's name in the object"""
@@ -304,6 +313,16 @@ class Attachment(_message.Message):
     def perf_event(self) -> Global___PerfEvent: ...
     @_builtins.property
     def syscall(self) -> Global___Syscall: ...
+    @_builtins.property
+    def xdp(self) -> Global___Xdp: ...
+    @_builtins.property
+    def tc(self) -> Global___Tc: ...
+    @_builtins.property
+    def socket_filter(self) -> Global___SocketFilter: ...
+    @_builtins.property
+    def cgroup_skb(self) -> Global___CgroupSkb: ...
+    @_builtins.property
+    def cgroup_sock(self) -> Global___CgroupSock: ...
     def __init__(
         self,
         *,
@@ -315,13 +334,18 @@ class Attachment(_message.Message):
         uprobe: Global___Uprobe | None = ...,
         perf_event: Global___PerfEvent | None = ...,
         syscall: Global___Syscall | None = ...,
+        xdp: Global___Xdp | None = ...,
+        tc: Global___Tc | None = ...,
+        socket_filter: Global___SocketFilter | None = ...,
+        cgroup_skb: Global___CgroupSkb | None = ...,
+        cgroup_sock: Global___CgroupSock | None = ...,
         alternative: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kprobe", b"kprobe", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "syscall", b"syscall", "target", b"target", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "kprobe", b"kprobe", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "xdp", b"xdp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "kprobe", b"kprobe", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "syscall", b"syscall", "target", b"target", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "kprobe", b"kprobe", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "xdp", b"xdp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall"]  # noqa: Y015
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
@@ -493,6 +517,154 @@ class Syscall(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Syscall: _TypeAlias = Syscall  # noqa: Y015
+
+@_typing.final
+class Xdp(_message.Message):
+    """The next five are many places, which come and go while the program runs: interfaces by name or pattern ("eth*"), in the
+    node's network namespace or, with `pods`, in those of the selected pods (there: all but loopback, where none is named).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERFACES_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    NATIVE_FIELD_NUMBER: _builtins.int
+    pods: _builtins.bool
+    native: _builtins.bool
+    @_builtins.property
+    def interfaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        interfaces: _abc.Iterable[_builtins.str] | None = ...,
+        pods: _builtins.bool = ...,
+        native: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interfaces", b"interfaces", "native", b"native", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Xdp: _TypeAlias = Xdp  # noqa: Y015
+
+@_typing.final
+class Tc(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERFACES_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
+    pods: _builtins.bool
+    egress: _builtins.bool
+    @_builtins.property
+    def interfaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        interfaces: _abc.Iterable[_builtins.str] | None = ...,
+        pods: _builtins.bool = ...,
+        egress: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "interfaces", b"interfaces", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tc: _TypeAlias = Tc  # noqa: Y015
+
+@_typing.final
+class SocketFilter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERFACES_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    pods: _builtins.bool
+    @_builtins.property
+    def interfaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        interfaces: _abc.Iterable[_builtins.str] | None = ...,
+        pods: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interfaces", b"interfaces", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SocketFilter: _TypeAlias = SocketFilter  # noqa: Y015
+
+@_typing.final
+class CgroupSkb(_message.Message):
+    """A cgroup by its path below the cgroup2 mount (empty: the node's own), or those of the selected pods."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CGROUP_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
+    cgroup: _builtins.str
+    pods: _builtins.bool
+    egress: _builtins.bool
+    def __init__(
+        self,
+        *,
+        cgroup: _builtins.str = ...,
+        pods: _builtins.bool = ...,
+        egress: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "egress", b"egress", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CgroupSkb: _TypeAlias = CgroupSkb  # noqa: Y015
+
+@_typing.final
+class CgroupSock(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Hook:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _HookEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CgroupSock._Hook.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CREATE: CgroupSock._Hook.ValueType  # 0
+        RELEASE: CgroupSock._Hook.ValueType  # 1
+        POST_BIND4: CgroupSock._Hook.ValueType  # 2
+        POST_BIND6: CgroupSock._Hook.ValueType  # 3
+
+    class Hook(_Hook, metaclass=_HookEnumTypeWrapper): ...
+    CREATE: CgroupSock.Hook.ValueType  # 0
+    RELEASE: CgroupSock.Hook.ValueType  # 1
+    POST_BIND4: CgroupSock.Hook.ValueType  # 2
+    POST_BIND6: CgroupSock.Hook.ValueType  # 3
+
+    CGROUP_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    HOOK_FIELD_NUMBER: _builtins.int
+    cgroup: _builtins.str
+    pods: _builtins.bool
+    hook: Global___CgroupSock.Hook.ValueType
+    def __init__(
+        self,
+        *,
+        cgroup: _builtins.str = ...,
+        pods: _builtins.bool = ...,
+        hook: Global___CgroupSock.Hook.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "hook", b"hook", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CgroupSock: _TypeAlias = CgroupSock  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):

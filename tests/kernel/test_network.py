@@ -1,0 +1,426 @@
+"""Network programs count each packet, change none, keep up with interfaces that come and go, and displace nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from probefleet_agent import execute
+from probefleet_agent.errors import KernelError, NoSuchTarget, NotObserving, ProbefleetError
+from probefleet_agent.kernel import cgroups, features, interfaces, links_network, maps, netlink, pins, syscall
+from probefleet_agent.kernel.spread import Pods
+from probefleet_wire import verdicts
+from probefleet_wire.v1 import plan_pb2
+
+from tests.kernel import support
+
+CLONE_NEWNET = 0x40000000
+PORT = 4711
+TIMES = 997
+libc = ctypes.CDLL(None, use_errno=True)
+
+PRELUDE = """
+#include "vmlinux.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+char LICENSE[] SEC("license") = "GPL";
+struct { __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64); }
+hits SEC(".maps");
+static __always_inline void hit(void)
+{
+	u32 zero = 0;
+	u64 *count = bpf_map_lookup_elem(&hits, &zero);
+	if (count)
+		*count += 1;
+}
+#define PORT 4711
+static __always_inline bool ours(void *data, void *end)
+{
+	struct ethhdr *eth = data;
+	struct iphdr *ip = data + sizeof(*eth);
+	struct udphdr *udp = (void *)(ip + 1);
+
+	if ((void *)(udp + 1) > end || eth->h_proto != bpf_htons(0x0800))
+		return false;
+	return ip->protocol == 17 && udp->dest == bpf_htons(PORT);
+}
+"""
+# Each wants to drop what it counts: the verdict that is fixed lets it pass all the same.
+XDP = """
+SEC("xdp") int it(struct xdp_md *ctx)
+{
+	if (!ours((void *)(long)ctx->data, (void *)(long)ctx->data_end))
+		return XDP_PASS;
+	hit();
+	return XDP_DROP;
+}
+"""
+TC = """
+SEC("tc") int it(struct __sk_buff *skb)
+{
+	bpf_skb_pull_data(skb, 42);
+	if (!ours((void *)(long)skb->data, (void *)(long)skb->data_end))
+		return 0;
+	hit();
+	return 2; /* TC_ACT_SHOT */
+}
+"""
+CGROUP_SKB = """
+SEC("cgroup_skb/egress") int it(struct __sk_buff *skb)
+{
+	u16 port = 0;
+	u8 protocol = 0;
+
+	bpf_skb_load_bytes(skb, 9, &protocol, 1);
+	bpf_skb_load_bytes(skb, 22, &port, 2);
+	if (protocol != 17 || port != bpf_htons(PORT))
+		return 1;
+	hit();
+	return 0;
+}
+"""
+SOCKET = """
+SEC("socket") int it(struct __sk_buff *skb)
+{
+	u16 port = 0;
+
+	if (skb->protocol != bpf_htons(0x0800) || skb->pkt_type)
+		return 0;
+	if (!bpf_skb_load_bytes(skb, 36, &port, 2) && port == bpf_htons(PORT))
+		hit();
+	return -1;
+}
+"""
+SOCK_CREATE = """
+SEC("cgroup/sock_create") int it(struct bpf_sock *ctx)
+{
+	if (ctx->type == 2 && ctx->family == 2)
+		hit();
+	return 0;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A veth pair: ``near`` on the "node", its other end in another namespace."""
+
+    near: str
+    far: str
+    here: interfaces.Namespace
+    there: interfaces.Namespace
+
+    def send_there(self, times: int) -> int:
+        """Datagrams from here to the other end; how many arrived."""
+        return self._send(self.here, self.there, "192.0.2.2", times)
+
+    def send_here(self, times: int) -> int:
+        """Datagrams from the other end to here; how many arrived."""
+        return self._send(self.there, self.here, "192.0.2.1", times)
+
+    @staticmethod
+    def _send(start: interfaces.Namespace, end: interfaces.Namespace, address: str, times: int) -> int:
+        with interfaces.entered(end):
+            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with interfaces.entered(start):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        arrived = 0
+        with receiver, sender:
+            receiver.bind((address, PORT))
+            receiver.settimeout(2)
+            for number in range(times):
+                sender.sendto(number.to_bytes(4, "little"), (address, PORT))
+                try:
+                    assert int.from_bytes(receiver.recv(16), "little") == number
+                except TimeoutError:
+                    break
+                arrived += 1
+        return arrived
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def network_namespace() -> Iterator[interfaces.Namespace]:
+    """A namespace that lives as long as the block: a thread of its own sits in it."""
+    ready, done = threading.Event(), threading.Event()
+    thread_id: list[int] = []
+
+    def sit() -> None:
+        assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        thread_id.append(threading.get_native_id())
+        ready.set()
+        done.wait()
+
+    thread = threading.Thread(target=sit, name="namespace")
+    thread.start()
+    ready.wait(10)
+    path = f"/proc/{os.getpid()}/task/{thread_id[0]}/ns/net"
+    try:
+        yield interfaces.Namespace(path, Path(path).stat().st_ino)
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def node() -> Iterator[interfaces.Namespace]:
+    """The test runs in a network namespace of its own: this machine's network sees nothing of it."""
+    with network_namespace() as here, interfaces.entered(here):
+        yield here
+
+
+@pytest.fixture
+def wire(node: interfaces.Namespace) -> Iterator[Wire]:
+    with network_namespace() as there:
+        ip("link", "add", "pf0n", "type", "veth", "peer", "name", "pf0f")
+        ip("link", "set", "pf0f", "netns", there.path)
+        ip("addr", "add", "192.0.2.1/30", "dev", "pf0n")
+        ip("link", "set", "pf0n", "up")
+        with interfaces.entered(there):
+            ip("addr", "add", "192.0.2.2/30", "dev", "pf0f")
+            ip("link", "set", "pf0f", "up")
+        yield Wire("pf0n", "pf0f", node, there)
+
+
+class Running:
+    """One program in the agent's own way: fixed, proved, loaded, pinned and followed."""
+
+    def __init__(
+        self, root: pins.Root, source: str, target: dict[str, object], verdict: int | None, section: str
+    ) -> None:
+        data = support.compile_object(PRELUDE + source, prelude=False)
+        self.blob = data if verdict is None else verdicts.fixed(data, {"it": verdict})
+        self.instance = plan_pb2.Instance(
+            digest=hashlib.sha256(self.blob + str(target).encode()).hexdigest()[:32], title=f"c/{section}",
+            attachments=[plan_pb2.Attachment(program="it", **{section: target})],  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.executor = execute.Executor(root, cgroup_root="/")
+        self.loaded = self.executor.load(self.instance, blob=self.blob, probe_maps={}, budget_bytes=0, filter_on=False)
+
+    def hits(self) -> int:
+        return int(maps.sum_lost(self.loaded.maps["hits"].fd)[0])
+
+    def follow(self, pods: Pods, now_ns: int = 1) -> None:
+        self.executor.follow(self.loaded, pods, now_ns)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.remove(self.loaded)
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(root: pins.Root) -> Start:
+    def begin(source: str, verdict: int | None, /, **target: dict[str, object]) -> Running:
+        ((section, where),) = target.items()
+        return Running(root, source, where, verdict, section)
+
+    return begin
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["generic", "native"])
+def test_xdp_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, native: bool) -> None:
+    with start(XDP, 2, xdp={"interfaces": [wire.near], "native": native}) as running:
+        assert wire.send_here(TIMES) == TIMES, "the program answers XDP_DROP, and is not heard"
+        assert running.hits() == TIMES
+        assert wire.near in running.loaded.ways[0] and "xdp" in running.loaded.ways[0]
+    assert wire.send_here(23) == 23
+    assert not any(each.xdp_program for each in netlink.interfaces() if each.name == wire.near), "nothing is left"
+
+
+@pytest.mark.parametrize("egress", [False, True], ids=["ingress", "egress"])
+def test_tc_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, egress: bool) -> None:
+    with start(TC, -1, tc={"interfaces": [wire.near], "egress": egress}) as running:
+        assert (wire.send_there if egress else wire.send_here)(TIMES) == TIMES
+        assert running.hits() == TIMES
+        assert (wire.send_here if egress else wire.send_there)(23) == 23
+        assert running.hits() == TIMES, "only its own direction"
+    index = socket.if_nametoindex(wire.near)
+    assert netlink.filters(index, egress=egress) == []
+
+
+def test_tc_by_clsact_counts_each_packet_and_goes_without_a_trace(
+    wire: Wire, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kernels before 6.6 have; newer ones have it still."""
+    monkeypatch.setattr(features, "tcx", lambda: False)
+    index = socket.if_nametoindex(wire.near)
+    with start(TC, -1, tc={"interfaces": [wire.near]}) as running:
+        assert "tc ingress" in running.loaded.ways[0]
+        (filter_,) = netlink.filters(index, egress=False)
+        assert filter_.name.startswith("probefleet:") and filter_.name.endswith(":it")
+        assert wire.send_here(TIMES) == TIMES
+        assert running.hits() == TIMES
+        # Killed, the agent leaves its filter; the next one puts its own in that one's place.
+        links_network.spread(
+            running.loaded.programs["it"], running.instance.attachments[0],
+            links_network.Surroundings(mark=filter_.name.removesuffix(":it")),
+        ).follow({}, 0)  # type: ignore[union-attr]  # fmt: skip
+        assert len(netlink.filters(index, egress=False)) == 1
+    assert netlink.filters(index, egress=False) == []
+
+
+def test_two_tc_programs_both_count(wire: Wire, start: Start) -> None:
+    support.needs(features.tcx)
+    with (
+        start(TC, -1, tc={"interfaces": [wire.near]}) as first,
+        start(TC + "\n", -1, tc={"interfaces": ["pf*n"]}) as second,
+    ):
+        assert wire.send_here(TIMES) == TIMES
+        assert (first.hits(), second.hits()) == (TIMES, TIMES)
+
+
+def test_a_socket_filter_counts_each_packet_and_keeps_none_from_others(wire: Wire, start: Start) -> None:
+    with start(SOCKET, 0, socket_filter={"interfaces": [wire.near]}) as running:
+        assert wire.send_here(TIMES) == TIMES
+        assert running.hits() == TIMES
+    assert wire.send_here(23) == 23
+
+
+@contextlib.contextmanager
+def in_cgroup(name: str) -> Iterator[str]:
+    """This thread's process in a cgroup of its own."""
+    mount = cgroups.mount_point()
+    before = cgroups.of_process()
+    folder = mount / name
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
+        yield f"/{name}"
+    finally:
+        (mount / before.strip("/") / "cgroup.procs").write_text(str(os.getpid()))
+        folder.rmdir()
+
+
+def test_cgroup_skb_counts_what_the_cgroup_sends_and_lets_it_go(wire: Wire, start: Start) -> None:
+    with in_cgroup("pf-test-skb") as path:
+        with start(CGROUP_SKB, 1, cgroup_skb={"cgroup": path, "egress": True}) as running:
+            assert wire.send_there(TIMES) == TIMES, "the program answers 0 (drop), and is not heard"
+            assert running.hits() == TIMES
+        assert wire.send_there(23) == 23
+
+
+def test_cgroup_sock_counts_sockets_and_forbids_none(start: Start) -> None:
+    with in_cgroup("pf-test-sock") as path:
+        with start(SOCK_CREATE, 1, cgroup_sock={"cgroup": path}) as running:
+            for _ in range(23):
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+            assert running.hits() == 23
+
+
+def test_pods_are_found_by_their_cgroups_and_counted_in_their_own_network(wire: Wire, start: Start) -> None:
+    """A process in the pod's cgroup and network namespace is all that a pod is here."""
+    mount = cgroups.mount_point()
+    folder = mount / "pf-test-pod"
+    folder.mkdir()
+    with interfaces.entered(wire.there):
+        process = subprocess.Popen(["sleep", "600"])
+    try:
+        (folder / "cgroup.procs").write_text(str(process.pid))
+        with start(XDP, 2, xdp={"pods": True}) as running:
+            assert wire.send_there(23) == 23
+            assert running.hits() == 0 and "nothing yet" in running.loaded.ways[0]
+            running.follow({"0a-pod": ["/pf-test-pod"]})
+            assert wire.send_there(TIMES) == TIMES
+            assert running.hits() == TIMES
+            assert f"{wire.far} of pod 0a-pod" in running.loaded.ways[0]
+            running.follow({}, 2)
+            assert wire.send_there(23) == 23
+            assert running.hits() == TIMES, "a pod that is not selected any more is not counted"
+    finally:
+        process.kill()
+        process.wait()
+        folder.rmdir()
+
+
+def test_a_pod_on_the_nodes_network_is_said_and_not_counted_as_the_node(start: Start) -> None:
+    with in_cgroup("pf-test-host") as path, start(XDP, 2, xdp={"pods": True}) as running:
+        running.follow({"0b-pod": [path]})
+        (sentence,) = running.loaded.followers.sentences()
+        assert "uses the node's network" in sentence
+
+
+def test_interfaces_of_a_pattern_come_and_go_and_the_gap_is_said(start: Start) -> None:
+    with start(XDP, 2, xdp={"interfaces": ["pfx*"]}) as running:
+        assert running.loaded.followers.sentences() == ["no interface fits pfx* now"]
+        ip("link", "add", "pfx1", "type", "veth", "peer", "name", "other1")
+        try:
+            looked_ns = running.loaded.followers.each[0].spread.looked_ns
+            running.follow({}, looked_ns + 5)
+            assert running.loaded.followers.sentences() == []
+            ((start_ns, end_ns, why),) = running.loaded.gaps
+            assert (start_ns, end_ns) == (looked_ns, looked_ns + 5) and why.startswith("pfx1 came")
+            folder = running.executor.root.instances / running.instance.digest
+            assert [path.name for path in folder.glob("link_*")] == ["link_0_it"]
+        finally:
+            ip("link", "del", "pfx1")
+        running.follow({}, looked_ns + 9)
+        assert list(folder.glob("link_*")) == [] and "nothing yet" in running.loaded.ways[0]
+
+
+def test_an_agent_that_starts_again_goes_on_counting(wire: Wire, root: pins.Root) -> None:
+    target: dict[str, object] = {"interfaces": [wire.near]}
+    running = Running(root, XDP, target, 2, "xdp")
+    assert wire.send_here(TIMES) == TIMES
+    running.loaded.close()  # as if killed: pins stay
+    assert wire.send_here(23) == 23
+    running.loaded = running.executor.adopt(running.instance.digest, stopped_ns=1)
+    running.follow({}, 5)
+    assert running.loaded.gaps == [], "the link never went"
+    assert wire.send_here(23) == 23
+    assert running.hits() == TIMES + 46
+    running.executor.remove(running.loaded)
+    assert not any(each.xdp_program for each in netlink.interfaces())
+
+
+def test_a_taken_xdp_hook_is_left_to_its_owner(wire: Wire, start: Start) -> None:
+    with start(XDP, 2, xdp={"interfaces": [wire.near]}) as owner:
+        with pytest.raises(KernelError, match=rf"XDP of {wire.near}.*program it \(id \d+\) is there; it is left"):
+            start(XDP + "\n", 2, xdp={"interfaces": [wire.near]})
+        assert wire.send_here(23) == 23 and owner.hits() == 23
+        with start(XDP + "\n\n", 2, xdp={"interfaces": ["pf*", "lo"]}) as second:
+            assert second.loaded.ways == ["it: xdp (generic) pf* lo on lo"]
+            assert [text.split(":")[0] for text in second.loaded.followers.sentences()] == [wire.near]
+
+
+def test_an_interface_that_is_not_there_is_named_with_near_ones(wire: Wire, start: Start) -> None:
+    with pytest.raises(NoSuchTarget, match=rf"no interface {wire.near}x on this machine; near: .*{wire.near}"):
+        start(XDP, 2, xdp={"interfaces": [f"{wire.near}x"]})
+
+
+def test_a_program_whose_verdict_is_not_fixed_is_not_loaded(wire: Wire, start: Start) -> None:
+    before = len(syscall.ids("program"))
+    with pytest.raises(NotObserving, match="something other than XDP_PASS"):
+        start(XDP, None, xdp={"interfaces": [wire.near]})
+    assert len(syscall.ids("program")) == before
+
+
+def test_a_program_that_writes_into_packets_is_not_loaded(wire: Wire, start: Start) -> None:
+    source = """
+    SEC("xdp") int it(struct xdp_md *ctx)
+    {
+        u8 *data = (void *)(long)ctx->data;
+        if (data + 1 > (u8 *)(long)ctx->data_end)
+            return 2;
+        *data = 0;
+        return 2;
+    }
+    """
+    with pytest.raises(ProbefleetError, match="may write into the packet"):
+        start(source, 2, xdp={"interfaces": [wire.near]})
