@@ -21,6 +21,7 @@ TOP: Final = 40
 #: Narrower frames are left out, with all that is above them.
 MIN_PIXELS: Final = 0.3
 MAX_DEPTH: Final = 256
+UNKNOWN: Final = "[unknown]"
 #: What XML cannot hold, even escaped.
 _FORBIDDEN: Final = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 65534, 65535, *range(55296, 57344)), "�")
 
@@ -37,13 +38,16 @@ def render_svg(stacks: Mapping[str, int], *, title: str = "Flame graph") -> str:
     """The flame graph of folded stacks (``caller;…;leaf`` → samples), callers below. Same input, same output."""
     root = tree(stacks)
     body: list[str] = []
-    deepest = _draw(root, "all", x=0.0, depth=0, whole=max(root.count, 1), body=body, height=_depth(root))
+    whole = max(root.count, 1)
+    deepest = _draw(root, "all", x=0.0, depth=0, whole=whole, body=body, height=_depth(root, whole))
     height = TOP + (deepest + 1) * ROW + 10
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         f'font-family="monospace" font-size="{FONT}">\n'
         f'<rect width="100%" height="100%" fill="#fdfaf3"/>\n'
         f'<text x="{WIDTH / 2:.0f}" y="24" text-anchor="middle" font-size="16">{_clean(title)}</text>\n'
+        f'<text x="{WIDTH - 4}" y="24" text-anchor="end" fill="#555">{root.count:,} samples; the kernel is blue; '
+        f"hover for a function's share</text>\n"
     )
     return head + "".join(body) + "</svg>\n"
 
@@ -54,14 +58,21 @@ def tree(stacks: Mapping[str, int]) -> Frame:
     for stack, count in sorted(stacks.items()):
         here = root
         here.count += count
+        before = ""
         for name in stack.split(";")[:MAX_DEPTH]:
+            # A hundred frames without a name say no more than one.
+            if name == before == UNKNOWN:
+                continue
+            before = name
             here = here.callees.setdefault(name, Frame())
             here.count += count
     return root
 
 
-def _depth(frame: Frame) -> int:
-    return max((1 + _depth(callee) for callee in frame.callees.values()), default=0)
+def _depth(frame: Frame, whole: int) -> int:
+    """Of the frames that are wide enough to be drawn."""
+    shown = (each for each in frame.callees.values() if each.count / whole * WIDTH >= MIN_PIXELS)
+    return max((1 + _depth(callee, whole) for callee in shown), default=0)
 
 
 def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: list[str], height: int) -> int:
@@ -76,7 +87,7 @@ def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: li
         shown = name if len(name) <= room else name[: room - 1] + "…"
         label = f'<text x="{x + 3:.1f}" y="{y + FONT}">{_clean(shown)}</text>'
     body.append(
-        f"<g><title>{_clean(name)}: {frame.count:,} samples, {share:.2%}</title>"
+        f"<g><title>{_clean(name)}: {frame.count:,} sample{'' if frame.count == 1 else 's'}, {share:.2%}</title>"
         f'<rect x="{x:.1f}" y="{y}" width="{max(width - 0.5, 0.1):.1f}" height="{ROW - 1}" rx="2" '
         f'fill="{_colour(name)}"/>{label}</g>\n'
     )
@@ -87,8 +98,10 @@ def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: li
 
 
 def _colour(name: str) -> str:
-    """Warm, and always the same for the same function, so that two graphs can be compared."""
+    """Warm, the kernel's cool; always the same for the same function, so that two graphs can be compared."""
     mix = zlib.crc32(name.encode("utf-8", "replace"))
+    if name.endswith("_[k]"):
+        return f"rgb({130 + mix % 50},{175 + mix // 50 % 40},{215 + mix // 6500 % 35})"
     return f"rgb({205 + mix % 50},{80 + mix // 50 % 130},{mix // 6500 % 55})"
 
 

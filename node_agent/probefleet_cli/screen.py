@@ -107,4 +107,8 @@ def _stacks(reports: Sequence[Shown], output: str) -> str:
         raise BadInput(
             f"--output {output} is for outputs of kind stacks, and there is none. Try: probefleet run profile"
         )
-    return render.folded(merged) if output == "folded" else render_svg.render_svg(merged)
+    return (
+        render.folded(merged)
+        if output == "folded"
+        else render_svg.render_svg(merged, title=", ".join(each.name for each in reports))
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -114,3 +115,10 @@ def test_a_deep_stack_is_cut() -> None:
 
 def test_a_chart_of_nothing_is_a_chart() -> None:
     assert ET.fromstring(render_svg.render_svg({})).tag == f"{SVG}svg"
+
+
+def test_frames_without_a_name_are_one_frame_and_the_kernels_are_blue() -> None:
+    text = render_svg.render_svg({"python;[unknown];[unknown];[unknown];read;vfs_read_[k]": 3})
+    assert text.count("<title>[unknown]:") == 1
+    (kernel,) = re.findall(r"<title>vfs_read_\[k\]: 3 samples, .*?rgb\((\d+),(\d+),(\d+)\)", text)
+    assert int(kernel[2]) > int(kernel[0])
