@@ -109,6 +109,19 @@ class Finished:
     peak_bytes: int
 
 
+#: CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID: to hand files over to another user, become him, and clean up after him.
+_TO_BECOME_ANOTHER = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 7
+
+
+def _can_become_nobody() -> bool:
+    """Root with its usual capabilities. Others, and the agent without privilege, stay who they are and drop what they
+    may.
+    """
+    status = Path("/proc/self/status").read_text()
+    effective = int(next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1], 16)
+    return os.geteuid() == 0 and effective & _TO_BECOME_ANOTHER == _TO_BECOME_ANOTHER
+
+
 def run(
     argv: Sequence[str | Path],
     *,
@@ -124,11 +137,12 @@ def run(
     (``install_filter``, ``FILTER``); it has to install the seccomp filter when it is ready (the BCC child does). The
     call blocks: from asyncio use ``to_thread``. Raises ``SandboxUnavailable`` or ``SandboxError``.
     """
+    as_nobody = _can_become_nobody()
     config = {
         "argv": [str(word) for word in argv],
         "script": script,
         "parent": os.getpid(),
-        "uid": _NOBODY,
+        "uid": _NOBODY if as_nobody else None,
         "scratch": str(grants.scratch),
         "read": [str(tree) for tree in (*SYSTEM_TREES, *grants.read, *_python_trees(script))],
         "memory": limits.memory_bytes,
@@ -136,7 +150,7 @@ def run(
         "file": limits.file_bytes,
         "filter": seccomp_filter(platform.machine(), more_syscalls).hex(),
     }
-    if os.geteuid() == 0:
+    if as_nobody:
         os.chown(grants.scratch, _NOBODY, _NOBODY)
         for inside in grants.scratch.iterdir():
             os.chown(inside, _NOBODY, _NOBODY)

@@ -35,6 +35,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x20000, 0x08000000, 0x10000000, 0x40000000
 _MNT_DETACH = 2
+_CAPABILITY_VERSION = 0x20080522
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
@@ -129,12 +130,14 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def drop_privileges(config: dict[str, Any]) -> None:
-    """Leave root for nobody: from uid 0 to another one the kernel clears every capability."""
-    if os.geteuid() == 0:
+    """Leave root for nobody, where that may be done, and every capability in any case."""
+    if config["uid"] is not None:
         os.setgroups([])
         os.setresgid(config["uid"], config["uid"], config["uid"])
         os.setresuid(config["uid"], config["uid"], config["uid"])
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    # For uid 0 too they are gone for good now: under no_new_privs its execve() gives nothing back.
+    _check(_libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()), "capset")
     # Changing the uid clears the parent-death signal, so it is asked for here; the parent may be gone by now.
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
     if os.getppid() != config["parent"]:

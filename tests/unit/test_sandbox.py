@@ -188,6 +188,27 @@ def test_the_filter_lets_only_listed_calls_through(machine: str) -> None:
     assert decide(5000) == refuse
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give most of it up; run as root")
+def test_root_that_may_not_become_another_user_gives_up_its_capabilities(tmp_path: Path) -> None:
+    """As the agent in its capabilities mode: uid 0 with some powers, and none to change files' owners or its own."""
+    code = """
+import sys
+from pathlib import Path
+from probefleet_wire import sandbox
+python, library, folder = map(Path, sys.argv[1:])
+look = "import os; print(os.getuid(), *[l.split()[1] for l in open('/proc/self/status') if l.startswith('CapEff')])"
+grants = sandbox.Grants(folder, (python, library, Path("/proc")))
+finished = sandbox.run([python, "-I", "-S", "-c", look + "; open('out', 'w')"], grants=grants)
+print(finished.status, finished.stdout.decode().strip(), finished.stderr.decode())
+"""
+    some = "+sys_ptrace,+dac_read_search"
+    command = ["setpriv", f"--bounding-set=-all,{some}", f"--inh-caps=-all,{some}", sys.executable, "-c", code]
+    words = [*command, str(PYTHON), str(STANDARD_LIBRARY), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["0", "0", "0000000000000000"], "")
+    assert (tmp_path / "out").stat().st_uid == 0
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give it up; run as root")
 def test_it_works_without_any_privilege(tmp_path: Path) -> None:
     """As under Kubernetes' restricted profile: an ordinary uid, no capabilities, no_new_privs.
