@@ -145,6 +145,12 @@ class Bindings:
         if collect.wants_events(output):
             self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
             return
+        earlier = before.tables.get(output.name) if before and before.digest == bound.digest else None
+        if earlier is not None and earlier.output == output:
+            # The same rows go on under their numbers: the plan differs in what is no output's business.
+            earlier.plan = bound.plan
+            bound.tables[output.name] = earlier
+            return
         stacks = None
         if output.kind == plan_pb2.Output.STACKS:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]

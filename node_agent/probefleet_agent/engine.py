@@ -292,7 +292,10 @@ class Engine:
         if before and before.digest != digest:
             self._installed.loaded[before.digest].plans.pop(uid, None)
         loaded = self._installed.loaded[digest]
+        failure = self._installed.rewrite(loaded, plan.instance)
         self._bindings.bind(uid, plan, loaded)
+        if failure is not None:
+            self._bindings.bound[uid].failure = failure
         if not _same(plan, loaded.plans.get(uid)):
             loaded.plans[uid] = plan
             self._installed.remember(loaded, time.time_ns())

@@ -23,7 +23,7 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import following, observing
+from probefleet_agent import following, map_contents, observing
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins, syscall
@@ -175,6 +175,7 @@ class Executor:
             else:
                 loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)
             undo.callback(loaded.close)
+            map_contents.write(loaded, instance)
             with self.root.staging(instance.digest) as folder:
                 for handle in loaded.maps.values():
                     folder.pin_map(handle.name, handle.fd)
@@ -307,7 +308,7 @@ class Executor:
         with libbpf.open_object(blob, instance.title) as opened:
             sections = {program: opened.section(program) for program in opened.program_names}
             chosen = self._choose(instance.attachments, sections, instance.title)
-            wanted = {attachment.program for attachment in chosen}
+            wanted = {attachment.program for attachment in chosen} | set(instance.tail_programs)
             for program in opened.program_names:
                 opened.set_autoload(program, program in wanted)
             for attachment in chosen:
@@ -315,6 +316,8 @@ class Executor:
                 opened.set_type(attachment.program, kind, attach_type)
                 if target := links.bound_to(attachment):
                     opened.set_attach_target(attachment.program, target)
+            for program in instance.tail_programs:
+                _like_its_callers(opened, program, chosen, sections)
             for parameter in instance.parameters:
                 opened.set_rodata(parameter.variable, parameter.value)
             if FILTER in opened.map_names and filter_on:
@@ -407,6 +410,24 @@ class Executor:
         )
         for number, attachment in enumerate(loaded.chosen):
             loaded.followers.add(number, attachment, loaded.programs[attachment.program], around)
+
+
+def _like_its_callers(
+    opened: libbpf.Object,
+    program: str,
+    chosen: Sequence[plan_pb2.Attachment],
+    sections: Mapping[str, str],
+) -> None:
+    """What others jump to is of their type, where its SEC() does not say more."""
+    kind, _ = opened.program_type(program)
+    names_place = "/" in sections[program]
+    for caller in chosen:
+        caller_kind, attach_type = links.program_type(caller, sections[caller.program])
+        if kind in (0, caller_kind) and not names_place:
+            opened.set_type(program, caller_kind, attach_type)
+            if target := links.bound_to(caller):
+                opened.set_attach_target(program, target)
+            return
 
 
 def check_budget(

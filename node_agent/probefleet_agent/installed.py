@@ -14,7 +14,7 @@ import structlog
 import zstandard
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import execute
+from probefleet_agent import execute, map_contents
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import pins
@@ -105,6 +105,19 @@ class Installed:
         self.loaded[digest] = loaded
         took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
         log.info("loaded", digest=digest, title=instance.title, ways=loaded.ways, took_ms=took_ms)
+
+    def rewrite(self, loaded: Loaded, wanted: plan_pb2.Instance) -> Failure | None:
+        """Make its maps hold what the policy writes now; why not, where that fails and they hold what they held."""
+        if map_contents.same(loaded.instance, wanted):
+            return None
+        try:
+            map_contents.write(loaded, wanted, before=loaded.instance)
+        except ProbefleetError as error:
+            log.warning("maps cannot be written", digest=loaded.digest, error=str(error))
+            return Failure.of(error)
+        map_contents.keep(loaded, wanted)
+        log.info("maps are written anew", digest=loaded.digest)
+        return None
 
     def try_again(self, changed: Set[Digest], specs: Set[MapUid]) -> None:
         """A push changed these instances and wants these ProbeMaps: what failed of them may be tried once more."""

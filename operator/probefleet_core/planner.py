@@ -26,6 +26,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_core import (
     bcc_source,
     errors,
+    map_contents,
     map_facts,
     outputs,
     probe_maps,
@@ -118,10 +119,11 @@ def plan(
         raise errors.PolicyRefused(problems.found)
     shared = _shared_maps(request, parts, problems)
     sizes = _sizes(request, parts, shared, problems)
+    written = _written(policy, parts, problems)
     _check_selection(policy, parts, problems)
     if problems:
         raise errors.PolicyRefused(problems.found)
-    return _assemble(request, parts, shared, sizes)
+    return _assemble(request, parts, shared, sizes, written)
 
 
 def probe_map_source(probe_map: values.ProbeMap) -> str:
@@ -229,6 +231,29 @@ def _sizes(
     return tuple(sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What the policy writes while its program runs; no part of the digest."""
+
+    contents: tuple[plan_pb2.MapContent, ...] = ()
+    tail_calls: tuple[plan_pb2.TailCalls, ...] = ()
+    tail_programs: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.contents or self.tail_calls)
+
+
+def _written(policy: values.ProbePolicy, parts: program_parts.Parts, problems: errors.Problems) -> _Written:
+    if parts.parsed is None:
+        return _Written()
+    sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}
+    return _Written(
+        tuple(map_contents.contents(policy, parts.parsed, sizes, problems)),
+        tuple(map_contents.tail_calls(policy, parts.parsed, sizes, problems)),
+        map_contents.tail_programs(policy, parts.parsed),
+    )
+
+
 # Pods.
 
 
@@ -276,9 +301,12 @@ def _assemble(
     parts: program_parts.Parts,
     shared: Mapping[str, CompiledProbeMap],
     sizes: tuple[tuple[str, int], ...],
+    written: _Written,
 ) -> Planned:
     policy = request.policy
     instance = plan_pb2.Instance(
+        owner=policy.uid if written else "",
+        tail_programs=written.tail_programs,
         attachments=[to_wire.attachment(each.attachment, each.alternative) for each in parts.attached],
         parameters=[plan_pb2.Parameter(variable=name, value=value) for name, value in sorted(parts.parameters.items())],
         shared_maps=[
@@ -303,6 +331,9 @@ def _assemble(
     serialized = instance.SerializeToString(deterministic=True)
     instance.digest = hashlib.sha256(serialized).hexdigest()[:DIGEST_CHARACTERS]
     instance.title = parts.title
+    # An edit of these goes on with the same program.
+    instance.contents.extend(written.contents)
+    instance.tail_calls.extend(written.tail_calls)
     maps = {compiled.probe_map.uid: compiled for compiled in shared.values()}
     for compiled in maps.values():
         objects[hashlib.sha256(compiled.elf).hexdigest()] = compiled.elf
@@ -323,7 +354,7 @@ def _assemble(
         ),
         objects=objects,
         probe_maps=tuple(plan_probe_map(maps[uid]) for uid in sorted(maps)),
-        summary=_summary(policy, parts, shared, sizes, instance.digest),
+        summary=_summary(policy, parts, shared, sizes, instance),
     )
 
 
@@ -344,15 +375,21 @@ def _summary(
     parts: program_parts.Parts,
     shared: Mapping[str, CompiledProbeMap],
     sizes: tuple[tuple[str, int], ...],
-    digest: str,
+    made: plan_pb2.Instance,
 ) -> Summary:
     programs = [
         f"{each.attachment.program}: {to_wire.describe(each.attachment.target)}"
         + (f" (one way to {each.alternative})" if each.alternative else "")
         for each in parts.attached
     ]
-    instance = f"probefleet/instances/{digest}"
-    pins = [f"{instance}/prog_{name}" for name in dict.fromkeys(each.attachment.program for each in parts.attached)]
+    slots: dict[str, str] = {}
+    for each in made.tail_calls:
+        for slot, name in sorted(each.entries.items()):
+            slots.setdefault(name, f"{each.map}[{slot}]")
+    programs += [f"{name}: jumped to{f' by {slots[name]}' if name in slots else ''}" for name in made.tail_programs]
+    instance = f"probefleet/instances/{made.digest}"
+    loaded = dict.fromkeys([*(each.attachment.program for each in parts.attached), *made.tail_programs])
+    pins = [f"{instance}/prog_{name}" for name in loaded]
     pins += [f"{instance}/map_{name}" for name, _ in sizes if name not in shared and not name.startswith(".")]
     pins += [f"probefleet/maps/{uid}/map" for uid in sorted({each.probe_map.uid for each in shared.values()})]
     verbs = ["create probepolicies.probefleet.io"]

@@ -56,9 +56,10 @@ def parse_policy(manifest: Mapping[str, object], *, namespace: str = "default") 
         nodes=_selector((spec.get("nodes") or {}).get("selector")),
         pods=None if pods is None else _selector(pods["selector"]),
         attach=tuple(_attachment(item) for item in spec.get("attach") or ()),
-        maps=tuple(
-            values.MapUse(item["name"], (item.get("share") or {}).get("probeMap", ""), item.get("maxEntries") or 0)
-            for item in spec.get("maps") or ()
+        maps=tuple(_map_use(item) for item in spec.get("maps") or ()),
+        tail_calls=tuple(
+            values.TailCalls(item["map"], tuple(sorted((int(slot), name) for slot, name in item["entries"].items())))
+            for item in spec.get("tailCalls") or ()
         ),
         outputs=tuple(_output(item, scale) for item in spec.get("outputs") or ()),
         interval_ms=_milliseconds(spec.get("interval"), DEFAULT_INTERVAL_MS),
@@ -142,6 +143,16 @@ def _program(item: _Checked) -> values.Program:
         sha256=found["sha256"],
         inline=base64.b64decode(found["inline"]) if found.get("inline") else None,
         config_map=values.ConfigMapKey(reference["name"], reference["key"]) if reference else None,
+    )
+
+
+def _map_use(item: _Checked) -> values.MapUse:
+    entries = item.get("values")
+    return values.MapUse(
+        name=item["name"],
+        probe_map=(item.get("share") or {}).get("probeMap", ""),
+        max_entries=item.get("maxEntries") or 0,
+        entries=None if entries is None else tuple(values.MapEntry(entry["key"], entry["value"]) for entry in entries),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from probefleet_core import c_declaration, errors, quantities, values
 from probefleet_core.attach_shape import ATTACHMENT, C_IDENTIFIER, C_NAME
 from probefleet_core.output_shape import OUTPUT
-from probefleet_core.shape import Flag, ListOf, MapOf, Record, Text, Union, Whole, join
+from probefleet_core.shape import Anything, Flag, ListOf, MapOf, Record, Text, Union, Whole, join
 
 MAX_SOURCE_CHARACTERS = 96 << 10
 MAX_INLINE_CHARACTERS = 128 << 10  # 96 KiB of object in base64
@@ -169,17 +169,28 @@ PROGRAM = Record(
 
 
 def _map_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
-    share, entries = value.get("share") is not None, value.get("maxEntries") is not None
-    if share and entries:
+    share = value.get("share") is not None
+    said = [name for name in ("maxEntries", "values") if value.get(name) is not None]
+    if share and "maxEntries" in said:
         problems.add(
             join(path, "maxEntries"),
             "share and maxEntries at once",
             why="a shared map has the size that its ProbeMap says",
             write="Leave maxEntries away, and set it in the ProbeMap.",
         )
-    if not share and not entries:
+    if share and "values" in said:
         problems.add(
-            path, "nothing is said of the map", why="an entry changes something", write="Write share, or maxEntries."
+            join(path, "values"),
+            "share and values at once",
+            why="what others use as well is not for one policy to replace",
+            write="Leave values away.",
+        )
+    if not share and not said:
+        problems.add(
+            path,
+            "nothing is said of the map",
+            why="an entry changes something",
+            write="Write share, maxEntries or values.",
         )
 
 
@@ -193,9 +204,25 @@ MAP = Record(
         "name": C_IDENTIFIER,
         "share": Record("a share", {"probeMap": PROBE_MAP_NAME}, required=("probeMap",)),
         "maxEntries": MAX_ENTRIES,
+        "values": ListOf(
+            Record("an entry", {"key": Anything(max_parts=256), "value": Anything(4096)}, required=("key", "value")),
+            max_items=4096,
+        ),
     },
     required=("name",),
     rules=(_map_rule,),
+)
+TAIL_CALLS = Record(
+    "a program array",
+    {
+        "map": C_IDENTIFIER,
+        "entries": MapOf(
+            C_IDENTIFIER,
+            max_items=1024,
+            key=Text(max_length=10, min_length=1, pattern=r"[0-9]+", or_whole=True, write="Write a slot's number."),
+        ),
+    },
+    required=("map", "entries"),
 )
 CPU = Text(
     max_length=16,
@@ -240,6 +267,15 @@ def _spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems
             why="a catalog probe knows where it belongs",
             write="Leave attach away.",
         )
+    maps = value.get("maps")
+    written = [each for each in maps if each.get("values") is not None] if isinstance(maps, list) else []
+    if kind in ("catalog", "bcc") and (written or value.get("tailCalls")):
+        problems.add(
+            join(path, "maps" if written else "tailCalls"),
+            f"{'values' if written else 'tailCalls'} with program.{kind}",
+            why="a catalog probe has parameters" if kind == "catalog" else "BCC's types are known on the node only",
+            write="Leave them away." if kind == "catalog" else "Write program.c.",
+        )
 
 
 SPEC = Record(
@@ -251,6 +287,7 @@ SPEC = Record(
         "program": PROGRAM,
         "attach": ListOf(ATTACHMENT, max_items=64),
         "maps": ListOf(MAP, max_items=32, unique="name"),
+        "tailCalls": ListOf(TAIL_CALLS, max_items=32, unique="map"),
         "outputs": ListOf(OUTPUT, max_items=16, unique="name"),
         "interval": _duration("1s", "1h"),
         "ttl": _duration("1s", "8760h"),

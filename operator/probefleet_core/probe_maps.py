@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
+from probefleet_wire import map_layout
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
@@ -145,16 +146,5 @@ def _same(mine: tuple[Field, ...], theirs: tuple[Field, ...]) -> bool:
 
 
 def show(size_bytes: int, fields: tuple[Field, ...]) -> str:
-    """A layout in words: ``8 bytes {0: u32 pid, 4: u32 uid}``."""
-    inside = ", ".join(
-        f"{field.offset_bytes}: {_type_name(field)} {field.name}".rstrip()
-        + "".join(f"[{count}]" for count in field.shape)
-        for field in fields
-    )
-    return f"{size_bytes} bytes {{{inside}}}" if inside else f"{size_bytes} bytes"
-
-
-def _type_name(field: Field) -> str:
-    """As the declaration says it, not as ``source`` calls the whole."""
-    said = [name for name in field.typedefs if name not in ("shared_key", "shared_value")]
-    return (*said, field.type_name)[0]
+    """A layout in words: ``8 bytes {0: u32 pid, 4: u32 uid}``, as the declaration says it, not as ``source`` does."""
+    return map_layout.words(size_bytes, fields, without=("shared_key", "shared_value"))

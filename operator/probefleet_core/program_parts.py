@@ -14,7 +14,7 @@ from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
 
-from probefleet_core import bcc_source, errors, observe_only, outputs, to_wire, values
+from probefleet_core import bcc_source, errors, map_contents, observe_only, outputs, to_wire, values
 from probefleet_core import catalog as catalog_module
 from probefleet_core.parameters import ParameterError
 
@@ -207,6 +207,7 @@ def _attachments(
     if not parsed.programs:
         problems.add(path, "no program", why="nothing would run", write='Give a function a SEC("…") name.')
     overrides: dict[str, list[values.Attachment]] = {}
+    jumped_to = map_contents.tail_programs(policy, parsed)
     names = [program.name for program in parsed.programs]
     for index, each in enumerate(policy.attach):
         if each.program not in names:
@@ -232,6 +233,8 @@ def _attachments(
                     write=f"Write {' or '.join(section.fits)}, or change its SEC().",
                 )
             made.append(Attached(each))
+        if program.name in jumped_to:
+            continue
         if program.name not in overrides and section.target is not None and not section.optional:
             made.append(Attached(values.Attachment(program.name, section.target)))
         elif program.name not in overrides and not section.optional:
@@ -239,7 +242,8 @@ def _attachments(
                 "spec.attach",
                 f'nothing for {program.name}, whose SEC("{program.section}") names no target',
                 why="it would never run",
-                write=f"Write an attach entry with program: {program.name} and {' or '.join(section.fits)}.",
+                write=f"Write an attach entry with program: {program.name} and {' or '.join(section.fits)}, or a slot "
+                "of tailCalls.",
             )
     return tuple(made)
 

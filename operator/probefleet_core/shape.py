@@ -47,6 +47,13 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
+class Anything:
+    """A value whose type something else knows (a map's BTF): text, numbers, lists and objects of them."""
+
+    max_parts: int
+
+
+@dataclass(frozen=True, slots=True)
 class ListOf:
     """A list; with ``unique`` (a field's name) no two items may have the same there."""
 
@@ -87,7 +94,7 @@ class Record:
     rules: tuple[Callable[[Mapping[str, object], str, errors.Problems], None], ...] = field(default=())
 
 
-Shape: TypeAlias = Text | Whole | Flag | ListOf | MapOf | Record
+Shape: TypeAlias = Text | Whole | Flag | Anything | ListOf | MapOf | Record
 
 
 def check(shape: Shape, value: object, path: str, problems: errors.Problems) -> None:
@@ -100,6 +107,8 @@ def check(shape: Shape, value: object, path: str, problems: errors.Problems) -> 
         case Flag():
             if not isinstance(value, bool):
                 _wrong_type(value, path, problems, "true or false")
+        case Anything():
+            _anything(shape, value, path, problems)
         case ListOf():
             _list(shape, value, path, problems)
         case MapOf():
@@ -187,6 +196,22 @@ def _whole(shape: Whole, value: object, path: str, problems: errors.Problems) ->
             why=f"it has to be from {shape.minimum:,} to {shape.maximum:,}",
             write=shape.write or "Write a number from that range.",
         )
+
+
+def _anything(shape: Anything, value: object, path: str, problems: errors.Problems) -> None:
+    waiting, parts = [value], 0
+    while waiting and parts <= shape.max_parts:
+        part = waiting.pop()
+        parts += 1
+        if isinstance(part, Mapping):
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
+        elif part is None or not isinstance(part, str | int | float):
+            _wrong_type(part, path, problems, "text, a number, true or false, or a list or object of them")
+            return
+    if waiting:
+        problems.add(path, "too much", why=f"at most {shape.max_parts} parts are allowed", write="Write less.")
 
 
 def _list(shape: ListOf, value: object, path: str, problems: errors.Problems) -> None:

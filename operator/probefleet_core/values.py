@@ -191,12 +191,29 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class MapEntry:
+    """An entry that the policy writes: key and value as YAML has them."""
+
+    key: object
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
 class MapUse:
-    """What is said of one map of the program: which ProbeMap takes its place, or how large it is."""
+    """What is said of one map of the program: what takes its place, how large it is, what is written into it."""
 
     name: str
     probe_map: str = ""
     max_entries: int = 0
+    entries: tuple[MapEntry, ...] | None = None  #: None: the policy writes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class TailCalls:
+    """What jumps through a program array lead to, by slot."""
+
+    map: str
+    entries: tuple[tuple[int, str], ...]
 
 
 class Kind(enum.StrEnum):
@@ -277,6 +294,7 @@ class ProbePolicy:
     pods: Selector | None = None  #: None: no selector was given
     attach: tuple[Attachment, ...] = ()
     maps: tuple[MapUse, ...] = ()
+    tail_calls: tuple[TailCalls, ...] = ()
     outputs: tuple[Output, ...] = ()  #: empty: every map that BTF describes
     interval_ms: int = 10_000
     ttl_ms: int = 0  #: 0: for ever

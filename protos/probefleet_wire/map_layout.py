@@ -12,6 +12,7 @@ fields are those of the C types. Where a key is something else than the program'
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from probefleet_wire.bpf_object import BpfObject, MapDef
@@ -99,6 +100,22 @@ def lpm_address_bytes(key_bytes: int) -> int:
     """How long the address in an LPM trie's key is; 0 where it is none (a struct of more than that)."""
     size = key_bytes - _LPM_HEAD_BYTES
     return size if size in _ADDRESS_BYTES else 0
+
+
+def words(size_bytes: int, fields: Sequence[Field], *, without: Collection[str] = ()) -> str:
+    """A layout in words: ``8 bytes {0: u32 pid, 4: u32 uid}``; ``without`` these typedefs."""
+    inside = ", ".join(
+        f"{field.offset_bytes}: {_type_name(field, without)} {field.name}".rstrip()
+        + "".join(f"[{count}]" for count in field.shape)
+        for field in fields
+        if LPM_KEY not in field.typedefs
+    )
+    return f"{size_bytes} bytes {{{inside}}}" if inside else f"{size_bytes} bytes"
+
+
+def _type_name(field: Field, without: Collection[str]) -> str:
+    said = [name for name in field.typedefs if name not in without]
+    return (*said, field.type_name)[0]
 
 
 def _u32(name: str, offset_bytes: int, typedef: str = "u32") -> Field:

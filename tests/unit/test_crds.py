@@ -75,6 +75,9 @@ def differences(ours: shape.Shape, theirs: Schema, path: str) -> Iterator[str]:
         case shape.Whole():
             if (theirs.get("minimum"), theirs.get("maximum")) != (ours.minimum, ours.maximum):
                 yield f"{path}: {ours.minimum}…{ours.maximum}, and {theirs.get('minimum')}…{theirs.get('maximum')}"
+        case shape.Anything():
+            if theirs.get("x-kubernetes-preserve-unknown-fields") is not True or "type" in theirs:
+                yield f"{path}: anything, and {theirs.get('type')}"
         case shape.Flag():
             if theirs.get("type") != "boolean":
                 yield f"{path}: true or false, and {theirs.get('type')}"

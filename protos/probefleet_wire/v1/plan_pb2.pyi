@@ -112,11 +112,18 @@ class Instance(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SHARED_MAPS_FIELD_NUMBER: _builtins.int
     MAP_SIZES_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    TAIL_PROGRAMS_FIELD_NUMBER: _builtins.int
+    PINNED_MAPS_FIELD_NUMBER: _builtins.int
+    CONTENTS_FIELD_NUMBER: _builtins.int
+    TAIL_CALLS_FIELD_NUMBER: _builtins.int
     PODS_OF_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """hex, 32 characters: over all the fields below"""
     title: _builtins.str
     """"catalog/runqlat", "c/slow", "bcc/execs": for people"""
+    owner: _builtins.str
+    """The policy that writes its maps or program arrays; empty: nobody does, and policies share it."""
     pods_of: _builtins.str
     """The policy's uid, where programs are attached to the pods that it selects: no other policy shares them then."""
     @_builtins.property
@@ -137,6 +144,18 @@ class Instance(_message.Message):
     def shared_maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedMap]: ...
     @_builtins.property
     def map_sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapSize]: ...
+    @_builtins.property
+    def tail_programs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """loaded, not attached: other programs jump to them"""
+
+    @_builtins.property
+    def pinned_maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinnedMap]: ...
+    @_builtins.property
+    def contents(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapContent]:
+        """These two are no part of the digest: they change while the programs run."""
+
+    @_builtins.property
+    def tail_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___TailCalls]: ...
     def __init__(
         self,
         *,
@@ -148,11 +167,16 @@ class Instance(_message.Message):
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         shared_maps: _abc.Iterable[Global___SharedMap] | None = ...,
         map_sizes: _abc.Iterable[Global___MapSize] | None = ...,
+        owner: _builtins.str = ...,
+        tail_programs: _abc.Iterable[_builtins.str] | None = ...,
+        pinned_maps: _abc.Iterable[Global___PinnedMap] | None = ...,
+        contents: _abc.Iterable[Global___MapContent] | None = ...,
+        tail_calls: _abc.Iterable[Global___TailCalls] | None = ...,
         pods_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bcc", b"bcc", "object", b"object", "program", b"program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "parameters", b"parameters", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "contents", b"contents", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "owner", b"owner", "parameters", b"parameters", "pinned_maps", b"pinned_maps", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "tail_calls", b"tail_calls", "tail_programs", b"tail_programs", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["object", "bcc"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -251,6 +275,110 @@ class SharedMap(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SharedMap: _TypeAlias = SharedMap  # noqa: Y015
+
+@_typing.final
+class PinnedMap(_message.Message):
+    """A map that somebody else pinned takes its place; programs only read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAP_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    map: _builtins.str
+    """its name in the program"""
+    path: _builtins.str
+    """on the node, in a bpffs"""
+    def __init__(
+        self,
+        *,
+        map: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["map", b"map", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinnedMap: _TypeAlias = PinnedMap  # noqa: Y015
+
+@_typing.final
+class MapContent(_message.Message):
+    """The entries that the policy writes, as the map's types lay them out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAP_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    map: _builtins.str
+    keys: _builtins.bytes
+    """one after the other"""
+    values: _builtins.bytes
+    """of a per-CPU map: what each CPU gets"""
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        map: _builtins.str = ...,
+        keys: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "map", b"map", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapContent: _TypeAlias = MapContent  # noqa: Y015
+
+@_typing.final
+class TailCalls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EntriesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MAP_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    map: _builtins.str
+    """a program array"""
+    @_builtins.property
+    def entries(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """slot → program"""
+
+    def __init__(
+        self,
+        *,
+        map: _builtins.str = ...,
+        entries: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "map", b"map"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TailCalls: _TypeAlias = TailCalls  # noqa: Y015
 
 @_typing.final
 class MapSize(_message.Message):

@@ -1,0 +1,150 @@
+"""What a policy writes into an instance's maps: entries (``maps[].values``) and program arrays (``tailCalls``).
+
+``execute`` writes them before the first program is attached; the engine again whenever the plan's differ from what the
+instance was written with. Only what differs is touched: entries that programs made stay, and so do counts in entries
+that the policy wrote once and did not change. Each entry changes at once; they go to the kernel in one batch, what is
+new first, then what is gone. Where a batch fails, what was there before is written back.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from probefleet_wire import map_types
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError
+from probefleet_agent.kernel import maps, syscall
+from probefleet_agent.kernel.fds import Fd
+
+if TYPE_CHECKING:
+    from probefleet_agent.execute import Loaded, MapHandle
+
+Entries = dict[bytes, bytes]
+
+
+def write(loaded: Loaded, wanted: plan_pb2.Instance, *, before: plan_pb2.Instance | None = None) -> None:
+    """Make the maps hold what ``wanted`` says, where ``before`` (None: nothing) is what the policy wrote last.
+
+    Raises ProbefleetError; then the maps hold what they held.
+    """
+    old = {each.map: _entries(each) for each in before.contents} if before else {}
+    new = {each.map: _entries(each) for each in wanted.contents}
+    done: list[str] = []
+    try:
+        for name in sorted(old.keys() | new.keys()):
+            done.append(name)
+            _replace(_handle(loaded, name), old.get(name, {}), new.get(name, {}))
+        _jump(loaded, _slots(before), _slots(wanted))
+    except ProbefleetError:
+        for name in done:
+            _replace(_handle(loaded, name), new.get(name, {}), old.get(name, {}), everything=True)
+        raise
+
+
+def same(one: plan_pb2.Instance, other: plan_pb2.Instance) -> bool:
+    """Is nothing to be written anew?"""
+    return list(one.contents) == list(other.contents) and list(one.tail_calls) == list(other.tail_calls)
+
+
+def keep(loaded: Loaded, wanted: plan_pb2.Instance) -> None:
+    """Remember, in the instance, what was written."""
+    instance = plan_pb2.Instance()
+    instance.CopyFrom(loaded.instance)
+    instance.ClearField("contents")
+    instance.ClearField("tail_calls")
+    instance.contents.extend(wanted.contents)
+    instance.tail_calls.extend(wanted.tail_calls)
+    loaded.instance = instance
+
+
+def _handle(loaded: Loaded, name: str) -> MapHandle:
+    handle = loaded.maps.get(name)
+    if handle is None:
+        raise ObjectError(f"{loaded.instance.title} has no map {name!r} to write to")
+    return handle
+
+
+def _entries(content: plan_pb2.MapContent) -> Entries:
+    if not content.count:
+        return {}
+    key, value = len(content.keys) // content.count, len(content.values) // content.count
+    return {
+        content.keys[at * key : (at + 1) * key]: content.values[at * value : (at + 1) * value]
+        for at in range(content.count)
+    }
+
+
+def _replace(handle: MapHandle, old: Entries, new: Entries, *, everything: bool = False) -> None:
+    changed = {key: value for key, value in new.items() if everything or old.get(key) != value}
+    gone = [key for key in old if key not in new]
+    if handle.info.type in map_types.ARRAYS:  # an array's entries cannot go: they are zero
+        changed.update(dict.fromkeys(gone, bytes(handle.info.value_size)))
+        gone = []
+    try:
+        _update(handle, changed)
+    except KernelError as error:
+        if error.errno not in (errno.E2BIG, errno.ENOSPC) or not gone:
+            raise
+        _delete(handle, gone)  # no room for old and new side by side
+        gone = []
+        _update(handle, changed)
+    _delete(handle, gone)
+
+
+def _update(handle: MapHandle, entries: Entries) -> None:
+    if not entries:
+        return
+    keys = np.frombuffer(b"".join(entries), np.uint8).reshape(len(entries), -1)
+    values = np.frombuffer(b"".join(entries.values()), np.uint8).reshape(len(entries), -1)
+    if handle.info.type in map_types.PER_CPU:
+        padded = np.zeros((len(entries), maps.round_up(handle.info.value_size, 8)), np.uint8)
+        padded[:, : values.shape[1]] = values
+        values = np.repeat(padded[:, None, :], maps.possible_cpus(), axis=1)
+    maps.update_many(handle.fd, keys, values)
+
+
+def _delete(handle: MapHandle, keys: list[bytes]) -> None:
+    if keys:
+        maps.delete_many(handle.fd, np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1))
+
+
+# Program arrays.
+
+
+def _slots(instance: plan_pb2.Instance | None) -> dict[tuple[str, int], str]:
+    if instance is None:
+        return {}
+    return {(each.map, slot): name for each in instance.tail_calls for slot, name in each.entries.items()}
+
+
+def _jump(
+    loaded: Loaded, old: Mapping[tuple[str, int], str], new: Mapping[tuple[str, int], str], *, undoing: bool = False
+) -> None:
+    for (name, slot), program in sorted(new.items()):
+        if old.get((name, slot)) == program and not undoing:
+            continue
+        fd = loaded.programs.get(program)
+        if fd is None:
+            raise ObjectError(f"{loaded.instance.title}: slot {slot} of {name}: program {program!r} is not loaded")
+        try:
+            _set_slot(_handle(loaded, name), slot, fd)
+        except KernelError as error:
+            if not undoing:
+                _jump(loaded, new, old, undoing=True)
+            if error.errno == errno.EINVAL:
+                raise ObjectError(
+                    f"{loaded.instance.title}: slot {slot} of {name}: the kernel takes no jump to {program} "
+                    f'(SEC("{loaded.sections.get(program, "")}")), for it is a program of another type than those that '
+                    "jump. Give it the same SEC() as these."
+                ) from error
+            raise
+    for name, slot in sorted(old.keys() - new.keys()):
+        syscall.map_delete(_handle(loaded, name).fd, slot.to_bytes(4, "little"))
+
+
+def _set_slot(handle: MapHandle, slot: int, program: Fd) -> None:
+    syscall.map_update(handle.fd, slot.to_bytes(4, "little"), int(program).to_bytes(4, "little"))

@@ -1,0 +1,201 @@
+"""What a policy writes into its program's maps: ``maps[].values`` and ``tailCalls``, checked and laid out. Pure.
+
+Called by ``planner``. Both change while the program runs, so they stand outside the instance's digest; instead the
+instance belongs to the one policy that writes them (``Instance.owner``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from probefleet_wire import encode, map_layout, map_types
+from probefleet_wire.bpf_object import BpfObject, MapDef, ProgramDef
+from probefleet_wire.btf_layout import Field
+from probefleet_wire.map_types import Flag, MapType
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_core import errors, map_facts, values
+
+#: Types whose entries can be set one by one, and taken away again.
+WRITABLE = frozenset({*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE})
+#: First word of a SEC() name → the kernel's type of program, where they differ. A jump stays within one type.
+_TYPES = {
+    "tp": "tracepoint",
+    "raw_tp": "raw_tracepoint",
+    "tp_btf": "tracing",
+    "fentry": "tracing",
+    "fexit": "tracing",
+    "iter": "tracing",
+    "kretprobe": "kprobe",
+    "ksyscall": "kprobe",
+    "kretsyscall": "kprobe",
+    "uprobe": "kprobe",
+    "uretprobe": "kprobe",
+    "usdt": "kprobe",
+    "classifier": "tc",
+    "tcx": "tc",
+}
+KERNEL_JUMPS = 33
+
+
+def program_type(section: str) -> str:
+    """The kernel's type of program that a SEC() name stands for."""
+    word = re.split(r"[./]", section.removeprefix("?"))[0]
+    return _TYPES.get(word, word)
+
+
+def tail_programs(policy: values.ProbePolicy, parsed: BpfObject) -> tuple[str, ...]:
+    """Programs that others jump to: nothing attaches them, unless ``attach`` says so.
+
+    With ``tailCalls`` also those whose SEC() names no place: they are kept ready, so that an edit can jump to them.
+    """
+    named = {name for each in policy.tail_calls for _, name in each.entries}
+    named |= {name for each in parsed.maps if each.type == MapType.PROG_ARRAY for _, name in each.slots}
+    if policy.tail_calls:
+        named |= {each.name for each in parsed.programs if "/" not in each.section and each.section[:1] != "?"}
+    attached = {each.program for each in policy.attach}
+    return tuple(each.name for each in parsed.programs if each.name in named - attached)
+
+
+def contents(
+    policy: values.ProbePolicy, parsed: BpfObject, sizes: Mapping[str, int], problems: errors.Problems
+) -> list[plan_pb2.MapContent]:
+    """The entries of every map with ``values``, as bytes."""
+    made = []
+    for index, use in enumerate(policy.maps):
+        found = parsed.map(use.name)
+        if use.entries is None or found is None:
+            continue
+        path = f"spec.maps[{index}].values"
+        content = _content(use, found, parsed, sizes.get(use.name) or found.max_entries, path, problems)
+        if content is not None:
+            made.append(content)
+    return made
+
+
+def _content(
+    use: values.MapUse, found: MapDef, parsed: BpfObject, room: int, path: str, problems: errors.Problems
+) -> plan_pb2.MapContent | None:
+    assert use.entries is not None
+    kind = map_facts.type_name(found.type)
+    layout = map_layout.layout_of(parsed, found)
+    if found.type not in WRITABLE:
+        problems.add(
+            path,
+            f"{use.name} is of type {kind}",
+            why="entries are written to hashes, arrays and LPM tries",
+            write="Leave values away.",
+        )
+        return None
+    if found.flags & (Flag.RDONLY | Flag.WRONLY_PROG):
+        why = "BPF_F_RDONLY keeps user space from writing" if found.flags & Flag.RDONLY else "programs may not read it"
+        problems.add(path, f"{use.name} takes no values", why=why, write="Leave values or the flag away.")
+        return None
+    if layout is None or not layout.key:
+        problems.add(
+            path,
+            f"{use.name} does not say what it holds",
+            why="values are typed by BTF",
+            write="Declare the map with __type(key, …) and __type(value, …).",
+        )
+        return None
+    if len(use.entries) > room:
+        problems.add(
+            path,
+            f"{len(use.entries)} entries",
+            why=f"{use.name} has room for {room}",
+            write="Write fewer, or maxEntries with more.",
+        )
+        return None
+    keys, data = [], []
+    seen: dict[bytes, int] = {}
+    for index, entry in enumerate(use.entries):
+        here = f"{path}[{index}]"
+        key = _encoded(layout.key, layout.key_bytes, entry.key, f"{here}.key", "key", problems)
+        value = _encoded(layout.value, layout.value_bytes, entry.value, f"{here}.value", "value", problems)
+        if key is None or value is None:
+            continue
+        if found.type in map_types.ARRAYS and int.from_bytes(key, "little") >= room:
+            problems.add(
+                f"{here}.key",
+                str(int.from_bytes(key, "little")),
+                why=f"{use.name} is an array of {room}",
+                write="Write an index below that, or maxEntries with more.",
+            )
+        if key in seen:
+            problems.add(
+                f"{here}.key",
+                "there twice",
+                why=f"item {seen[key]} of the list has the same key",
+                write="Keep one of them.",
+            )
+        seen.setdefault(key, index)
+        keys.append(key)
+        data.append(value)
+    return plan_pb2.MapContent(map=use.name, keys=b"".join(keys), values=b"".join(data), count=len(keys))
+
+
+def _encoded(
+    fields: tuple[Field, ...], size: int, given: object, path: str, what: str, problems: errors.Problems
+) -> bytes | None:
+    try:
+        return encode.encode(fields, size, given, whole=what == "key", what=what)
+    except encode.EncodeError as error:
+        where = f"{path}.{error.where}" if error.where and not error.where.startswith("[") else f"{path}{error.where}"
+        problems.add(where, "does not fit", why=error.why, write="Write what the map's types take.")
+        return None
+
+
+# Tail calls.
+
+
+def tail_calls(
+    policy: values.ProbePolicy, parsed: BpfObject, sizes: Mapping[str, int], problems: errors.Problems
+) -> list[plan_pb2.TailCalls]:
+    """The slots of every program array that ``tailCalls`` names."""
+    made = []
+    arrays = [each.name for each in parsed.maps if each.type == MapType.PROG_ARRAY]
+    programs = {each.name: each for each in parsed.programs}
+    for index, use in enumerate(policy.tail_calls):
+        path = f"spec.tailCalls[{index}]"
+        found = parsed.map(use.map)
+        if found is None or found.type != MapType.PROG_ARRAY:
+            why = "the program has no map of that name"
+            if found is not None:
+                why = f"it is of type {map_facts.type_name(found.type)}, and jumps go through a BPF_MAP_TYPE_PROG_ARRAY"
+            write = errors.did_you_mean(use.map, arrays, what="program array")
+            problems.add(f"{path}.map", f'"{use.map}"', why=why, write=write)
+            continue
+        room = sizes.get(use.map) or found.max_entries
+        callers = parsed.callers(use.map)
+        for slot, name in use.entries:
+            here = f"{path}.entries.{slot}"
+            if slot >= room:
+                write = "Write a slot below that, or maxEntries with more."
+                problems.add(here, str(slot), why=f"{use.map} has {room} slots", write=write)
+            program = programs.get(name)
+            if program is None:
+                write = errors.did_you_mean(name, list(programs), what="program")
+                problems.add(here, f'"{name}"', why="the object has no program of that name", write=write)
+            else:
+                _same_type(program, callers, use.map, here, problems)
+        made.append(plan_pb2.TailCalls(map=use.map, entries=dict(use.entries)))
+    return made
+
+
+def _same_type(
+    program: ProgramDef, callers: tuple[ProgramDef, ...], array: str, path: str, problems: errors.Problems
+) -> None:
+    mine = program_type(program.section)
+    others = {program_type(each.section): each for each in callers if each.name != program.name}
+    if not others or mine in others:
+        return
+    kind, caller = next(iter(others.items()))
+    problems.add(
+        path,
+        f'"{program.name}" is a {mine} program (SEC("{program.section}")), and {caller.name}, which jumps through '
+        f'{array}, a {kind} program (SEC("{caller.section}"))',
+        why="the kernel jumps only between programs of one type",
+        write=f'Write SEC("{kind}") for {program.name}.',
+    )

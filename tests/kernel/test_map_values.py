@@ -1,0 +1,212 @@
+"""``maps[].values``: entries are there before the first event, typed by BTF, and change while the program counts on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from probefleet_agent.kernel import maps, syscall
+from probefleet_cli.failures import BadInput
+
+from tests.kernel import policies
+from tests.kernel.support import call_getppid
+
+# Counts each call in the bucket that a configured hash names for getppid's number.
+COUNT = """
+struct rule { u16 bucket; bool on; u8 weight; char note[8]; };
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 4); __type(key, u32); __type(value, struct rule); }
+rules SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 16); __type(key, u32); __type(value, u64); }
+counts SEC(".maps");
+ON_CALL
+{
+	u32 key = 110;
+	struct rule *rule;
+	if (!ours())
+		return 0;
+	rule = bpf_map_lookup_elem(&rules, &key);
+	key = rule && rule->on ? rule->bucket : 999;
+	probefleet_add(&counts, &key, rule && rule->on ? rule->weight : 1);
+	return 0;
+}
+"""
+COUNTS = {"outputs": [{"name": "calls", "from": {"map": "counts"}, "topk": {}, "groupBy": ["key"]}], "interval": "1s"}
+
+
+def rules(*entries: tuple[int, dict[str, Any]]) -> dict[str, Any]:
+    return {"name": "rules", "values": [{"key": key, "value": value} for key, value in entries]}
+
+
+def policy(*entries: tuple[int, dict[str, Any]]) -> dict[str, Any]:
+    return policies.c_policy(COUNT, maps=[rules(*entries)], **COUNTS)
+
+
+def digests() -> list[str]:
+    return [path.name for path in policies.folder().glob("probefleet/instances/*")]
+
+
+def test_values_are_there_before_the_first_event_and_an_edit_does_not_lose_a_count() -> None:
+    with policies.run(policy((110, {"bucket": 7, "on": True, "weight": 1}))) as run:
+        before = digests()
+        call_getppid(23)
+        run.apply(policy((110, {"bucket": 8, "on": True, "weight": 3}), (1, {"bucket": 1})))
+        call_getppid(997)
+        run.apply(policy((1, {"bucket": 1})))
+        call_getppid(5)
+        assert run.rows("calls") == {("7",): 23, ("8",): 3 * 997, ("999",): 5}
+        assert digests() == before, "the same program, all the time"
+
+
+def test_an_edit_leaves_alone_what_it_does_not_name() -> None:
+    """Entries that a program made stay, and so does a count that began with a value of the policy's."""
+    source = COUNT.replace("rules SEC", "unused SEC").replace("&rules", "&unused")
+
+    def writing(*entries: tuple[int, int]) -> dict[str, Any]:
+        listed = [{"key": key, "value": value} for key, value in entries]
+        return policies.c_policy(source, maps=[{"name": "counts", "values": listed}], **COUNTS)
+
+    with policies.run(writing((999, 1000), (5, 50), (6, 60))) as run:
+        call_getppid(23)
+        assert run.rows("calls")[("6",)] == 60
+        run.apply(writing((999, 1000), (5, 51)))
+        call_getppid(997)
+        # A row that is gone from the map keeps what it came to.
+        assert run.rows("calls") == {("999",): 1000 + 1020, ("5",): 51, ("6",): 60}
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_counts")
+        with syscall.obj_get(str(pin)) as fd:
+            keys, _ = maps.read(fd, maps.info(fd))
+        assert sorted(int.from_bytes(bytes(key), "little") for key in keys) == [5, 999]
+
+
+def test_a_full_map_is_replaced_in_place() -> None:
+    """Four entries fit: old and new have no room side by side."""
+    four = [(number, {"bucket": number}) for number in range(4)]
+    with policies.run(policy(*four)) as run:
+        run.apply(policy((110, {"bucket": 3, "on": True, "weight": 1}), *((7 + each, {}) for each in range(3))))
+        call_getppid(23)
+        assert run.rows("calls") == {("3",): 23}
+
+
+def test_a_values_edit_outlives_the_agent() -> None:
+    """What was written is in the manifest: an agent that adopts the instance knows what to take away."""
+    from probefleet_agent.engine import Engine
+    from probefleet_cli import local_pods, preparation
+
+    first, second = (policies.prepare(policy((key, {"bucket": 1, "on": True, "weight": 1}))) for key in (1, 110))
+    with policies.run(policy((1, {"bucket": 1, "on": True, "weight": 1}))) as run:
+        assert first[0].planned.plan.instance.digest == second[0].planned.plan.instance.digest
+        with Engine.open(bpffs=policies.folder()) as adopting:
+            push = preparation.push(second, pods=local_pods.find(), namespace=None, version=5)
+            adopting.apply(push)
+        call_getppid(23)
+        assert run.rows("calls") == {("1",): 23}
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_rules")
+        with syscall.obj_get(str(pin)) as fd:
+            keys, _ = maps.read(fd, maps.info(fd))
+        assert [int.from_bytes(bytes(key), "little") for key in keys] == [110]
+
+
+PREFIXES = """
+struct prefix { __u32 prefixlen; __be32 address; };
+struct { __uint(type, BPF_MAP_TYPE_LPM_TRIE); __uint(max_entries, 16); __uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix); __type(value, u64); } nets SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, ipv4_t); }
+asked SEC(".maps");
+ON_CALL
+{
+	struct prefix key = { .prefixlen = 32 };
+	u32 zero = 0;
+	ipv4_t *address = bpf_map_lookup_elem(&asked, &zero);
+	u64 *count;
+	if (!ours() || !address)
+		return 0;
+	key.address = *address;
+	count = bpf_map_lookup_elem(&nets, &key);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	return 0;
+}
+"""
+
+
+def test_prefixes_and_addresses_are_written_as_people_write_them() -> None:
+    def asking(address: str) -> dict[str, Any]:
+        nets = [{"key": key, "value": 0} for key in ("10.0.0.0/8", "10.1.0.0/16", "0.0.0.0/0")]
+        written = [
+            {"name": "nets", "values": nets},
+            {"name": "asked", "values": [{"key": 0, "value": address}]},
+        ]
+        outputs = [{"name": "hits", "from": {"map": "nets"}, "topk": {}}]
+        return policies.c_policy(PREFIXES, maps=written, outputs=outputs, interval="1s")
+
+    with policies.run(asking("10.1.2.3")) as run:
+        call_getppid(23)
+        run.apply(asking("10.2.0.1"))
+        call_getppid(997)
+        run.apply(asking("192.0.2.1"))
+        call_getppid(5)
+        assert run.rows("hits") == {("10.1.0.0/16",): 23, ("10.0.0.0/8",): 997, ("0.0.0.0/0",): 5}
+
+
+def test_a_per_cpu_map_gets_its_value_on_every_cpu() -> None:
+    source = """
+struct { __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY); __uint(max_entries, 2); __type(key, u32); __type(value, u32); }
+start SEC(".maps");
+ON_CALL
+{
+	u32 key = 1, *count = bpf_map_lookup_elem(&start, &key);
+	if (ours() && count)
+		*count += 1;
+	return 0;
+}
+"""
+    written = [{"name": "start", "values": [{"key": 1, "value": 1000}]}]
+    outputs = [{"name": "calls", "from": {"map": "start"}, "topk": {}, "groupBy": ["key"]}]
+    with policies.run(policies.c_policy(source, maps=written, outputs=outputs, interval="1s")) as run:
+        call_getppid(997)
+        assert run.rows("calls")[("1",)] == 1000 * maps.possible_cpus() + 997
+
+
+WRONG: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"key": 1, "value": {"bucket": 70000}}], r"\[0\].value.bucket: does not fit: 70000 does not fit unsigned short"),
+    ([{"key": -1, "value": {}}], r"\[0\].key: does not fit: -1 does not fit unsigned int .*a key is 4 bytes"),
+    (
+        [{"key": 1, "value": {"buckets": 1}}],
+        r"\[0\].value.buckets: .*no such field; a value is 12 bytes {0: u16 bucket, ",
+    ),
+    ([{"key": 1, "value": {"on": 1}}], r"\[0\].value.on: .*1 is neither true nor false"),
+    ([{"key": 1, "value": {"note": "too long a note"}}], r'"too long a note" has 15 bytes, there is room for 8'),
+    ([{"key": 1, "value": 7}], r"\[0\].value: .*7 is no struct: write its fields, as in {bucket: …, on: …, weight: …}"),
+    ([{"key": 1, "value": {}}, {"key": "0x1", "value": {}}], r"\[1\].key: there twice"),
+    ([{"key": each, "value": {}} for each in range(5)], r": 5 entries: rules has room for 4"),
+]
+
+
+@pytest.mark.parametrize(("entries", "says"), WRONG)
+def test_what_does_not_fit_names_the_field_and_the_layout(entries: list[dict[str, Any]], says: str) -> None:
+    with pytest.raises(BadInput, match=r"spec.maps\[0\].values.*" + says):
+        policies.prepare(policies.c_policy(COUNT, maps=[{"name": "rules", "values": entries}], **COUNTS))
+
+
+def test_values_that_the_kernel_refuses_leave_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch fails half-way: the old entries are written back, and the policy says why."""
+    from probefleet_agent.errors import KernelError
+
+    with policies.run(policy((110, {"bucket": 7, "on": True, "weight": 1}))) as run:
+        write, failed = maps.update_many, []
+
+        def fail_once(fd: Any, keys: Any, values: Any) -> None:
+            if not failed:
+                failed.append(1)
+                write(fd, keys[:1], values[:1])
+                raise KernelError(12, "write 2 entries to map rules")
+            write(fd, keys, values)
+
+        monkeypatch.setattr(maps, "update_many", fail_once)
+        with pytest.raises(AssertionError, match="OutOfMemory: write 2 entries"):
+            run.apply(policy((110, {"bucket": 8, "on": True, "weight": 1}), (1, {})))
+        call_getppid(23)
+        assert run.rows("calls") == {("7",): 23}
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_rules")
+        with syscall.obj_get(str(pin)) as fd:
+            assert len(maps.read(fd, maps.info(fd))[0]) == 1
