@@ -84,7 +84,7 @@ lint: venv
 types: venv
 	@$(VENV)/bin/mypy --no-error-summary
 unit: venv bpf mounts
-	@$(PYTEST) tests/unit $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered --cov-fail-under=95
+	@$(PYTEST) -n auto --maxprocesses 4 tests/unit $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered --cov-fail-under=95
 
 .PHONY: test test-kernel test-vm test-e2e record
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
