@@ -16,6 +16,11 @@ _TABLE = re.compile(
     r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE|TABLE\w*)"
     r"\s*\(([^()]*)\)"
 )
+#: Integers of C and of the kernel: what a leaf or one of its members has to be for it to be counted.
+_INTEGER = re.compile(
+    r"(?:(?:un)?signed\s+)?(?:char|short|int|long|long\s+long)(?:\s+int)?|(?:un)?signed|__?[us](?:8|16|32|64)|[us](?:8|16|32|64)"
+    r"|u?int(?:8|16|32|64)_t|s?size_t|pid_t|bool"
+)
 _PRINT = re.compile(r"\bbpf_trace_printk\s*\(")
 _FUNCTION_MARK = "probefleet_selected"
 
@@ -62,15 +67,38 @@ def _types(kind: str, words: list[str]) -> tuple[str, str]:
 
 def fields_of(source: str, c_type: str) -> tuple[str, ...] | None:
     """The member names of ``struct x`` or of a typedef'd struct; None for what is no struct in this text."""
+    body = _body(without_comments(source), c_type)
+    if not body:
+        return None
+    members = re.findall(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\]\s*)*(?::\s*\d+\s*)?(?=[;,])", body)
+    return tuple(members)
+
+
+def is_integer(c_type: str) -> bool:
+    """Whether a type is an integer by its name alone."""
+    return _INTEGER.fullmatch(" ".join(c_type.split())) is not None
+
+
+def numbers_of(source: str, c_type: str) -> tuple[str, ...]:
+    """The members of a struct that are one integer each; empty where there is none, or no such struct."""
+    fields = fields_of(source, c_type) or ()
     text = without_comments(source)
+    body = _body(text, c_type)
+    found = []
+    for statement in body.split(";"):
+        declared = re.fullmatch(r"\s*(.*?)((?:\b[A-Za-z_]\w*\s*,\s*)*\b[A-Za-z_]\w*)\s*", statement, re.DOTALL)
+        if declared and is_integer(declared[1]):
+            found += [name.strip() for name in declared[2].split(",")]
+    return tuple(name for name in found if name in fields)
+
+
+def _body(text: str, c_type: str) -> str:
+    """What stands between a struct's braces, or a typedef's of one."""
     name = c_type.removeprefix("struct ").strip()
     found = re.search(rf"\bstruct\s+{re.escape(name)}\s*{{([^{{}}]*)}}", text) or re.search(
         rf"\btypedef\s+struct\s*\w*\s*{{([^{{}}]*)}}\s*{re.escape(name)}\s*;", text
     )
-    if not found:
-        return None
-    members = re.findall(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\]\s*)*(?::\s*\d+\s*)?(?=[;,])", found[1])
-    return tuple(members)
+    return found[1] if found else ""
 
 
 def asks_for_pods(source: str) -> bool:

@@ -163,12 +163,21 @@ def bcc_outputs(source: str) -> tuple[values.Output, ...]:
                 )
             )
         elif "HASH" in table.kind or "ARRAY" in table.kind:
-            made.append(
-                values.Output(table.name, table.name, values.Kind.TOPK, group_by=bcc_groups(source, table.name))
-            )
+            made += _bcc_counters(source, table)
     if bcc_source.prints(source):
         made.append(values.Output(PRINTS, PRINTS, values.Kind.EVENTS, group_by=()))
     return tuple(made[:MAX_DEFAULT_OUTPUTS])
+
+
+def _bcc_counters(source: str, table: bcc_source.Table) -> list[values.Output]:
+    """An output for the leaf that is a number, or for each number in it; none for one that holds something else."""
+    groups = bcc_groups(source, table.name)
+    if bcc_source.is_integer(table.leaf):
+        return [values.Output(table.name, table.name, values.Kind.TOPK, group_by=groups)]
+    return [
+        values.Output(f"{table.name}_{name}", table.name, values.Kind.TOPK, value=name, group_by=groups)
+        for name in bcc_source.numbers_of(source, table.leaf)
+    ]
 
 
 def bcc_groups(source: str, name: str) -> tuple[str, ...]:

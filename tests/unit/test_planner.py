@@ -18,6 +18,7 @@ from probefleet_core import (
     errors,
     map_facts,
     observe_only,
+    outputs,
     planner,
     policy,
     probe_maps,
@@ -728,3 +729,19 @@ def test_plans_are_the_same_every_time() -> None:
 
 def test_programs_are_named_by_what_the_object_says() -> None:
     assert [each.name for each in BpfObject.parse(compiled(MAPS)).programs] == ["on_switch"]
+
+
+def test_bccs_leaves_that_are_structs_have_an_output_for_each_number() -> None:
+    source = """
+    struct value_t { u64 calls, bytes; char name[16]; unsigned long long nanoseconds; struct sock *sk; };
+    BPF_HASH(plain, u32, u64);
+    BPF_HASH(totals, u32, struct value_t);
+    BPF_HASH(sockets, u64, struct sock *);
+    """
+    made = {each.name: (each.map, each.value) for each in outputs.bcc_outputs(source)}
+    assert made == {
+        "plain": ("plain", ""),
+        "totals_calls": ("totals", "calls"),
+        "totals_bytes": ("totals", "bytes"),
+        "totals_nanoseconds": ("totals", "nanoseconds"),
+    }
