@@ -126,9 +126,11 @@ def test_a_deleted_program_is_still_named(tmp_path: Path) -> None:
     assert offset is not None
     with subprocess.Popen([str(binary)]) as process:
         try:
+            maps = Path(f"/proc/{process.pid}/maps")
+            # execve closes Popen's pipe before it maps the file.
+            wait_until(lambda: str(binary) in maps.read_text())
             binary.unlink()
-            text = Path(f"/proc/{process.pid}/maps").read_text()
-            mapping = next(each for each in symbols.executable_mappings(text) if "gone" in each.path)
+            mapping = next(each for each in symbols.executable_mappings(maps.read_text()) if "gone" in each.path)
             address = mapping.start + offset - mapping.offset
             assert symbols.Symbolizer().user(process.pid, np.array([address], np.uint64)) == ["probefleet_middle"]
         finally:

@@ -108,12 +108,13 @@ class ElfFile:
         best: Functions | None = None
         for symbols, strings in self._symbol_tables():
             order = np.argsort(symbols["value"], kind="stable")
-            symbols = symbols[order]
-            starts, first = np.unique(symbols["value"], return_index=True)
-            ends = starts + symbols["size"][first]
+            values = symbols["value"][order]
+            is_first = np.ones(len(values), bool)
+            is_first[1:] = values[1:] != values[:-1]
+            starts, symbols = values[is_first], symbols[order[is_first]]
             following = np.append(starts[1:], np.uint64(2**64 - 1))
-            ends = np.where(symbols["size"][first] == 0, following, ends)
-            found = Functions(starts, ends, symbols["name"][first].copy(), strings)
+            ends = np.where(symbols["size"] == 0, following[: len(starts)], starts + symbols["size"])
+            found = Functions(starts, ends, symbols["name"].copy(), strings)
             if best is None or len(found.starts) > len(best.starts):
                 best = found  # a stripped file has only .dynsym
         empty = np.empty(0, np.uint64)
