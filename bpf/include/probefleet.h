@@ -49,6 +49,7 @@ typedef u64 cgroup_id_t;  /* cgroup v2 id: namespace, pod and container. One suc
 typedef u32 pid_nr_t;	  /* process (tgid): command */
 typedef u32 tid_nr_t;	  /* thread */
 typedef u32 user_id_t;	  /* uid: user name */
+typedef u64 function_t;	  /* address in the kernel's code, such as bpf_get_func_ip()'s: the function's name */
 typedef u32 syscall_t;	  /* number: name; PROBEFLEET_COMPAT is set for calls by 32-bit programs */
 typedef s32 errno_t;	  /* positive or negative errno: name; 0 is shown as success */
 typedef u32 device_t;	  /* dev_t of the kernel (major << 20 | minor): name */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from probefleet_core import errors
+from probefleet_core import errors, network_targets
 from probefleet_core.shape import Flag, Record, Text, Union, Whole
 
 C_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -14,10 +14,15 @@ TARGETS = (
     "tpBtf",
     "kprobe",
     "kretprobe",
+    "fentry",
+    "fexit",
+    "lsm",
     "uprobe",
     "uretprobe",
+    "usdt",
     "perfEvent",
     "syscall",
+    *network_targets.SHAPES,
 )
 
 C_IDENTIFIER = Text(max_length=128, min_length=1, pattern=C_NAME, write="Write the name as it stands in the C source.")
@@ -25,7 +30,13 @@ KERNEL_NAME = Text(
     max_length=128,
     min_length=1,
     pattern=r"[A-Za-z_][A-Za-z0-9_.]*",
-    write="Write one name, such as tcp_sendmsg; patterns are not supported.",
+    write="Write one name, such as tcp_sendmsg.",
+)
+KERNEL_PATTERN = Text(
+    max_length=128,
+    min_length=3,
+    pattern=r"[A-Za-z0-9_.*?]*[A-Za-z_][A-Za-z0-9_.*?]*",
+    write="Write a pattern such as tcp_*: letters, digits and _, * for any text, ? for one character.",
 )
 PATH = Text(
     max_length=1024,
@@ -46,16 +57,37 @@ def _uprobe_rule(value: Mapping[str, object], path: str, problems: errors.Proble
 
 
 OFFSET = Whole(0, (1 << 53) - 1)
+LIBRARY = Text(
+    max_length=128,
+    min_length=1,
+    pattern=r"[A-Za-z0-9_+][-A-Za-z0-9_.+]*",
+    write="Write the library's name, such as libc, ssl or libpq.so.5; its file is found as programs find it.",
+)
+FILE = Union(("path", "library"), "file", "a probe in user space needs a file to be in")
+PID = Whole(0, (1 << 22), write="Write a process id of the node; leave it away for every process.")
 UPROBE = Record(
     "a user-space probe",
     {
         "path": PATH,
+        "library": LIBRARY,
         "symbol": Text(max_length=512, min_length=1, pattern=r"[!-~]+", write="Write the function's (mangled) name."),
         "offset": OFFSET,
-        "pid": Whole(0, (1 << 22), write="Write a process id of the node; leave it away for every process."),
+        "pid": PID,
     },
-    required=("path",),
+    unions=(FILE,),
     rules=(_uprobe_rule,),
+)
+USDT_NAME = Text(
+    max_length=128,
+    min_length=1,
+    pattern=r"[A-Za-z_][A-Za-z0-9_]*",
+    write="Write the name as `readelf -n` shows it in the file's stapsdt notes.",
+)
+USDT = Record(
+    "a static probe of user space",
+    {"path": PATH, "library": LIBRARY, "provider": USDT_NAME, "name": USDT_NAME, "pid": PID},
+    required=("provider", "name"),
+    unions=(FILE,),
 )
 PERF_EVENT = Record(
     "a perf event",
@@ -73,7 +105,29 @@ PERF_EVENT = Record(
     unions=(Union(("frequency", "period"), "rate", "an event is sampled by time or by count"),),
 )
 TRACEPOINT_NAME = Record("a tracepoint", {"name": KERNEL_NAME}, required=("name",))
-FUNCTION = Record("a kernel function", {"function": KERNEL_NAME, "offset": OFFSET}, required=("function",))
+WHICH = Union(("function", "functions"), "function", "a kprobe is on one function, or on all that fit a pattern")
+
+
+def _offset_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    if value.get("functions") is not None and value.get("offset"):
+        problems.add(
+            f"{path}.offset",
+            f"{value['offset']} with a pattern",
+            why="a place within one function says nothing about others",
+            write="Leave offset away, or write function.",
+        )
+
+
+KPROBE = Record(
+    "a kernel function",
+    {"function": KERNEL_NAME, "functions": KERNEL_PATTERN, "offset": OFFSET},
+    unions=(WHICH,),
+    rules=(_offset_rule,),
+)
+KRETPROBE = Record(
+    "a kernel function's return", {"function": KERNEL_NAME, "functions": KERNEL_PATTERN}, unions=(WHICH,)
+)
+FENTRY = Record("a kernel function", {"function": KERNEL_NAME}, required=("function",))
 ATTACHMENT = Record(
     "an attachment",
     {
@@ -83,10 +137,14 @@ ATTACHMENT = Record(
         ),
         "rawTracepoint": TRACEPOINT_NAME,
         "tpBtf": TRACEPOINT_NAME,
-        "kprobe": FUNCTION,
-        "kretprobe": Record("a kernel function's return", {"function": KERNEL_NAME}, required=("function",)),
+        "kprobe": KPROBE,
+        "kretprobe": KRETPROBE,
+        "fentry": FENTRY,
+        "fexit": FENTRY,
+        "lsm": Record("a security hook", {"hook": KERNEL_NAME}, required=("hook",)),
         "uprobe": UPROBE,
         "uretprobe": UPROBE,
+        "usdt": USDT,
         "perfEvent": PERF_EVENT,
         "syscall": Record(
             "a system call",
@@ -101,6 +159,7 @@ ATTACHMENT = Record(
             },
             required=("name",),
         ),
+        **network_targets.SHAPES,
     },
     required=("program",),
     unions=(Union(TARGETS, "target", "an attachment has one target"),),

@@ -15,7 +15,7 @@ from probefleet_wire.btf_types import Kind
 from probefleet_wire.elf import Elf
 from probefleet_wire.observe_only import REFUSED_HELPERS, refused_helpers
 
-from probefleet_core import values
+from probefleet_core import network_targets, values
 
 _REFUSED_WORD = re.compile(rf"\b({'|'.join(REFUSED_HELPERS.values())})\b")
 # Functions of the kernel (kfuncs) that only look, or hold a reference while they do.
@@ -46,7 +46,6 @@ _DECIDES = {
     "sockops": "sockets",
     "cgroup": "what a cgroup may do",
     "cgroup_skb": "packets",
-    "lsm": "permissions",
     "lsm_cgroup": "permissions",
     "fmod_ret": "what a kernel function returns",
     "struct_ops": "how the kernel works",
@@ -55,12 +54,7 @@ _DECIDES = {
     "lirc_mode2": "input",
 }
 _LATER = [
-    "fentry",
-    "fexit",
     "iter",
-    "usdt",
-    "kprobe.multi",
-    "kretprobe.multi",
     "uprobe.multi",
     "uretprobe.multi",
     "kprobe.session",
@@ -122,6 +116,8 @@ def read_section(section: str) -> Section | Refusal:
     optional = section.startswith("?")
     kind, _, rest = section.removeprefix("?").partition("/")
     word = kind.removesuffix(".s")
+    if network := network_targets.read_section(section):
+        return Section(network.fits, network.target, optional)
     if word in ("tracepoint", "tp"):
         category, _, name = rest.partition("/")
         return Section(("tracepoint", "syscall"), values.Tracepoint(category, name) if name else None, optional)
@@ -131,6 +127,15 @@ def read_section(section: str) -> Section | Refusal:
         return Section(("tpBtf",), values.BtfTracepoint(rest) if rest else None, optional)
     if word in ("kprobe", "kretprobe"):
         return Section(("kprobe", "kretprobe", "syscall"), _kprobe(rest, word == "kretprobe"), optional)
+    if word in ("kprobe.multi", "kretprobe.multi"):
+        pattern = values.KprobePattern(rest, word == "kretprobe.multi") if rest else None
+        return Section(("kprobe", "kretprobe"), pattern, optional)
+    if word in ("fentry", "fexit"):
+        return Section(("fentry", "fexit"), values.Fentry(rest, word == "fexit") if rest else None, optional)
+    if word == "lsm":
+        return Section(("lsm",), values.Lsm(rest) if rest else None, optional)
+    if word == "usdt":
+        return Section(("usdt",), _usdt(rest), optional)
     if word in ("ksyscall", "kretsyscall"):
         target = values.Syscall(rest, word == "kretsyscall") if rest else None
         return Section(("syscall", "kprobe", "kretprobe"), target, optional)
@@ -151,7 +156,8 @@ def read_section(section: str) -> Section | Refusal:
     return Refusal(
         f'SEC("{section}")',
         f"the program is {known}",
-        "Use tracepoint, raw_tp, tp_btf, kprobe, kretprobe, ksyscall, uprobe, uretprobe or perf_event.",
+        "Use tracepoint, raw_tp, tp_btf, fentry, fexit, kprobe, kretprobe, ksyscall, uprobe, uretprobe, usdt or "
+        "perf_event.",
     )
 
 
@@ -165,10 +171,21 @@ def _uprobe(rest: str, on_return: bool) -> values.Target | None:
     symbol, _, offset = place.partition("+")
     if not place:
         return None
-    path = path if path.startswith("/") else f"/{path}"
+    path = _file(path)
     if re.fullmatch(r"0x[0-9a-fA-F]+|[0-9]+", symbol):
         return values.Uprobe(path, offset=_number(symbol), on_return=on_return)
     return values.Uprobe(path, symbol, _number(offset), on_return=on_return)
+
+
+def _usdt(rest: str) -> values.Target | None:
+    path, _, probe = rest.partition(":")
+    provider, _, name = probe.partition(":")
+    return values.Usdt(_file(path), provider, name) if path and provider and name else None
+
+
+def _file(path: str) -> str:
+    """A name without a slash is looked up on the node; of a path SEC() may have eaten the first slash."""
+    return path if path.startswith("/") or "/" not in path else f"/{path}"
 
 
 def _number(text: str) -> int:

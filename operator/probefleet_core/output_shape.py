@@ -12,7 +12,10 @@ GROUP = r"node|namespace|workload|pod|container|key(\.[A-Za-z_][A-Za-z0-9_.\[\]]
 SLOTS = r"value|key(\.[A-Za-z_][A-Za-z0-9_.]*)?"
 READ_MAP = r"[A-Za-z_][A-Za-z0-9_]*|\.(bss|data|rodata)(\.[A-Za-z0-9_.]+)?"
 FIELD = r"[A-Za-z_][A-Za-z0-9_.\[\]]*"
-DECODERS = ("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "text", "hex")
+DECODERS = (
+    *("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "function"),
+    *("text", "hex"),
+)
 KINDS = tuple(kind.value for kind in values.Kind)
 UNIT = Text(
     max_length=16, min_length=1, pattern=r"[A-Za-zµ%][A-Za-z0-9µ/%]*", write="Write a unit such as ns, bytes or calls."

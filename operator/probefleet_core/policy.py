@@ -16,7 +16,16 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from probefleet_core import attach_shape, errors, output_shape, policy_shape, quantities, shape, values
+from probefleet_core import (
+    attach_shape,
+    errors,
+    network_targets,
+    output_shape,
+    policy_shape,
+    quantities,
+    shape,
+    values,
+)
 
 API_VERSION = "probefleet.io/v1alpha1"
 RESOURCES = ("ProbePolicy", "ProbeMap", "ProbeReport")
@@ -174,6 +183,8 @@ def _attachment(item: _Checked) -> values.Attachment:
 
 
 def _target(kind: str, item: _Checked) -> values.Target:
+    if kind in network_targets.SHAPES:
+        return network_targets.parse(kind, item)
     match kind:
         case "tracepoint":
             return values.Tracepoint(item["category"], item["name"])
@@ -181,11 +192,24 @@ def _target(kind: str, item: _Checked) -> values.Target:
             return values.RawTracepoint(item["name"])
         case "tpBtf":
             return values.BtfTracepoint(item["name"])
+        case "kprobe" | "kretprobe" if item.get("functions"):
+            return values.KprobePattern(item["functions"], kind == "kretprobe")
+        case "fentry" | "fexit":
+            return values.Fentry(item["function"], kind == "fexit")
+        case "lsm":
+            return values.Lsm(item["hook"])
+        case "usdt":
+            return values.Usdt(
+                path=item.get("path") or item["library"],
+                provider=item["provider"],
+                name=item["name"],
+                pid=item.get("pid") or 0,
+            )
         case "kprobe" | "kretprobe":
             return values.Kprobe(item["function"], item.get("offset") or 0, kind == "kretprobe")
         case "uprobe" | "uretprobe":
             return values.Uprobe(
-                path=item["path"],
+                path=item.get("path") or item["library"],
                 symbol=item.get("symbol") or "",
                 offset=item.get("offset") or 0,
                 pid=item.get("pid") or 0,

@@ -26,6 +26,7 @@ typedef u32 pid_nr_t;
 typedef u32 tid_nr_t;
 typedef u32 user_id_t;
 typedef u32 syscall_t;
+typedef u64 function_t;
 typedef s32 errno_t;
 typedef u32 device_t;
 typedef u16 port_t;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_core import values
+from probefleet_core import network_targets, values
 
 _KINDS = {
     values.Kind.COUNTER: plan_pb2.Output.COUNTER,
@@ -56,6 +56,9 @@ def output(value: values.Output) -> plan_pb2.Output:
 def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Attachment:
     """One attachment."""
     made = plan_pb2.Attachment(program=value.program, alternative=alternative)
+    if isinstance(value.target, network_targets.TARGETS):
+        network_targets.put(made, value.target)
+        return made
     match value.target:
         case values.Tracepoint(category, name):
             made.tracepoint.CopyFrom(plan_pb2.Tracepoint(category=category, name=name))
@@ -65,6 +68,14 @@ def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Atta
             made.tp_btf.CopyFrom(plan_pb2.BtfTracepoint(name=name))
         case values.Kprobe(function, offset, on_return):
             made.kprobe.CopyFrom(plan_pb2.Kprobe(function=function, offset=offset, on_return=on_return))
+        case values.KprobePattern(pattern, on_return):
+            made.kprobe_pattern.CopyFrom(plan_pb2.KprobePattern(pattern=pattern, on_return=on_return))
+        case values.Fentry(function, on_return):
+            made.fentry.CopyFrom(plan_pb2.Fentry(function=function, on_return=on_return))
+        case values.Lsm(hook):
+            made.lsm.CopyFrom(plan_pb2.Lsm(hook=hook))
+        case values.Usdt(path, provider, name, pid):
+            made.usdt.CopyFrom(plan_pb2.Usdt(path=path, provider=provider, name=name, pid=pid))
         case values.Uprobe(path, symbol, offset, pid, on_return):
             made.uprobe.CopyFrom(plan_pb2.Uprobe(path=path, symbol=symbol, offset=offset, on_return=on_return, pid=pid))
         case values.PerfEvent(event, frequency, period):
@@ -76,6 +87,8 @@ def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Atta
 
 def kind_of(target: values.Target) -> str:
     """The target's member in ``spec.attach``."""
+    if isinstance(target, network_targets.TARGETS):
+        return network_targets.kind_of(target)
     match target:
         case values.Tracepoint():
             return "tracepoint"
@@ -83,8 +96,14 @@ def kind_of(target: values.Target) -> str:
             return "rawTracepoint"
         case values.BtfTracepoint():
             return "tpBtf"
-        case values.Kprobe(on_return=on_return):
+        case values.Kprobe(on_return=on_return) | values.KprobePattern(on_return=on_return):
             return "kretprobe" if on_return else "kprobe"
+        case values.Fentry(on_return=on_return):
+            return "fexit" if on_return else "fentry"
+        case values.Lsm():
+            return "lsm"
+        case values.Usdt():
+            return "usdt"
         case values.Uprobe(on_return=on_return):
             return "uretprobe" if on_return else "uprobe"
         case values.PerfEvent():
@@ -95,6 +114,8 @@ def kind_of(target: values.Target) -> str:
 
 def describe(target: values.Target) -> str:
     """A target in words: ``kprobe tcp_sendmsg``."""
+    if isinstance(target, network_targets.TARGETS):
+        return f"{kind_of(target)} {network_targets.describe(target)}"
     match target:
         case values.Tracepoint(category, name):
             what = f"{category}:{name}"
@@ -102,6 +123,14 @@ def describe(target: values.Target) -> str:
             what = name
         case values.Kprobe(function, offset, _):
             what = f"{function}+{offset}" if offset else function
+        case values.KprobePattern(pattern, _):
+            what = pattern
+        case values.Fentry(function, _):
+            what = function
+        case values.Lsm(hook):
+            what = hook
+        case values.Usdt(path, provider, name, _):
+            what = f"{path}:{provider}:{name}"
         case values.Uprobe(path, symbol, offset, _, _):
             place = f"{symbol}+{offset}" if symbol and offset else symbol or f"0x{offset:x}"
             what = f"{path}:{place}"

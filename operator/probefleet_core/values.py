@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
+from probefleet_core import network_targets
+
 PolicyUid = NewType("PolicyUid", str)
 ProbeMapUid = NewType("ProbeMapUid", str)
 PodUid = NewType("PodUid", str)
@@ -149,8 +151,44 @@ class Kprobe:
 
 
 @dataclass(frozen=True, slots=True)
+class KprobePattern:
+    """Every kernel function whose name fits a shell's pattern (``tcp_*``), its entry or its return."""
+
+    pattern: str
+    on_return: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fentry:
+    """A kernel function's entry or return, its arguments typed by BTF."""
+
+    function: str
+    on_return: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lsm:
+    """A security hook such as ``file_open``, watched after its verdict."""
+
+    hook: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usdt:
+    """A probe that the author of a user program put there. ``path`` as in Uprobe; ``pid`` 0: all."""
+
+    path: str
+    provider: str
+    name: str
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Uprobe:
-    """A user function's entry or return; ``symbol`` or, where that is empty, an offset in the file. ``pid`` 0: all."""
+    """A user function's entry or return; ``symbol`` or, where that is empty, an offset in the file. ``pid`` 0: all.
+
+    ``path`` is absolute, or the name of a library.
+    """
 
     path: str
     symbol: str = ""
@@ -176,7 +214,20 @@ class Syscall:
     on_return: bool = False
 
 
-Target: TypeAlias = Tracepoint | RawTracepoint | BtfTracepoint | Kprobe | Uprobe | PerfEvent | Syscall
+Target: TypeAlias = (
+    Tracepoint
+    | RawTracepoint
+    | BtfTracepoint
+    | Kprobe
+    | KprobePattern
+    | Fentry
+    | Lsm
+    | Uprobe
+    | Usdt
+    | PerfEvent
+    | Syscall
+    | network_targets.Target
+)
 
 
 @dataclass(frozen=True, slots=True)

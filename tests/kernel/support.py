@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probefleet_agent.kernel import libbpf, maps
+from probefleet_agent.kernel import libbpf, links, maps
 from probefleet_wire.v1 import plan_pb2
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,11 +77,23 @@ def compile_object(source: str, prelude: bool = True) -> bytes:
 class Loaded:
     """One loaded object with all of its descriptors."""
 
-    def __init__(self, source: str, *, pid: int | None = None, **types: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        pid: int | None = None,
+        target: plan_pb2.Attachment | None = None,
+        **types: tuple[int, int],
+    ) -> None:
+        """``target``: load the program for it, as ``execute`` does."""
         with libbpf.open_object(compile_object(source), "test") as opened:
             opened.set_rodata("target_pid", (os.getpid() if pid is None else pid).to_bytes(4, "little"))
             for program, (prog_type, attach_type) in types.items():
                 opened.set_type(program, prog_type, attach_type)
+            if target is not None:
+                opened.set_type(target.program, *links.program_type(target, opened.section(target.program)))
+                if name := links.bound_to(target):
+                    opened.set_attach_target(target.program, name)
             opened.load()
             self.maps = {name: opened.map_fd(name) for name in opened.map_names}
             self.programs = {name: opened.program_fd(name) for name in opened.program_names}

@@ -370,6 +370,15 @@ SEC("raw_tp/sched_switch") int run(void *ctx) { return 0; }
         ("uprobe//bin/sh:main", "uprobe /bin/sh:main"),
         ("uprobe.s/bin/sh:main+0x10", "uprobe /bin/sh:main+16"),
         ("uretprobe//bin/sh:0x40", "uretprobe /bin/sh:0x40"),
+        ("uprobe/libc.so.6:malloc", "uprobe libc.so.6:malloc"),
+        ("kprobe.multi/tcp_*", "kprobe tcp_*"),
+        ("kretprobe.multi/tcp_*", "kretprobe tcp_*"),
+        ("fentry/tcp_sendmsg", "fentry tcp_sendmsg"),
+        ("fexit.s/tcp_sendmsg", "fexit tcp_sendmsg"),
+        ("lsm/file_open", "lsm file_open"),
+        ("lsm.s/file_open", "lsm file_open"),
+        ("usdt//bin/x:provider:name", "usdt /bin/x:provider:name"),
+        ("usdt/libpython3.11.so.1.0:python:gc__done", "usdt libpython3.11.so.1.0:python:gc__done"),
     ],
 )
 def test_sections_name_targets(section: str, target: str) -> None:
@@ -379,7 +388,13 @@ def test_sections_name_targets(section: str, target: str) -> None:
     assert to_wire.kind_of(found.target) in found.fits
 
 
-@pytest.mark.parametrize("section", ["kprobe", "uprobe", "tp", "raw_tp", "tp_btf", "ksyscall", "perf_event"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        *("kprobe", "uprobe", "tp", "raw_tp", "tp_btf", "ksyscall", "perf_event"),
+        *("kprobe.multi", "fentry", "fexit", "lsm", "usdt"),
+    ],
+)
 def test_sections_without_a_target_need_attach(section: str) -> None:
     elf = compiled(program(section))
     found = refused(own(), elf)
@@ -395,6 +410,11 @@ def test_sections_without_a_target_need_attach(section: str) -> None:
         ("tp/a/b", {"tracepoint": {"category": "c", "name": "d"}}, "tracepoint"),
         ("raw_tp/a", {"rawTracepoint": {"name": "d"}}, "raw_tracepoint"),
         ("uprobe", {"uprobe": {"path": "/bin/sh", "symbol": "main", "pid": 3}}, "uprobe"),
+        ("uprobe", {"uprobe": {"library": "libc", "symbol": "malloc"}}, "uprobe"),
+        ("kprobe", {"kprobe": {"functions": "tcp_*"}}, "kprobe_pattern"),
+        ("fentry/f", {"fexit": {"function": "g"}}, "fentry"),
+        ("lsm", {"lsm": {"hook": "file_open"}}, "lsm"),
+        ("usdt", {"usdt": {"path": "/bin/x", "provider": "p", "name": "n"}}, "usdt"),
         ("perf_event", {"perfEvent": {"event": "cpu-clock", "frequency": 99}}, "perf_event"),
     ],
 )
@@ -415,8 +435,9 @@ def test_attach_is_checked_against_the_programs() -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        *("xdp", "tc", "tcx/ingress", "classifier", "lsm/file_open", "cgroup/connect4", "cgroup_skb/egress", "sk_skb"),
-        *("struct_ops/x", "fmod_ret/f", "sockops", "raw_tp.w/x", "netfilter", "freplace/f", "sk_lookup", "lsm.s/x"),
+        *("xdp/devmap", "netfilter", "cgroup/connect4", "sk_skb"),
+        *("lsm_cgroup/file_open", "struct_ops/x", "fmod_ret/f", "sockops", "raw_tp.w/x", "netfilter"),
+        *("freplace/f", "sk_lookup"),
     ],
 )
 def test_programs_that_decide_are_refused(section: str) -> None:
@@ -424,7 +445,7 @@ def test_programs_that_decide_are_refused(section: str) -> None:
     assert any("observes only" in each.why for each in found), found
 
 
-@pytest.mark.parametrize("section", ["fentry/f", "iter/task", "usdt/x", "kprobe.multi/f", "nonsense"])
+@pytest.mark.parametrize("section", ["iter/task", "uprobe.multi/x", "kprobe.session/f", "nonsense"])
 def test_programs_of_other_types_are_refused(section: str) -> None:
     assert "the program is of" in refused(own(), compiled(program(section)))[0].why
 

@@ -84,6 +84,13 @@ def test_everything_is_read() -> None:
                     {"program": "a", "perfEvent": {"event": "cpu-clock", "frequency": 99}},
                     {"program": "a", "perfEvent": {"event": "page-faults", "period": 100}},
                     {"program": "a", "syscall": {"name": "execve", "return": True}},
+                    {"program": "a", "kretprobe": {"functions": "tcp_*"}},
+                    {"program": "a", "fentry": {"function": "f"}},
+                    {"program": "a", "fexit": {"function": "f"}},
+                    {"program": "a", "lsm": {"hook": "file_open"}},
+                    {"program": "a", "uprobe": {"library": "libc", "symbol": "malloc"}},
+                    {"program": "a", "usdt": {"path": "/bin/x", "provider": "p", "name": "n", "pid": 3}},
+                    {"program": "a", "usdt": {"library": "c", "provider": "p", "name": "n"}},
                 ],
                 maps=[{"name": "m", "share": {"probeMap": "p"}}, {"name": "n", "maxEntries": 7}],
                 outputs=[
@@ -112,9 +119,17 @@ def test_everything_is_read() -> None:
     assert [type(each.target).__name__ for each in parsed.attach] == [
         *("Tracepoint", "RawTracepoint", "BtfTracepoint", "Kprobe", "Kprobe"),
         *("Uprobe", "Uprobe", "PerfEvent", "PerfEvent", "Syscall"),
+        *("KprobePattern", "Fentry", "Fentry", "Lsm", "Uprobe", "Usdt", "Usdt"),
     ]
     assert parsed.attach[4].target == values.Kprobe("f", on_return=True)
     assert parsed.attach[6].target == values.Uprobe("/bin/x", offset=16, on_return=True)
+    assert parsed.attach[10].target == values.KprobePattern("tcp_*", on_return=True)
+    assert [each.target for each in parsed.attach[12:16]] == [
+        values.Fentry("f", on_return=True),
+        values.Lsm("file_open"),
+        values.Uprobe("libc", "malloc"),
+        values.Usdt("/bin/x", "p", "n", 3),
+    ]
     assert parsed.maps == (values.MapUse("m", probe_map="p"), values.MapUse("n", max_entries=7))
     first = parsed.outputs[0]
     assert first.group_by == ("pod", "key.port") and first.unit == "ns" and first.limit == 5
@@ -276,6 +291,16 @@ def test_outputs_are_checked(output: Json, path: str) -> None:
         ({"perfEvent": {"event": "cpu-clock"}}, "perfEvent"),
         ({"perfEvent": {"event": "cpu-clock", "frequency": 1, "period": 1}}, "perfEvent"),
         ({"syscall": {"name": "SYS_read"}}, "syscall.name"),
+        ({"kprobe": {}}, "kprobe"),
+        ({"kprobe": {"function": "tcp_*"}}, "kprobe.function"),
+        ({"kprobe": {"functions": "***"}}, "kprobe.functions"),
+        ({"kprobe": {"functions": "tcp_*", "offset": 4}}, "kprobe.offset"),
+        ({"kretprobe": {"function": "f", "functions": "ff*"}}, "kretprobe"),
+        ({"fentry": {"function": "tcp_*"}}, "fentry.function"),
+        ({"lsm": {"hook": "lsm/file_open"}}, "lsm.hook"),
+        ({"uprobe": {"library": "../x", "symbol": "a"}}, "uprobe.library"),
+        ({"usdt": {"provider": "p", "name": "n"}}, "usdt"),
+        ({"usdt": {"path": "/bin/x", "provider": "p:q", "name": "n"}}, "usdt.provider"),
     ],
 )
 def test_attachments_are_checked(attachment: Json, path: str) -> None:

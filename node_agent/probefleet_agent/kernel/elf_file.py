@@ -29,6 +29,7 @@ _SECTION = np.dtype(
 _SYMBOL = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
+_EXEC = 2
 _LOAD, _NOTE, _EXECUTABLE = 1, 4, 1
 _SYMTAB, _DYNSYM = 2, 11
 _FUNC, _IFUNC = 2, 10
@@ -72,8 +73,11 @@ class ElfFile:
             raise NotElf("it is not a 64-bit little-endian ELF file")
         fields = _HEADER.unpack_from(data)
         self.machine: int = fields[2]
+        #: Loaded where its addresses say (ET_EXEC), not where there is room.
+        self.is_fixed: bool = fields[1] == _EXEC
         self._programs = self._table(_PROGRAM, fields[5], fields[10], fields[9])
         self._sections = self._table(_SECTION, fields[6], fields[12], fields[11])
+        self._names = fields[13]
 
     def _table(self, dtype: np.dtype[np.void], offset: int, count: int, each: int) -> npt.NDArray[np.void]:
         if not count:
@@ -149,6 +153,23 @@ class ElfFile:
             if load["vaddr"] <= address < load["vaddr"] + load["filesz"]:
                 return int(address - load["vaddr"] + load["offset"])
         return None
+
+    def section(self, name: str) -> tuple[int, bytes] | None:
+        """(virtual address, bytes) of the first section of that name."""
+        if self._names >= len(self._sections):
+            return None
+        names = self._sections[self._names]
+        strings = self._bytes(int(names["offset"]), int(names["size"]))
+        wanted = name.encode() + b"\0"
+        for each in self._sections:
+            start = int(each["name"])
+            if strings[start : start + len(wanted)] == wanted:
+                return int(each["addr"]), self._bytes(int(each["offset"]), int(each["size"]))
+        return None
+
+    def offset_of(self, address: int) -> int | None:
+        """Where in the file lies what is loaded at a virtual address."""
+        return self._to_offset(address)
 
     def segments(self) -> npt.NDArray[np.uint64]:
         """What of the file is mapped where: rows of (file offset, size, virtual address)."""

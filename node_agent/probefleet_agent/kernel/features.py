@@ -21,6 +21,8 @@ from probefleet_agent.kernel.uapi import AttachType, Command, MapType, ProgramTy
 
 PMUS = Path("/sys/bus/event_source/devices")
 PERF_TYPE_SOFTWARE, SOFTWARE_CPU_CLOCK, SOFTWARE_DUMMY = 1, 0, 9
+# The kernel's own, in net/bpf/test_run.c: there to be traced, and called by nobody else.
+TEST_FUNCTION = "bpf_fentry_test1"
 NO_INTERFACE = 0x7FFFFFFF
 # mov r0, 0; exit
 RETURN_ZERO = struct.pack("<BBhi", 0xB7, 0, 0, 0) + struct.pack("<BBhi", 0x95, 0, 0, 0)
@@ -114,6 +116,50 @@ def tp_btf() -> bool:
 
 
 @_probe
+def fentry() -> bool:
+    """Whether a function can be traced by a trampoline (Linux 5.5 on x86, CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS)."""
+    if not btf_kernel.available():
+        return False
+    found = btf_kernel.vmlinux().find(TEST_FUNCTION, Kind.FUNC)
+    if found is None:
+        return False
+    try:
+        program = syscall.prog_load(
+            RETURN_ZERO, ProgramType.TRACING, name="pf_probe", expected_attach_type=AttachType.TRACE_FENTRY,
+            attach_btf_id=found,
+        )  # fmt: skip
+    except VerifierError:
+        return False
+    with program:
+        syscall.raw_tracepoint_open(None, program).close()
+    return True
+
+
+@_probe
+def kprobe_multi() -> bool:
+    """Whether one link can probe many functions (Linux 5.18, CONFIG_FPROBE)."""
+    with syscall.prog_load(
+        RETURN_ZERO, ProgramType.KPROBE, name="pf_probe", expected_attach_type=AttachType.TRACE_KPROBE_MULTI
+    ) as program:
+        syscall.link_functions(program, [TEST_FUNCTION], on_return=False).close()
+    return True
+
+
+@_probe
+def uprobe_multi() -> bool:
+    """Whether one link can probe many places of a file (Linux 6.6)."""
+    with syscall.prog_load(
+        RETURN_ZERO, ProgramType.KPROBE, name="pf_probe", expected_attach_type=AttachType.TRACE_UPROBE_MULTI
+    ) as program:
+        try:
+            syscall.link_places(program, "/", [(0, 0, 0)]).close()
+        except KernelError as error:
+            # Who knows the call looks at the path, and says that a folder is no file to probe.
+            return error.errno == errno.EBADF
+    return True
+
+
+@_probe
 def tcx() -> bool:
     """Whether TC programs attach by links that share an interface (TCX, Linux 6.6)."""
     with syscall.prog_load(RETURN_ZERO, ProgramType.SCHED_CLS, name="pf_probe") as program:
@@ -159,8 +205,8 @@ def all_features() -> dict[str, bool]:
 
 
 _ALL = (
-    btf, tp_btf, raw_tracepoints, kprobes, uprobes, perf_link, cookies, ring_buffer, batch, percpu_batch, bpf_stats,
-    hardware_counters, tcx,
+    btf, tp_btf, fentry, raw_tracepoints, kprobes, kprobe_multi, uprobes, uprobe_multi, perf_link, cookies,
+    ring_buffer, batch, percpu_batch, bpf_stats, hardware_counters, tcx,
 )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class Kind:
     bound_to: Callable[[Attachment], str] = lambda _: ""
     #: The same, as BTF itself spells it: "btf_trace_sched_switch".
     btf_name: Callable[[Attachment], str] = lambda _: ""
-    #: The attachment with its files below another root ("/proc/1/root").
+    #: The attachment with its files found, below another root ("/proc/1/root") where that is given.
     rooted: Callable[[Attachment, str], Attachment] = lambda attachment, _: attachment
 
 
@@ -69,16 +69,18 @@ def always(program_type: int, attach_type: int = AttachType.NONE) -> Callable[[A
     return lambda _attachment, _section: (int(program_type), int(attach_type))
 
 
-def on_events(prog_fd: SupportsIndex, events: list[Fd], way: str) -> Link:
+def on_events(prog_fd: SupportsIndex, events: list[Fd], way: str, *, cookie: int = 0) -> Link:
     """Hang the program on each perf event: by links where there are links, else on the events themselves.
 
-    Before Linux 5.15 perf events have no links: nothing can be pinned, and counting ends with this process.
+    Before Linux 5.15 perf events have no links: nothing can be pinned, and counting ends with this process. There is no
+    cookie then either: whoever needs one asks ``features.cookies`` first.
     """
     links: list[Fd] = []
     try:
         if features.perf_link():
             for event in events:
-                links.append(syscall.link_create(prog_fd, event, AttachType.PERF_EVENT))  # noqa: PERF401 - those made so far are closed when one fails
+                link = syscall.link_create(prog_fd, event, AttachType.PERF_EVENT, cookie=cookie)
+                links.append(link)  # one by one: those made so far are closed when one fails
             for event in events:
                 event.close()  # the link holds it
             return Link(tuple(links), True, way)

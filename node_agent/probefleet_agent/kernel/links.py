@@ -13,7 +13,7 @@ from typing import SupportsIndex
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import NoSuchTarget, ProbefleetError, UnsupportedFeature
-from probefleet_agent.kernel import links_function, links_perf, links_trace, links_user
+from probefleet_agent.kernel import links_function, links_perf, links_trace, links_trampoline, links_usdt, links_user
 from probefleet_agent.kernel.link import Kind
 from probefleet_agent.kernel.link import Link as Link
 from probefleet_agent.kernel.links_network import KINDS as _NETWORK
@@ -21,7 +21,9 @@ from probefleet_agent.kernel.links_network import KINDS as _NETWORK
 KINDS: Mapping[str, Kind] = {
     **links_trace.KINDS,
     **links_function.KINDS,
+    **links_trampoline.KINDS,
     **links_user.KINDS,
+    **links_usdt.KINDS,
     **links_perf.KINDS,
     **_NETWORK,
 }
@@ -55,7 +57,7 @@ def supported(
 ) -> UnsupportedFeature | NoSuchTarget | None:
     """Why this kernel cannot attach it, or None. Cheap enough to ask before every load. ``root``: see ``attach``."""
     try:
-        KINDS[kind(attachment)].check(_rooted(attachment, root), program_section)
+        KINDS[kind(attachment)].check(KINDS[kind(attachment)].rooted(attachment, root), program_section)
     except (NoSuchTarget, UnsupportedFeature) as error:
         return error
     return None
@@ -69,8 +71,4 @@ def attach(
     ``root`` stands before the paths of uprobes: "/proc/1/root" for an agent in a container, whose own files are others
     than the node's.
     """
-    return KINDS[kind(attachment)].attach(prog_fd, _rooted(attachment, root))
-
-
-def _rooted(attachment: plan_pb2.Attachment, root: str) -> plan_pb2.Attachment:
-    return KINDS[kind(attachment)].rooted(attachment, root) if root else attachment
+    return KINDS[kind(attachment)].attach(prog_fd, KINDS[kind(attachment)].rooted(attachment, root))

@@ -1,4 +1,4 @@
-"""Attach to functions of the kernel by kprobes, and to system calls by name."""
+"""Attach to functions of the kernel by kprobes, one or all that fit a pattern, and to system calls by name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import SupportsIndex
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import KernelError, NoSuchTarget, UnsupportedFeature
-from probefleet_agent.kernel import features, links_trace, syscall, targets
+from probefleet_agent.kernel import features, kernel_functions, links_trace, syscall, targets
 from probefleet_agent.kernel.link import Attachment, Kind, Link, always, on_events
 from probefleet_agent.kernel.uapi import AttachType, ProgramType
+
+#: Without kprobe.multi each function takes a perf event and a link, and some milliseconds to attach.
+MAX_ONE_BY_ONE = 1000
 
 
 def _need_kprobes() -> None:
@@ -42,6 +45,46 @@ def _probe(prog_fd: SupportsIndex, function: str, offset: int, on_return: bool) 
             raise NoSuchTarget(f"function {function} to probe", targets.near_functions(function), why) from error
         raise
     return on_events(prog_fd, [event], way)
+
+
+def _pattern_type(_attachment: Attachment, _section: str) -> tuple[int, int]:
+    return ProgramType.KPROBE, AttachType.TRACE_KPROBE_MULTI if features.kprobe_multi() else AttachType.NONE
+
+
+def _check_pattern(attachment: Attachment, _section: str) -> None:
+    pattern = attachment.kprobe_pattern.pattern
+    if not features.kprobe_multi():
+        _need_kprobes()
+    count = len(kernel_functions.matching(pattern))
+    if count > MAX_ONE_BY_ONE and not features.kprobe_multi():
+        why = f"{pattern} fits {count:,} functions, and one by one at most {MAX_ONE_BY_ONE:,} are probed. Narrow it"
+        raise UnsupportedFeature("kprobe.multi", "5.18", why)
+
+
+def _kprobe_pattern(prog_fd: SupportsIndex, attachment: Attachment) -> Link:
+    wanted = attachment.kprobe_pattern
+    names = kernel_functions.matching(wanted.pattern)
+    word = "kretprobe" if wanted.on_return else "kprobe"
+    if features.kprobe_multi():
+        many = syscall.link_functions(prog_fd, names, on_return=wanted.on_return)
+        return Link((many,), True, f"{word}.multi {wanted.pattern} ({len(names):,} functions)")
+    made: list[Link] = []
+    refused = 0
+    try:
+        for name in names:
+            try:
+                made.append(_probe(prog_fd, name, 0, wanted.on_return))
+            except NoSuchTarget:
+                refused += 1  # tracefs does not list what kprobes alone may not touch
+    except BaseException:
+        for link in made:
+            link.close()
+        raise
+    if not made:
+        raise NoSuchTarget(f"function that fits {wanted.pattern} and can be probed")
+    way = f"{word} {wanted.pattern} ({len(made):,} functions" + (f", {refused:,} cannot be probed)" if refused else ")")
+    fds = tuple(fd for link in made for fd in link.fds)
+    return Link(fds, made[0].pinnable, way, tuple(fd for link in made for fd in link.keeps))
 
 
 def _by_kprobe(section: str) -> bool:
@@ -77,5 +120,6 @@ def _syscall_target(wanted: plan_pb2.Syscall, *, kprobe: bool) -> str:
 
 KINDS = {
     "kprobe": Kind(always(ProgramType.KPROBE), _check_kprobe, _kprobe),
+    "kprobe_pattern": Kind(_pattern_type, _check_pattern, _kprobe_pattern),
     "syscall": Kind(_syscall_type, _check_syscall, _syscall),
 }

@@ -6,7 +6,7 @@ import errno
 from typing import SupportsIndex
 
 from probefleet_agent.errors import KernelError, NoSuchTarget, UnsupportedFeature
-from probefleet_agent.kernel import features, syscall, targets
+from probefleet_agent.kernel import features, syscall, targets, user_files
 from probefleet_agent.kernel.link import Attachment, Kind, Link, always, on_events
 from probefleet_agent.kernel.uapi import ProgramType
 
@@ -20,7 +20,7 @@ def _check_uprobe(attachment: Attachment, _section: str) -> None:
 def _rooted(attachment: Attachment, root: str) -> Attachment:
     moved = Attachment()
     moved.CopyFrom(attachment)
-    moved.uprobe.path = root.rstrip("/") + attachment.uprobe.path
+    moved.uprobe.path = user_files.locate(attachment.uprobe.path, root)
     return moved
 
 

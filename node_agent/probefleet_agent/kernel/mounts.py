@@ -14,8 +14,10 @@ from probefleet_agent.errors import KernelError
 
 BPFFS = Path("/sys/fs/bpf")
 TRACEFS = Path("/sys/kernel/tracing")
+SECURITYFS = Path("/sys/kernel/security")
 _BPF_MAGIC = 0xCAFE4A11
 _TRACEFS_MAGIC = 0x74726163
+_SECURITYFS_MAGIC = 0x73636673
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -56,6 +58,14 @@ def tracefs() -> Path | None:
         if is_tracefs(path):
             return path
     return None
+
+
+def securityfs() -> Path | None:
+    """securityfs, mounted where it is not; None where that cannot be: it is asked for one list only."""
+    try:
+        return _mount("securityfs", SECURITYFS, lambda path: _magic(path) == _SECURITYFS_MAGIC, "")
+    except KernelError:
+        return None
 
 
 def _mount(kind: str, path: Path, there: object, advice: str) -> Path:

@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -271,6 +272,31 @@ def link_create(
         prog_fd=int(prog_fd), target_fd=int(target_fd), attach_type=attach_type, flags=flags, cookie=cookie
     )
     return Fd(bpf(Command.LINK_CREATE, attr, "create a link"), "link")
+
+
+def link_functions(prog_fd: SupportsIndex, names: Sequence[str], *, on_return: bool) -> Fd:
+    """One link on many functions of the kernel (kprobe.multi, Linux 5.18)."""
+    texts = [name.encode() for name in names]
+    pointers = (ctypes.c_char_p * len(texts))(*texts)
+    attr = uapi.KprobeMulti(
+        prog_fd=int(prog_fd), attach_type=AttachType.TRACE_KPROBE_MULTI, count=len(texts),
+        flags=uapi.BPF_F_MULTI_RETURN if on_return else 0, symbols=ctypes.addressof(pointers),
+    )  # fmt: skip
+    return Fd(bpf(Command.LINK_CREATE, attr, f"probe {len(texts)} functions"), "link kprobe.multi")
+
+
+def link_places(
+    prog_fd: SupportsIndex, path: str, places: Sequence[tuple[int, int, int]], *, pid: int = 0, on_return: bool = False
+) -> Fd:
+    """One link on many places of a file (uprobe.multi, Linux 6.6): (offset, offset of the semaphore or 0, cookie)."""
+    count, file = len(places), _bytes(path.encode() + b"\0")
+    offsets, counters, cookies = ((ctypes.c_uint64 * count)(*column) for column in zip(*places, strict=True))
+    attr = uapi.UprobeMulti(
+        prog_fd=int(prog_fd), attach_type=AttachType.TRACE_UPROBE_MULTI, path=address(file), count=count, pid=pid,
+        offsets=ctypes.addressof(offsets), ref_ctr_offsets=ctypes.addressof(counters),
+        cookies=ctypes.addressof(cookies), flags=uapi.BPF_F_MULTI_RETURN if on_return else 0,
+    )  # fmt: skip
+    return Fd(bpf(Command.LINK_CREATE, attr, f"probe {count} places of {path}"), "link uprobe.multi")
 
 
 def enable_stats() -> Fd:

@@ -72,11 +72,15 @@ class AttachType(IntEnum):
     CGROUP_INET4_POST_BIND = 12
     CGROUP_INET6_POST_BIND = 13
     TRACE_RAW_TP = 23
+    TRACE_FENTRY = 24
+    TRACE_FEXIT = 25
     CGROUP_INET_SOCK_RELEASE = 34
     XDP = 37
     PERF_EVENT = 41
     TCX_INGRESS = 46
     TCX_EGRESS = 47
+    TRACE_KPROBE_MULTI = 42
+    TRACE_UPROBE_MULTI = 48
 
 
 BPF_F_NO_PREALLOC = 1
@@ -114,6 +118,15 @@ Info = _attr(("bpf_fd", _u32), ("info_len", _u32), ("info", _u64))
 ById = _attr(("id", _u32), ("next_id", _u32), ("open_flags", _u32))
 RawTracepoint = _attr(("name", _u64), ("prog_fd", _u32), ("pad", _u32), ("cookie", _u64))
 LinkCreate = _attr(("prog_fd", _u32), ("target_fd", _u32), ("attach_type", _u32), ("flags", _u32), ("cookie", _u64))
+KprobeMulti = _attr(
+    ("prog_fd", _u32), ("target_fd", _u32), ("attach_type", _u32), ("link_flags", _u32), ("flags", _u32),
+    ("count", _u32), ("symbols", _u64), ("addresses", _u64), ("cookies", _u64),
+)  # fmt: skip
+UprobeMulti = _attr(
+    ("prog_fd", _u32), ("target_fd", _u32), ("attach_type", _u32), ("link_flags", _u32), ("path", _u64),
+    ("offsets", _u64), ("ref_ctr_offsets", _u64), ("cookies", _u64), ("count", _u32), ("flags", _u32), ("pid", _u32),
+    ("pad", _u32),
+)  # fmt: skip
 BtfLoad = _attr(("btf", _u64), ("log", _u64), ("btf_size", _u32), ("log_size", _u32), ("log_level", _u32))
 Stats = _attr(("type", _u32))
 
@@ -138,6 +151,7 @@ BtfInfoC = _attr(
     ("btf", _u64), ("btf_size", _u32), ("id", _u32), ("name", _u64), ("name_len", _u32), ("kernel_btf", _u32)
 )
 
+BPF_F_MULTI_RETURN = 1  # of kprobe.multi and uprobe.multi alike
 PERF_EVENT_IOC_ENABLE = 0x2400
 PERF_EVENT_IOC_DISABLE = 0x2401
 PERF_EVENT_IOC_SET_BPF = 0x40042408

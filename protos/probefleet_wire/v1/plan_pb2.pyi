@@ -423,6 +423,10 @@ class Attachment(_message.Message):
     SOCKET_FILTER_FIELD_NUMBER: _builtins.int
     CGROUP_SKB_FIELD_NUMBER: _builtins.int
     CGROUP_SOCK_FIELD_NUMBER: _builtins.int
+    FENTRY_FIELD_NUMBER: _builtins.int
+    KPROBE_PATTERN_FIELD_NUMBER: _builtins.int
+    LSM_FIELD_NUMBER: _builtins.int
+    USDT_FIELD_NUMBER: _builtins.int
     ALTERNATIVE_FIELD_NUMBER: _builtins.int
     program: _builtins.str
     """the function's name in the object"""
@@ -451,6 +455,16 @@ class Attachment(_message.Message):
     def cgroup_skb(self) -> Global___CgroupSkb: ...
     @_builtins.property
     def cgroup_sock(self) -> Global___CgroupSock: ...
+    @_builtins.property
+    def fentry(self) -> Global___Fentry:
+        """10 to 15: functions and places in code; 16 on: packets, cgroups, iterators"""
+
+    @_builtins.property
+    def kprobe_pattern(self) -> Global___KprobePattern: ...
+    @_builtins.property
+    def lsm(self) -> Global___Lsm: ...
+    @_builtins.property
+    def usdt(self) -> Global___Usdt: ...
     def __init__(
         self,
         *,
@@ -467,13 +481,17 @@ class Attachment(_message.Message):
         socket_filter: Global___SocketFilter | None = ...,
         cgroup_skb: Global___CgroupSkb | None = ...,
         cgroup_sock: Global___CgroupSock | None = ...,
+        fentry: Global___Fentry | None = ...,
+        kprobe_pattern: Global___KprobePattern | None = ...,
+        lsm: Global___Lsm | None = ...,
+        usdt: Global___Usdt | None = ...,
         alternative: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "kprobe", b"kprobe", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "xdp", b"xdp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "kprobe", b"kprobe", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "xdp", b"xdp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock"]  # noqa: Y015
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock", "fentry", "kprobe_pattern", "lsm", "usdt"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
@@ -565,6 +583,75 @@ class Kprobe(_message.Message):
 Global___Kprobe: _TypeAlias = Kprobe  # noqa: Y015
 
 @_typing.final
+class Fentry(_message.Message):
+    """A kernel function's entry or return by a trampoline, its arguments typed by BTF."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    ON_RETURN_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    on_return: _builtins.bool
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        on_return: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "on_return", b"on_return"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fentry: _TypeAlias = Fentry  # noqa: Y015
+
+@_typing.final
+class KprobePattern(_message.Message):
+    """Every function whose name fits a shell's pattern ("tcp_*"): one kprobe.multi link, else a kprobe each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    ON_RETURN_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.str
+    on_return: _builtins.bool
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.str = ...,
+        on_return: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_return", b"on_return", "pattern", b"pattern"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KprobePattern: _TypeAlias = KprobePattern  # noqa: Y015
+
+@_typing.final
+class Lsm(_message.Message):
+    """A security hook ("file_open"), watched behind its verdict, which the program cannot change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOOK_FIELD_NUMBER: _builtins.int
+    hook: _builtins.str
+    def __init__(
+        self,
+        *,
+        hook: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hook", b"hook"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lsm: _TypeAlias = Lsm  # noqa: Y015
+
+@_typing.final
 class Uprobe(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -574,6 +661,7 @@ class Uprobe(_message.Message):
     ON_RETURN_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
+    """absolute, or a library's name ("libc", "ssl") as the node's loader finds it"""
     symbol: _builtins.str
     offset: _builtins.int
     on_return: _builtins.bool
@@ -594,6 +682,36 @@ class Uprobe(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Uprobe: _TypeAlias = Uprobe  # noqa: Y015
+
+@_typing.final
+class Usdt(_message.Message):
+    """A probe that the program's author put there: .note.stapsdt says where, and where its arguments lie."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    provider: _builtins.str
+    name: _builtins.str
+    pid: _builtins.int
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        name: _builtins.str = ...,
+        pid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "pid", b"pid", "provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usdt: _TypeAlias = Usdt  # noqa: Y015
 
 @_typing.final
 class PerfEvent(_message.Message):
