@@ -28,6 +28,7 @@ from probefleet_core import (
     errors,
     map_contents,
     map_facts,
+    network_targets,
     outputs,
     probe_maps,
     program_parts,
@@ -257,10 +258,18 @@ def _written(policy: values.ProbePolicy, parts: program_parts.Parts, problems: e
 # Pods.
 
 
+def _at_pods(attached: program_parts.Attached) -> bool:
+    """Whether the target is the selected pods' own interfaces or cgroups."""
+    target = attached.attachment.target
+    return isinstance(target, network_targets.TARGETS) and target.pods
+
+
 def _check_selection(policy: values.ProbePolicy, parts: program_parts.Parts, problems: errors.Problems) -> None:
     """A policy that asks for some pods needs a program that can tell them apart."""
     if policy.scope is values.Scope.CLUSTER and policy.pods is None:
         return
+    if parts.attached and all(_at_pods(each) for each in parts.attached):
+        return  # attached to these pods alone
     where = "spec.pods" if policy.pods is not None else "spec.scope"
     if not parts.filters:
         problems.add(
@@ -319,6 +328,8 @@ def _assemble(
             if use.max_entries
         ],
     )
+    if any(_at_pods(each) for each in parts.attached):
+        instance.pods_of = policy.uid
     objects: dict[str, bytes] = {}
     if parts.elf is not None:
         sha256 = hashlib.sha256(parts.elf).hexdigest()

@@ -14,7 +14,17 @@ from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
 
-from probefleet_core import bcc_source, errors, map_contents, observe_only, outputs, to_wire, values
+from probefleet_core import (
+    bcc_source,
+    errors,
+    map_contents,
+    network_parts,
+    network_targets,
+    observe_only,
+    outputs,
+    to_wire,
+    values,
+)
 from probefleet_core import catalog as catalog_module
 from probefleet_core.parameters import ParameterError
 
@@ -121,6 +131,13 @@ def of_bcc(policy: values.ProbePolicy, source: str, problems: errors.Problems) -
                 why="the source has no function of that name",
                 write="Write the function's name as it stands in the source.",
             )
+        if isinstance(each.target, network_targets.TARGETS):
+            problems.add(
+                f"spec.attach[{index}].{to_wire.kind_of(each.target)}",
+                "a BCC program that decides about packets",
+                why="its verdict has to be fixed before nodes get it, and BCC compiles there",
+                write="Write it in libbpf's C: program.c.",
+            )
     asked = tuple(
         replace(output, group_by=outputs.bcc_groups(source, output.map) if output.group_by is None else output.group_by)
         for output in policy.outputs
@@ -175,6 +192,8 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
     try:
         parsed = BpfObject.parse(data)
         refusals = list(observe_only.refused_in_object(data, parsed))
+        objections = list(network_parts.objections(data, parsed))
+        fixed = network_parts.fixed(data, parsed)
     except (ElfError, BtfError) as error:
         problems.add(
             path, "not an object that can be read", why=str(error), write="Compile it with clang -g -target bpf."
@@ -185,9 +204,11 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
         return None
     for refusal in refusals:
         problems.add(path, refusal.what, why=refusal.why, write=refusal.write)
+    for what, why, write in objections:
+        problems.add(path, what, why=why, write=write)
     return Parts(
         title=f"{kind}/{policy.name}",
-        elf=data,
+        elf=fixed,
         parsed=parsed,
         attached=_attachments(policy, parsed, path, problems),
         outputs=_resolved(policy.outputs, parsed, problems),

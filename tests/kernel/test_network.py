@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,7 @@ from pathlib import Path
 import pytest
 from probefleet_agent import execute
 from probefleet_agent.errors import KernelError, NoSuchTarget, NotObserving, ProbefleetError
-from probefleet_agent.kernel import cgroups, features, interfaces, links_network, maps, netlink, pins, syscall
+from probefleet_agent.kernel import cgroups, features, interfaces, links_network, maps, mounts, netlink, pins, syscall
 from probefleet_agent.kernel.spread import Pods
 from probefleet_wire import verdicts
 from probefleet_wire.v1 import plan_pb2
@@ -387,6 +391,74 @@ def test_an_agent_that_starts_again_goes_on_counting(wire: Wire, root: pins.Root
     assert running.hits() == TIMES + 46
     running.executor.remove(running.loaded)
     assert not any(each.xdp_program for each in netlink.interfaces())
+
+
+POLICY = """
+apiVersion: probefleet.io/v1alpha1
+kind: ProbePolicy
+metadata: {name: datagrams}
+spec:
+  scope: Cluster
+  program:
+    c:
+      source: |
+        #include <probefleet.h>
+        struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 64); __type(key, be_port_t); __type(value, u64); }
+        datagrams SEC(".maps");
+
+        static __always_inline int count(void *data, void *end)
+        {
+            struct ethhdr *eth = data;
+            struct iphdr *ip = data + sizeof(*eth);
+            struct udphdr *udp = (void *)(ip + 1);
+
+            if ((void *)(udp + 1) > end || eth->h_proto != bpf_htons(0x0800) || ip->protocol != 17)
+                return 0;
+            probefleet_add(&datagrams, &udp->dest, 1);
+            return 0;
+        }
+
+        SEC("xdp") int received(struct xdp_md *ctx)
+        {
+            return count((void *)(long)ctx->data, (void *)(long)ctx->data_end);
+        }
+
+        SEC("tc") int sent(struct __sk_buff *skb)
+        {
+            bpf_skb_pull_data(skb, 42);
+            return count((void *)(long)skb->data, (void *)(long)skb->data_end);
+        }
+
+        char LICENSE[] SEC("license") = "GPL";
+  attach:
+  - {program: received, xdp: {interfaces: ["pf*n"]}}
+  - {program: sent, tc: {interfaces: ["pf*n", other*], direction: egress}}
+"""
+
+
+def test_a_policy_counts_by_port_what_an_interface_receives_and_sends(wire: Wire, tmp_path: Path) -> None:
+    """XDP_ABORTED (0), which the program returns, would drop every packet: all arrive."""
+    path = tmp_path / "datagrams.yaml"
+    path.write_text(POLICY)
+    command = [sys.executable, "-m", "probefleet_cli.main", "run", str(path), "--output", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tree = mounts.BPFFS / f"probefleet-run-{process.pid}"
+    deadline = time.monotonic() + 60
+    # bpffs tells nobody of new names, so this looks again and again; a run that died ends it.
+    while not list(tree.glob("probefleet/instances/[0-9a-f]*/link_*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert wire.send_here(TIMES) == TIMES
+    assert wire.send_there(23) == 23
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    report = json.loads(said)
+    (output,) = report["status"]["outputs"]
+    assert {row["key"][0]: row["value"] for row in output["total"]["rows"]} == {str(PORT): TIMES + 23}
+    assert report["status"]["columns"]["lost"] == "0"
+    assert not tree.exists() and not any(each.xdp_program for each in netlink.interfaces())
 
 
 def test_a_taken_xdp_hook_is_left_to_its_owner(wire: Wire, start: Start) -> None:
