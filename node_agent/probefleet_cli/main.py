@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_cli import check_commands, machine_commands, run_command
+from probefleet_cli import check_commands, inspect, machine_commands, map_commands, run_command
 from probefleet_cli.failures import BAD_INPUT, DONE, INTERNAL, Failure
 
 CLUSTER_COMMANDS: tuple[click.Command, ...] = ()
@@ -52,7 +52,8 @@ def cluster() -> None:
 
 
 TOOLS = (machine_commands.catalog, check_commands.explain, machine_commands.version, machine_commands.completion)
-for _command in (run_command.run, check_commands.check, machine_commands.doctor, machine_commands.purge, *TOOLS):
+HERE = (run_command.run, check_commands.check, inspect.inspect, map_commands.maps)
+for _command in (*HERE, machine_commands.doctor, machine_commands.purge, *TOOLS):
     machine.add_command(_command)
 for _command in (*CLUSTER_COMMANDS, *TOOLS):
     cluster.add_command(_command)

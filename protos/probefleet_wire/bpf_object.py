@@ -285,6 +285,7 @@ def _references(
 ) -> tuple[Reference, ...]:
     """Every map relocation, in the order of the file."""
     found = []
+    variables = {each.index: each.name for each in elf.sections if each.name.startswith(_DATA)}
     for section in elf.sections:
         if not section.executable:
             continue
@@ -294,7 +295,7 @@ def _references(
             place = relocation.symbol.value
             if relocation.symbol.type == STT_SECTION:  # a static map: the instruction itself says where in the section
                 place = int.from_bytes(section.data[at + 4 : at + 8], "little")
-            name = places.get((relocation.symbol.section, place))
+            name = places.get((relocation.symbol.section, place)) or variables.get(relocation.symbol.section)
             if name is None:
                 continue
             owner = next((p.name for p in inside if 0 <= at - p.offset_bytes < len(p.instructions)), "")

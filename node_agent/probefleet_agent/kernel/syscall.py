@@ -407,6 +407,18 @@ def program_info(fd: SupportsIndex) -> ProgramInfo:
     )  # fmt: skip
 
 
+def program_instructions(fd: SupportsIndex) -> bytes:
+    """A program as the kernel translated it: map ids stand where the object had relocations. Needs CAP_SYS_ADMIN."""
+    raw = uapi.ProgInfoC()
+    _info(fd, raw, "ask how long a program is")
+    code = ctypes.create_string_buffer(max(raw.xlated_len, 1))
+    again = uapi.ProgInfoC(xlated_len=raw.xlated_len, xlated=address(code))
+    _info(fd, again, "read a program's instructions")
+    if not again.xlated:
+        raise KernelError(errno.EPERM, "read a program's instructions", "It hides them: kernel.kptr_restrict.")
+    return code.raw[: again.xlated_len]
+
+
 def link_info(fd: SupportsIndex) -> LinkInfo:
     """What a link is; ``prog_id`` 0 where its program is gone."""
     raw = uapi.LinkInfoC()
