@@ -66,11 +66,4 @@ def restrict(planned: planner.Planned, pid: int, where: str) -> None:
 def _asks(planned: planner.Planned, instance: plan_pb2.Instance) -> bool:
     if instance.HasField("bcc"):
         return FUNCTION in instance.bcc.source
-    elf = Elf.parse(planned.objects[instance.object.sha256])
-    # The header brings the variable to every object; used is it where an instruction refers to it.
-    return any(
-        relocation.symbol.name == VARIABLE
-        for section in elf.sections
-        if section.executable
-        for relocation in elf.relocations(section)
-    )
+    return Elf.parse(planned.objects[instance.object.sha256]).uses(VARIABLE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
-from probefleet_wire.elf import ElfError
+from probefleet_wire.elf import Elf, ElfError
 
 from probefleet_core import (
     bcc_source,
@@ -27,6 +27,9 @@ from probefleet_core import (
 )
 from probefleet_core import catalog as catalog_module
 from probefleet_core.parameters import ParameterError
+
+#: What ``probefleet_selected()`` of <probefleet.h> looks into.
+FILTER = "probefleet_filter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def of_catalog(request: Request, program: values.CatalogProgram, problems: error
         ),
         outputs=_resolved(asked, parsed, problems) if asked else defaults,
         parameters=probe.variables(good),
-        filters=_filters(parsed),
+        filters=Elf.parse(probe.elf).uses(FILTER),
     )
 
 
@@ -213,12 +216,8 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
         attached=_attachments(policy, parsed, path, problems),
         outputs=_resolved(policy.outputs, parsed, problems),
         parameters={},
-        filters=_filters(parsed),
+        filters=Elf.parse(data).uses(FILTER),
     )
-
-
-def _filters(parsed: BpfObject) -> bool:
-    return any(each.name == "probefleet_filter" for each in parsed.maps)
 
 
 def _attachments(

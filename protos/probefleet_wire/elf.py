@@ -141,6 +141,15 @@ class Elf:
                 found.append(Relocation(offset, info & 0xFFFFFFFF, self.symbols[info >> 32], addend))
         return tuple(sorted(found, key=lambda each: each.offset_bytes))
 
+    def uses(self, symbol: str) -> bool:
+        """Does an instruction refer to it? What a header declares is in the symbols of every object."""
+        return any(
+            relocation.symbol.name == symbol
+            for section in self.sections
+            if section.executable
+            for relocation in self.relocations(section)
+        )
+
 
 def _bytes_of(data: bytes, headers: list[tuple[int, ...]], index: int, what: str) -> bytes:
     if not 0 <= index < len(headers):

@@ -271,6 +271,9 @@ def test_pods_can_be_chosen_where_the_program_asks() -> None:
     found = refused(own(pods=pods), compiled(program("raw_tp/sched_switch")))
     assert [each.path for each in found] == ["spec.pods", "spec.pods"]
     assert "probefleet_selected" in found[0].why
+    silent = COUNTER.replace("!probefleet_selected(who.cgroup)", "!who.cgroup")
+    (found_one,) = refused(own(pods=pods), compiled(silent))
+    assert "probefleet_selected" in found_one.why, "the header alone does not ask"
     decoded = [output("a", "counts", decode={"key": "cgroup"})]
     found = refused(own(pods=pods, outputs=decoded), compiled(program("raw_tp/sched_switch")))
     assert len(found) == 1, "the identity is decoded, the filter is still missing"
