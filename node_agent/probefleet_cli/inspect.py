@@ -39,7 +39,11 @@ Facts = dict[str, Any]
     help="Where bpffs is mounted.",
 )
 def inspect(file: Path | None, *, instance: str | None, program_id: int | None, output: str, bpffs: Path) -> None:
-    """What a compiled object holds: programs, maps, types, and where its maps go; or what a loaded program uses."""
+    """Look into an object, or a loaded program.
+
+    Of FILE.o: its programs, maps, layouts, and the places where a loader puts maps. Of a loaded program: the kernel ids
+    of the maps in these places.
+    """
     if sum(given is not None for given in (file, instance, program_id)) != 1:
         raise BadInput("inspect wants one thing to look at: FILE, --instance DIGEST or --program-id NUMBER")
     if file is not None:

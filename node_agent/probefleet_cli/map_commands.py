@@ -59,7 +59,7 @@ class Pinned:
 
 @click.group(name="map")
 def maps() -> None:
-    """Maps of policies that run on this machine: list them, read them, write to them."""
+    """List, read and write maps that run here."""
 
 
 @maps.command(name="list")
@@ -100,7 +100,10 @@ def _listed(found: Pinned, fd: Fd, info: MapInfo) -> dict[str, Any]:
 @_OUTPUT
 @_BPFFS
 def dump(policy: str, name: str, *, output: str, bpffs: Path) -> None:
-    """Every entry of a map. POLICY is a ProbePolicy's or ProbeMap's name, or NAMESPACE/NAME."""
+    """Print every entry of a map.
+
+    POLICY is a ProbePolicy's or ProbeMap's name, or NAMESPACE/NAME.
+    """
     found = _find(policy, name, bpffs)
     with _opened(found) as (fd, info), _words():
         entries = list(_entries(fd, info, found.layout))
@@ -119,7 +122,10 @@ def dump(policy: str, name: str, *, output: str, bpffs: Path) -> None:
 @click.option("--delete", is_flag=True, help="Delete the entry instead.")
 @_BPFFS
 def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bool, bpffs: Path) -> None:
-    """Write one entry, typed as the map is: KEY and VALUE are YAML, such as 7, 10.0.0.0/8 or '{pid: 7, uid: 0}'."""
+    """Write one entry, typed as the map is.
+
+    KEY and VALUE are YAML, such as 7, 10.0.0.0/8 or '{pid: 7, uid: 0}'.
+    """
     if (value is None) != delete:
         raise BadInput("map set wants a VALUE, or --delete")
     found = _find(policy, name, bpffs)
