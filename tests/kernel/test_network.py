@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -11,10 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,12 +22,10 @@ from probefleet_agent.kernel.spread import Pods
 from probefleet_wire import verdicts
 from probefleet_wire.v1 import plan_pb2
 
-from tests.kernel import support
+from tests.kernel import network, support
+from tests.kernel.network import PORT, Wire, ip
 
-CLONE_NEWNET = 0x40000000
-PORT = 4711
 TIMES = 997
-libc = ctypes.CDLL(None, use_errno=True)
 
 PRELUDE = """
 #include "vmlinux.h"
@@ -114,88 +109,17 @@ SEC("cgroup/sock_create") int it(struct bpf_sock *ctx)
 """
 
 
-@dataclass(frozen=True)
-class Wire:
-    """A veth pair: ``near`` on the "node", its other end in another namespace."""
-
-    near: str
-    far: str
-    here: interfaces.Namespace
-    there: interfaces.Namespace
-
-    def send_there(self, times: int) -> int:
-        """Datagrams from here to the other end; how many arrived."""
-        return self._send(self.here, self.there, "192.0.2.2", times)
-
-    def send_here(self, times: int) -> int:
-        """Datagrams from the other end to here; how many arrived."""
-        return self._send(self.there, self.here, "192.0.2.1", times)
-
-    @staticmethod
-    def _send(start: interfaces.Namespace, end: interfaces.Namespace, address: str, times: int) -> int:
-        with interfaces.entered(end):
-            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        with interfaces.entered(start):
-            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        arrived = 0
-        with receiver, sender:
-            receiver.bind((address, PORT))
-            receiver.settimeout(2)
-            for number in range(times):
-                sender.sendto(number.to_bytes(4, "little"), (address, PORT))
-                try:
-                    assert int.from_bytes(receiver.recv(16), "little") == number
-                except TimeoutError:
-                    break
-                arrived += 1
-        return arrived
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def network_namespace() -> Iterator[interfaces.Namespace]:
-    """A namespace that lives as long as the block: a thread of its own sits in it."""
-    ready, done = threading.Event(), threading.Event()
-    thread_id: list[int] = []
-
-    def sit() -> None:
-        assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-        thread_id.append(threading.get_native_id())
-        ready.set()
-        done.wait()
-
-    thread = threading.Thread(target=sit, name="namespace")
-    thread.start()
-    ready.wait(10)
-    path = f"/proc/{os.getpid()}/task/{thread_id[0]}/ns/net"
-    try:
-        yield interfaces.Namespace(path, Path(path).stat().st_ino)
-    finally:
-        done.set()
-        thread.join()
-
-
 @pytest.fixture(autouse=True)
 def node() -> Iterator[interfaces.Namespace]:
     """The test runs in a network namespace of its own: this machine's network sees nothing of it."""
-    with network_namespace() as here, interfaces.entered(here):
+    with network.namespace() as here, interfaces.entered(here):
         yield here
 
 
 @pytest.fixture
-def wire(node: interfaces.Namespace) -> Iterator[Wire]:
-    with network_namespace() as there:
-        ip("link", "add", "pf0n", "type", "veth", "peer", "name", "pf0f")
-        ip("link", "set", "pf0f", "netns", there.path)
-        ip("addr", "add", "192.0.2.1/30", "dev", "pf0n")
-        ip("link", "set", "pf0n", "up")
-        with interfaces.entered(there):
-            ip("addr", "add", "192.0.2.2/30", "dev", "pf0f")
-            ip("link", "set", "pf0f", "up")
-        yield Wire("pf0n", "pf0f", node, there)
+def wire() -> Iterator[Wire]:
+    with network.wire() as made:
+        yield made
 
 
 class Running:
