@@ -16,6 +16,7 @@ import click
 from probefleet_agent import errors as agent_errors
 from probefleet_agent.kernel import mounts, pins, syscall
 from probefleet_agent.kernel.fds import Fd
+from probefleet_core import legacy_maps
 from probefleet_wire import bpf_object, map_layout, map_types, translated
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
@@ -65,12 +66,16 @@ def inspect(file: Path | None, *, instance: str | None, program_id: int | None, 
 def of_object(data: bytes, name: str) -> Facts:
     """Everything that a loader reads from an object; BadInput where it is none."""
     try:
-        parsed = bpf_object.BpfObject.parse(data)
+        translated_maps = legacy_maps.translate(data)
+        parsed = bpf_object.BpfObject.parse(translated_maps)
     except (ElfError, BtfError) as error:
         raise BadInput(f"{name} is no BPF object that can be read: {error}") from error
+    except legacy_maps.LegacyMapsError as error:
+        raise BadInput(f'{name} has maps in SEC("maps"): {error}. Write {error.write}') from error
     return {
         "file": name,
         "licence": parsed.licence,
+        "legacyMaps": translated_maps is not data,
         "btfTypes": len(parsed.btf) if parsed.btf else 0,
         "programs": [
             {"name": each.name, "section": each.section, "instructions": each.instruction_count}
@@ -110,6 +115,8 @@ def flag_names(flags: int) -> list[str]:
 def _object_lines(found: Facts) -> Iterator[str]:
     types = f"BTF with {found['btfTypes']:,} types" if found["btfTypes"] else "no BTF (compile with -g)"
     yield f"{found['file']}: licence {found['licence'] or 'not said'}, {types}"
+    if found["legacyMaps"]:
+        yield 'its maps are in SEC("maps"); they are shown, and loaded, as BTF has them'
     programs = [(each["name"], f'SEC("{each["section"]}")', f"{each['instructions']:,}") for each in found["programs"]]
     yield from table("PROGRAM", "SECTION", "INSTRUCTIONS", rows=programs)
     maps = []

@@ -17,6 +17,7 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_core import (
     bcc_source,
     errors,
+    legacy_maps,
     map_contents,
     network_parts,
     network_targets,
@@ -193,10 +194,14 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
     if data is None:
         raise ValueError(f"planner.plan needs the object of program.{kind}: see object_from")
     try:
+        data = legacy_maps.translate(data)
         parsed = BpfObject.parse(data)
         refusals = list(observe_only.refused_in_object(data, parsed))
         objections = list(network_parts.objections(data, parsed))
         fixed = network_parts.fixed(data, parsed)
+    except legacy_maps.LegacyMapsError as error:
+        problems.add(path, 'maps in SEC("maps")', why=str(error), write=f"Write {error.write}")
+        return None
     except (ElfError, BtfError) as error:
         problems.add(
             path, "not an object that can be read", why=str(error), write="Compile it with clang -g -target bpf."
