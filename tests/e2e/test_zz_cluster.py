@@ -1,8 +1,8 @@
 """End-to-end test 5, second half, and 4 for the whole release: what happens to the cluster itself.
 
-An upgrade, an API server that is gone, agents without privilege, a node that comes and one that dies, the end of the
-release. These disturb every other policy of the cluster, so the file's name makes them the last; the release is
-installed again when they are through.
+An upgrade, two operators, an API server that is gone, agents without privilege, a node that comes and one that dies,
+the end of the release. These disturb every other policy of the cluster, so the file's name makes them the last; the
+release is installed again when they are through.
 """
 
 from __future__ import annotations
@@ -138,6 +138,32 @@ def test_helm_upgrade_loses_and_doubles_no_count(namespace: str) -> None:
     finish_counting(namespace)
 
 
+# Two operators.
+
+
+@pytest.fixture
+def values_again(installed: str) -> Iterator[None]:
+    """The release is as before, whatever the test did."""
+    yield
+    upgrade()
+
+
+def leader() -> str:
+    """The pod that holds the Lease."""
+    return str(kube.get("lease", "probefleet-operator", kube.SYSTEM)["spec"]["holderIdentity"]).partition("_")[0]
+
+
+@pytest.mark.usefixtures("values_again")
+def test_the_other_replica_takes_over_and_loses_and_doubles_no_count(namespace: str) -> None:
+    upgrade("operator.replicas=2")
+    kube.eventually(lambda: "pod" if kube.get("pod", leader(), kube.SYSTEM) else "", "one of the two leads")
+    start_counting(namespace)
+    killed = leader()
+    kube.kubectl("delete", "pod", killed, "-n", kube.SYSTEM, "--grace-period=0", "--force")
+    kube.eventually(lambda: leader() not in ("", killed), "the other one leads")
+    finish_counting(namespace)
+
+
 # No API server.
 
 
@@ -205,14 +231,7 @@ def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(
 # Without privilege.
 
 
-@pytest.fixture
-def privileged_again(installed: str) -> Iterator[None]:
-    """Agents are as before, whatever the test did."""
-    yield
-    upgrade()
-
-
-@pytest.mark.usefixtures("privileged_again")
+@pytest.mark.usefixtures("values_again")
 def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
     kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
     kube.wait_programmed("syscount", namespace)
