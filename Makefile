@@ -86,7 +86,7 @@ types: venv
 unit: venv bpf mounts
 	@$(PYTEST) -n auto --maxprocesses 4 tests/unit $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered --cov-fail-under=95
 
-.PHONY: test test-kernel test-vm test-e2e record
+.PHONY: test test-kernel test-vm test-e2e record scale
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
 	@$(MAKE) check
@@ -101,6 +101,8 @@ test-vm: setup test-packages ## the same in a virtual machine with kprobes
 	@tests/kernel/vm run $(VM_SUITE) --seconds 900 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
 		tests/kernel/vm_only tests/kernel/test_links.py $(wildcard tests/kernel/test_catalog_*.py) \
 		tests/kernel/test_cli_run.py::test_a_run_counts_a_workload_exactly
+scale: setup ## one operator under 5,000 simulated agents, about three minutes
+	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run
 record: setup test-packages ## take the recorded frames of tests/recordings anew, on this machine's kernel
 	@$(CLUSTER) build
 	@$(PYTHON) -m tests.recordings.record
