@@ -30,7 +30,7 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2, stream_pb2_grpc
 from tests.fakes.agent import counter_table, everything_ready
 
 INTERVAL_SECONDS = 10.0
-CONNECTING = 32  # at a time
+CONNECTING = 16  # at a time
 
 
 class Agent:
@@ -51,8 +51,10 @@ class Agent:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", "localhost")]
         credentials = grpc.ssl_channel_credentials(fleet.ca)
         async with grpc.aio.secure_channel(fleet.target, credentials, options=options) as channel:
-            self._call = stream_pb2_grpc.FleetStub(channel).Session(metadata=[("authorization", f"Bearer {self.node}")])
-            async with fleet.connecting:
+            async with fleet.connecting:  # a call begins at once, and with it the token's review
+                self._call = stream_pb2_grpc.FleetStub(channel).Session(
+                    metadata=[("authorization", f"Bearer {self.node}")]
+                )
                 await self._say(
                     hello=stream_pb2.Hello(
                         protocol=1, node=self.node, boot_id="b00t", kernel_release="6.12", kernel_build="#1",
