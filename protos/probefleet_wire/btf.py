@@ -87,7 +87,7 @@ class Btf:
         self._string_base = base.strings_bytes if base else 0
         self._strings = strings
         #: The type section as native 32-bit words, for readers that must be quick (the C emitter).
-        self.words: memoryview = np.require(words, requirements="CA").data
+        self.words: memoryview = np.require(words, requirements=["C", "A"]).data
         starts = _scan(self.words)
         self._starts = np.frombuffer(starts, np.uint32) if len(starts) else np.zeros(0, np.uint32)
         self._name_offsets = words[self._starts]
