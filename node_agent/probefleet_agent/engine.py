@@ -197,7 +197,7 @@ class Engine:
         for digest in self._costs.tick(now_ns, loaded, self._bindings.budgets(), force=force):
             self._installed.detach(digest)
         commits, self.behind = batches.add_events(
-            batch, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities
+            batch, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
         )
         batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         if due:
