@@ -9,15 +9,15 @@ from probefleet_wire import map_types
 from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.map_types import Flag, MapType, Read
 
-#: Of our own in every program that includes probefleet.h.
-OWN = frozenset({"probefleet_lost", "probefleet_filter"})
+#: Of our own in every program that includes probefleet.h; and libbpf's in those that include usdt.bpf.h.
+OWN = frozenset({"probefleet_lost", "probefleet_filter", "__bpf_usdt_specs", "__bpf_usdt_ip_to_spec_id"})
 #: Records that become an output by themselves: reading them takes them from nobody else.
 STREAMS = frozenset({MapType.RINGBUF, MapType.PERF_EVENT_ARRAY})
 MIN_RING_BYTES = 4096
 
 
 def is_own(name: str) -> bool:
-    """Belongs to Probefleet, not to the program's author."""
+    """Belongs to Probefleet, or to libbpf, not to the program's author."""
     return name in OWN
 
 
