@@ -23,7 +23,7 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import following, map_contents, observing
+from probefleet_agent import following, map_contents, observing, pinned_by_others
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins, syscall
@@ -302,51 +302,29 @@ class Executor:
         code = b"".join(section.data for section in Elf.parse(blob).sections if section.executable)
         if helpers := refused_helpers(code):
             raise NotObserving(instance.title, helpers)
-        sizes = {size.map: size.max_entries for size in instance.map_sizes}
-        shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
-        check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
-        with libbpf.open_object(blob, instance.title) as opened:
-            sections = {program: opened.section(program) for program in opened.program_names}
+        with pinned_by_others.opened(instance) as foreign:
+            shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps} | foreign
+            sizes = {size.map: size.max_entries for size in instance.map_sizes}
+            check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
+            sections = {program.name: program.section for program in parsed.programs}
             chosen = self._choose(instance.attachments, sections, instance.title)
-            wanted = {attachment.program for attachment in chosen} | set(instance.tail_programs)
-            for program in opened.program_names:
-                opened.set_autoload(program, program in wanted)
-            for attachment in chosen:
-                kind, attach_type = links.program_type(attachment, sections[attachment.program])
-                opened.set_type(attachment.program, kind, attach_type)
-                if target := links.bound_to(attachment):
-                    opened.set_attach_target(attachment.program, target)
-            for program in instance.tail_programs:
-                _like_its_callers(opened, program, chosen, sections)
-            for parameter in instance.parameters:
-                opened.set_rodata(parameter.variable, parameter.value)
-            if FILTER in opened.map_names and filter_on:
-                opened.set_rodata(FILTER_ON, b"\x01")
-            for name, entries in sizes.items():
-                opened.set_max_entries(name, entries)
-            definitions = {definition.name: definition for definition in parsed.all_maps}
+
+            def configure(opened: libbpf.Object) -> None:
+                _configure(opened, instance, chosen, filter_on)
+
             for name, handle in shared.items():
-                check_fit(
-                    definitions.get(name), map_layout.layout_of(parsed, definitions[name]), handle, instance.title
-                )
-                opened.reuse_map(name, handle.fd)
-            loading = [program for program in opened.program_names if opened.autoload(program)]
-            observing.check(instance.title, blob, {each: opened.program_type(each)[0] for each in loading})
-            opened.load()
-            loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
-            try:
-                for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
-                    fd = opened.map_fd(name)
-                    uid = shared[name].probe_map_uid if name in shared else ""
-                    loaded.maps[name] = MapHandle(
-                        name, fd, maps.info(fd), map_layout.layout_of(parsed, definitions[name]), uid
-                    )
-                for program in sorted(wanted):
-                    loaded.programs[program] = opened.program_fd(program)
-            except BaseException:
-                loaded.close()
-                raise
-        return loaded
+                definition = parsed.map(name)
+                layout = map_layout.layout_of(parsed, definition) if definition else None
+                check_fit(definition, layout, handle, instance.title)
+            pinned_by_others.prove_read_only(blob, instance, parsed, foreign, configure)
+            with libbpf.open_object(blob, instance.title) as opened:
+                configure(opened)
+                for name, handle in shared.items():
+                    opened.reuse_map(name, handle.fd)
+                loading = [program for program in opened.program_names if opened.autoload(program)]
+                observing.check(instance.title, blob, {each: opened.program_type(each)[0] for each in loading})
+                opened.load()
+                return _taken(opened, instance, parsed, shared, chosen)
 
     def _choose(
         self, attachments: Sequence[plan_pb2.Attachment], sections: Mapping[str, str], title: str
@@ -412,6 +390,58 @@ class Executor:
             loaded.followers.add(number, attachment, loaded.programs[attachment.program], around)
 
 
+def _configure(
+    opened: libbpf.Object,
+    instance: plan_pb2.Instance,
+    chosen: Sequence[plan_pb2.Attachment],
+    filter_on: bool,
+) -> None:
+    """Everything that is set before an object is loaded, but for shared maps."""
+    sections = {program: opened.section(program) for program in opened.program_names}
+    wanted = {attachment.program for attachment in chosen} | set(instance.tail_programs)
+    for program in opened.program_names:
+        opened.set_autoload(program, program in wanted)
+    for attachment in chosen:
+        kind, attach_type = links.program_type(attachment, sections[attachment.program])
+        opened.set_type(attachment.program, kind, attach_type)
+        if target := links.bound_to(attachment):
+            opened.set_attach_target(attachment.program, target)
+    for program in instance.tail_programs:
+        _like_its_callers(opened, program, chosen, sections)
+    for parameter in instance.parameters:
+        opened.set_rodata(parameter.variable, parameter.value)
+    if FILTER in opened.map_names and filter_on:
+        opened.set_rodata(FILTER_ON, b"\x01")
+    for size in instance.map_sizes:
+        opened.set_max_entries(size.map, size.max_entries)
+
+
+def _taken(
+    opened: libbpf.Object,
+    instance: plan_pb2.Instance,
+    parsed: BpfObject,
+    shared: Mapping[str, MapHandle],
+    chosen: Sequence[plan_pb2.Attachment],
+) -> Loaded:
+    """What is loaded, as descriptors of our own."""
+    definitions = {definition.name: definition for definition in parsed.all_maps}
+    sections = {program: opened.section(program) for program in opened.program_names}
+    loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
+    try:
+        for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
+            fd = opened.map_fd(name)
+            uid = shared[name].probe_map_uid if name in shared else ""
+            layout = map_layout.layout_of(parsed, definitions[name])
+            loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout, uid)
+        for program in opened.program_names:
+            if opened.autoload(program):
+                loaded.programs[program] = opened.program_fd(program)
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
+
+
 def _like_its_callers(
     opened: libbpf.Object,
     program: str,
@@ -468,11 +498,13 @@ def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandl
     same_fields = wanted is None or handle.layout is None or _shape(wanted) == _shape(handle.layout)
     if asked == (info.type, info.key_size, info.value_size) and same_fields:
         return
+    others = handle.probe_map_uid.startswith(pinned_by_others.MARK)
+    whose = f"the map at {handle.probe_map_uid.removeprefix(pinned_by_others.MARK)}" if others else "the ProbeMap"
     mine = describe(definition.type, definition.key_bytes, definition.value_bytes, wanted)
     theirs = describe(info.type, info.key_size, info.value_size, handle.layout)
     raise LayoutMismatch(
-        f"{title}: map {definition.name} does not fit the ProbeMap. The program has {mine}; the ProbeMap is {theirs}. "
-        "Declare the map with the ProbeMap's key and value."
+        f"{title}: map {definition.name} does not fit {whose}. The program has {mine}; {whose} is {theirs}. "
+        "Declare the map with the same key and value."
     )
 
 

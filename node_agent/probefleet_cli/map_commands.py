@@ -24,6 +24,7 @@ from probefleet_agent.kernel import maps as kernel_maps
 from probefleet_agent.kernel import mounts, pins, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.syscall import MapInfo
+from probefleet_agent.pinned_by_others import MARK
 from probefleet_wire import encode, map_types
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.map_layout import LPM_KEY, OUTER_KEY, Layout
@@ -171,7 +172,7 @@ def _pinned(bpffs: Path) -> Iterator[Pinned]:
         owners = tuple(sorted(f"{plan.namespace}/{plan.name}" for plan in plans))
         for path in sorted(folder.glob("map_*")):
             name = path.name.removeprefix("map_").replace("%", ".")
-            if name not in told["shared"]:
+            if told["shared"].get(name, MARK).startswith(MARK):
                 yield Pinned(owners, name, path, _layout(told["layouts"].get(name)))
     for folder in sorted([*bpffs.glob("probefleet/maps/*"), *bpffs.glob("*/probefleet/maps/*")]):
         told = _manifest(lambda uid, at=folder: pins.root(at.parents[2]).open_map(uid), folder.name)

@@ -200,7 +200,8 @@ def _sizes(
     """Bytes of each map on one node; over the budget is a problem."""
     policy = request.policy
     entries = {use.name: use.max_entries for use in policy.maps if use.max_entries}
-    own = [each for each in parts.parsed.all_maps if each.name not in shared] if parts.parsed else []
+    elsewhere = {*shared, *(use.name for use in policy.maps if use.pinned)}
+    own = [each for each in parts.parsed.all_maps if each.name not in elsewhere] if parts.parsed else []
     for index, use in enumerate(policy.maps):
         found = next((each for each in own if each.name == use.name), None)
         is_ring = found is not None and found.type in (MapType.RINGBUF, MapType.USER_RINGBUF)
@@ -321,6 +322,11 @@ def _assemble(
         shared_maps=[
             plan_pb2.SharedMap(map=name, probe_map_uid=compiled.probe_map.uid)
             for name, compiled in sorted(shared.items())
+        ],
+        pinned_maps=[
+            plan_pb2.PinnedMap(map=use.name, path=use.pinned)
+            for use in sorted(policy.maps, key=lambda use: use.name)
+            if use.pinned
         ],
         map_sizes=[
             plan_pb2.MapSize(map=use.name, max_entries=use.max_entries)

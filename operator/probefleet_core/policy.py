@@ -160,6 +160,7 @@ def _map_use(item: _Checked) -> values.MapUse:
     return values.MapUse(
         name=item["name"],
         probe_map=(item.get("share") or {}).get("probeMap", ""),
+        pinned=item.get("pinned") or "",
         max_entries=item.get("maxEntries") or 0,
         entries=None if entries is None else tuple(values.MapEntry(entry["key"], entry["value"]) for entry in entries),
     )

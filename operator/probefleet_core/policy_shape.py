@@ -21,6 +21,7 @@ MAX_INLINE_CHARACTERS = 128 << 10  # 96 KiB of object in base64
 MAX_NAME = 253
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_SUBDOMAIN = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
+PIN = r"/sys/fs/bpf/[A-Za-z0-9_./@%+:=-]+"
 PROGRAMS = ("catalog", "bcc", "c", "object")
 
 
@@ -169,29 +170,34 @@ PROGRAM = Record(
 
 
 def _map_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
-    share = value.get("share") is not None
-    said = [name for name in ("maxEntries", "values") if value.get(name) is not None]
-    if share and "maxEntries" in said:
-        problems.add(
-            join(path, "maxEntries"),
-            "share and maxEntries at once",
-            why="a shared map has the size that its ProbeMap says",
-            write="Leave maxEntries away, and set it in the ProbeMap.",
-        )
-    if share and "values" in said:
-        problems.add(
-            join(path, "values"),
-            "share and values at once",
-            why="what others use as well is not for one policy to replace",
-            write="Leave values away.",
-        )
-    if not share and not said:
+    said = [name for name in ("share", "pinned", "maxEntries", "values") if value.get(name) is not None]
+    if not said:
         problems.add(
             path,
             "nothing is said of the map",
             why="an entry changes something",
-            write="Write share, maxEntries or values.",
+            write="Write share, pinned, maxEntries or values.",
         )
+    if not {"share", "pinned"} & set(said):
+        return
+    for name in said[1:]:
+        why, write = {
+            "pinned": ("one map takes the place of another", "Keep one of them."),
+            "maxEntries": (
+                (
+                    "a shared map has the size that its ProbeMap says",
+                    "Leave maxEntries away, and set it in the ProbeMap.",
+                )
+                if said[0] == "share"
+                else ("the map is there already, and has its size", "Leave maxEntries away.")
+            ),
+            "values": ("what others use as well is not for one policy to replace", "Leave values away."),
+        }[name]
+        problems.add(join(path, name), f"{said[0]} and {name} at once", why=why, write=write)
+
+
+def _pin(text: str) -> str | None:
+    return "a path leads down, not up" if "/../" in f"{text}/" else None
 
 
 MAX_ENTRIES = Whole(1, 1 << 24)
@@ -203,6 +209,13 @@ MAP = Record(
     {
         "name": C_IDENTIFIER,
         "share": Record("a share", {"probeMap": PROBE_MAP_NAME}, required=("probeMap",)),
+        "pinned": Text(
+            max_length=512,
+            min_length=1,
+            pattern=PIN,
+            write="Write where it is pinned, such as /sys/fs/bpf/tc/globals/NAME.",
+            reject=_pin,
+        ),
         "maxEntries": MAX_ENTRIES,
         "values": ListOf(
             Record("an entry", {"key": Anything(max_parts=256), "value": Anything(4096)}, required=("key", "value")),
@@ -268,11 +281,12 @@ def _spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems
             write="Leave attach away.",
         )
     maps = value.get("maps")
-    written = [each for each in maps if each.get("values") is not None] if isinstance(maps, list) else []
+    there = maps if isinstance(maps, list) else []
+    written = next((name for name in ("values", "pinned") if any(each.get(name) is not None for each in there)), "")
     if kind in ("catalog", "bcc") and (written or value.get("tailCalls")):
         problems.add(
             join(path, "maps" if written else "tailCalls"),
-            f"{'values' if written else 'tailCalls'} with program.{kind}",
+            f"{written or 'tailCalls'} with program.{kind}",
             why="a catalog probe has parameters" if kind == "catalog" else "BCC's types are known on the node only",
             write="Leave them away." if kind == "catalog" else "Write program.c.",
         )

@@ -255,6 +255,7 @@ class MapUse:
 
     name: str
     probe_map: str = ""
+    pinned: str = ""  #: path on the node of a map that somebody else pinned
     max_entries: int = 0
     entries: tuple[MapEntry, ...] | None = None  #: None: the policy writes nothing
 

@@ -77,6 +77,8 @@ _SIGNATURES = {
     "bpf_map__max_entries": "up",
     "bpf_map__set_max_entries": "ipu",
     "bpf_map__reuse_fd": "ipi",
+    "bpf_map__map_flags": "up",
+    "bpf_map__set_map_flags": "ipu",
     "bpf_map__set_pin_path": "ips",
     "bpf_map__is_internal": "bp",
     "bpf_map__initial_value": "ppp",
@@ -234,6 +236,12 @@ class Object:
     def set_max_entries(self, map_name: str, count: int) -> None:
         """Another size than the C says."""
         self._check(library().bpf_map__set_max_entries(self._map(map_name), count), f"size {map_name}")
+
+    def add_flags(self, map_name: str, flags: int) -> None:
+        """More ``map_flags`` than the C says."""
+        pointer = self._map(map_name)
+        flags |= library().bpf_map__map_flags(pointer)
+        self._check(library().bpf_map__set_map_flags(pointer, flags), f"set the flags of {map_name}")
 
     def reuse_map(self, map_name: str, fd: SupportsIndex) -> None:
         """Use a map that exists in this one's place; its sizes and type are taken as they are (check them first)."""

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
+from probefleet_wire import map_types
+
 from probefleet_agent.errors import KernelError, ProbefleetError
 from probefleet_agent.kernel import uapi, verifier_log
 from probefleet_agent.kernel.fds import Fd
@@ -250,10 +252,11 @@ def obj_pin(fd: SupportsIndex, path: str) -> None:
     bpf(Command.OBJ_PIN, uapi.Object(pathname=address(pathname), bpf_fd=int(fd)), f"pin {path}")
 
 
-def obj_get(path: str) -> Fd:
+def obj_get(path: str, *, read_only: bool = False) -> Fd:
     """Open what is pinned there."""
     pathname = _bytes(path.encode() + b"\0")
-    return Fd(bpf(Command.OBJ_GET, uapi.Object(pathname=address(pathname)), f"open the pin {path}"), path)
+    attr = uapi.Object(pathname=address(pathname), file_flags=int(map_types.Flag.RDONLY) if read_only else 0)
+    return Fd(bpf(Command.OBJ_GET, attr, f"open the pin {path}"), path)
 
 
 def raw_tracepoint_open(name: str | None, prog_fd: SupportsIndex) -> Fd:
