@@ -200,3 +200,20 @@ def test_an_object_runs_from_memory_when_its_file_is_deleted(tmp_path: Path) -> 
         workload.done()
         parent = workload.pid
     assert execve_lines(run, "trace-execve", parent) == golden("trace-execve")
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are those of x86-64")
+def test_tail_calls_count_by_the_number_of_the_system_call() -> None:
+    calls = workloads.binary("calls")
+    with examples_runner.running("tail-calls.yaml", links=1) as run:
+        # access, pipe, mremap jump to the program that ignores; getppid to none.
+        for number, count in ((222, 23), (226, 29), (224, 31), (21, 997), (25, 499), (110, 97)):
+            as_user(calls, number, count)
+    rows = {key[1]: value for key, value in run.rows("tail-calls", "calls").items() if key[0] == str(USER)}
+    assert rows["creating a timer"] == 23
+    assert rows["deleting a timer"] == 29
+    assert rows["some other timer operation"] == 31
+    # setpriv's execve of the workload, with its new uid, six times.
+    assert rows["executing a program"] == 6
+    # 97 × getppid, and what every run of the workload does besides: the same each time.
+    assert rows["another system call"] > 97 and (rows["another system call"] - 97) % 6 == 0
