@@ -164,6 +164,52 @@ def test_the_other_replica_takes_over_and_loses_and_doubles_no_count(namespace: 
     finish_counting(namespace)
 
 
+# A certificate of one's own.
+
+
+def make_certificate(folder: Path) -> None:
+    """ca.crt, tls.crt and tls.key, as somebody else's authority makes them."""
+    name = f"probefleet-operator.{kube.SYSTEM}.svc"
+    new = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+    own = ("-keyout", str(folder / "ca.key"), "-out", str(folder / "ca.crt"))
+    kube.run(*new, "-subj", "/CN=somebody's authority", *own)
+    signed = ("-CA", str(folder / "ca.crt"), "-CAkey", str(folder / "ca.key"), "-addext", f"subjectAltName=DNS:{name}")
+    files = ("-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt"))
+    kube.run(*new, "-subj", "/CN=operator", *signed, "-addext", "basicConstraints=critical,CA:FALSE", *files)
+
+
+@pytest.mark.usefixtures("values_again")
+def test_a_certificate_of_ones_own_and_back_lose_and_double_no_count(namespace: str, tmp_path: Path) -> None:
+    make_certificate(tmp_path)
+    files = [f"--from-file={name}={tmp_path / name}" for name in ("ca.crt", "tls.crt", "tls.key")]
+    kube.kubectl("create", "secret", "generic", "own-certificate", "-n", kube.SYSTEM, *files)
+    try:
+        kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
+        kube.wait_programmed("syscount", namespace)
+        count_once("before", namespace, "node1")
+        own = kube.get("configmap", "probefleet-ca", kube.SYSTEM)["data"]["ca.crt"]
+        for name, values, authority in (
+            ("own", ["operator.tlsSecret=own-certificate"], (tmp_path / "ca.crt").read_text()),
+            ("after", [], own),
+        ):
+            upgrade(*values)
+            kube.eventually(
+                lambda authority=authority: (
+                    kube.get("configmap", "probefleet-ca", kube.SYSTEM)["data"]["ca.crt"].strip() == authority.strip()
+                ),
+                "agents are told of the authority",
+            )
+            # The kubelet takes a minute or two to bring the file to where agents read it; new ones have it at once.
+            kube.kubectl("rollout", "restart", "-n", kube.SYSTEM, "daemonset/probefleet-agent")
+            kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "daemonset/probefleet-agent", seconds=130)
+            covered(namespace, 3, 3)
+            count_once(name, namespace, "node2")
+        counts = {("before",): 997, ("own",): 997, ("after",): 997}
+        assert kube.totals(kube.report("syscount", namespace), "calls") == counts
+    finally:
+        kube.kubectl("delete", "secret", "own-certificate", "-n", kube.SYSTEM)
+
+
 # No API server.
 
 
