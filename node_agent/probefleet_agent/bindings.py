@@ -92,7 +92,7 @@ class Bindings:
         """The reader of an instance's ring, perf buffer or queue, opened where it is not yet."""
         key = (digest, handle.name)
         if key not in self._rings:
-            self._rings[key] = _open_ring(handle)
+            self._rings[key] = _open_ring(handle) if handle.ring is None else handle.ring
         return self._rings[key]
 
     def acknowledge(self, marks: Mapping[samples.RingOf, samples.Mark]) -> None:

@@ -78,7 +78,7 @@ class Costs:
         sums = self._sums.get(Digest(loaded.digest), Sums())
         return stream_pb2.InstanceStat(
             digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, hook_time_ns=sums.hook_time_ns,
-            stats_time_ns=sums.stats_time_ns, cost_known=self._wanted and not loaded.unmeasured,
+            stats_time_ns=sums.stats_time_ns, cost_known=self._wanted and not (loaded.unmeasured or loaded.running),
             map_bytes=loaded.map_bytes, recursion_misses=sums.misses, policy_uids=sorted(policy_uids),
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from probefleet_wire import sandbox
 
 from probefleet_agent.errors import KernelError, ProbefleetError
-from probefleet_agent.kernel import btf_kernel, cgroups, features, libbpf, mounts, symbols, syscall
+from probefleet_agent.kernel import bpftrace, btf_kernel, cgroups, features, libbpf, mounts, symbols, syscall
 
 _CAPABILITIES = {
     "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24, "SYSLOG": 34, "PERFMON": 38, "BPF": 39,
@@ -168,6 +168,13 @@ def _bcc() -> tuple[Level, str, str]:
     return _ok(f"{found} compiles policies with `bcc`, locked in: {sandbox.describe()}")
 
 
+def _bpftrace() -> tuple[Level, str, str]:
+    found = bpftrace.version()
+    if not found:
+        return Level.WARN, "bpftrace is not installed: policies with `bpftrace` cannot run here", "apt install bpftrace"
+    return _ok(f"{found} runs policies with `bpftrace`, as root without a network")
+
+
 def _cgroup2() -> tuple[Level, str, str]:
     return _ok(f"mounted at {cgroups.mount_point()}")
 
@@ -214,6 +221,7 @@ _CHECKS = {
     "cgroup2": _cgroup2,
     "libbpf": _libbpf,
     "BCC": _bcc,
+    "bpftrace": _bpftrace,
     "statistics": _statistics,
     "pinned links": _pinning,
     "kprobes": _kprobes,

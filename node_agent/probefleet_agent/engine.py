@@ -187,6 +187,9 @@ class Engine:
             return None
         batch = stream_pb2.Batch(time_ns=now_ns)
         bound, loaded = self._bindings.bound, self._installed.loaded
+        for each in loaded.values():
+            if each.running is not None:
+                each.running.pump(complete=force)
         due = [uid for uid, each in bound.items() if force or now_ns >= each.due_ns]
         self._bindings.lookups.refresh()
         if now_ns - self._followed_ns > FOLLOW_EVERY_NS:
@@ -350,6 +353,9 @@ class Engine:
         elif bound is not None and self._installed.loaded[bound.digest].detached:
             status.state = stream_pb2.PolicyStatus.DETACHED
             status.reason, status.message = "OverBudget", self._installed.loaded[bound.digest].detached
+        elif bound is not None and (running := self._installed.loaded[bound.digest].running) and running.ended:
+            status.state = stream_pb2.PolicyStatus.FAILED
+            status.reason, status.message = "ProgramEnded", f"bpftrace: {running.ended}"
         elif bound is not None:
             status.state = stream_pb2.PolicyStatus.READY
         return status

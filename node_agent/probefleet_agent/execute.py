@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from probefleet_wire import map_layout, map_types
 from probefleet_wire.bpf_object import BpfObject, MapDef
@@ -30,6 +31,7 @@ from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, p
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.perf_ring import KeptRing
 
 FILTER = "probefleet_filter"
 LOST = "probefleet_lost"
@@ -56,6 +58,21 @@ class MapHandle:
     info: maps.MapInfo
     layout: Layout | None
     probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
+    ring: KeptRing | None = None  # where its records are not the kernel's: lines of a process
+
+
+class Process(Protocol):
+    """A program that has a process of its own, which loads it and says what it counts: bpftrace."""
+
+    @property
+    def ended(self) -> str:
+        """Why it no longer runs; empty while it does."""
+
+    def pump(self, *, complete: bool = False) -> None:
+        """Take in what it has said; ``complete``: wait until it has said everything once more."""
+
+    def close(self) -> None:
+        """End it, and its programs."""
 
 
 @dataclass(slots=True)
@@ -78,6 +95,7 @@ class Loaded:
     detached: str = ""  # why, where it went over its budget
     hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
     unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
+    running: Process | None = None
 
     @property
     def digest(self) -> str:
@@ -114,6 +132,8 @@ class Loaded:
 
     def close(self) -> None:
         """Let go of all descriptors."""
+        if self.running is not None:
+            self.running.close()
         for link in self.links.values():
             link.close()
         self.followers.close()
@@ -170,6 +190,10 @@ class Executor:
                 from probefleet_agent import bcc_programs
 
                 loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root)
+            elif instance.WhichOneof("program") == "bpftrace":
+                from probefleet_agent import bpftrace_programs
+
+                loaded = bpftrace_programs.load(instance)
             elif blob is None:
                 raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
             else:
@@ -203,6 +227,8 @@ class Executor:
             pinned = undo.enter_context(contextlib.closing(self.root.open_instance(digest)))
             told = json.loads(pinned.manifest)
             instance = plan_pb2.Instance.FromString(base64.b64decode(told["instance"]))
+            if instance.WhichOneof("program") == "bpftrace":
+                return self._begin_again(instance, told, stopped_ns)
             layouts = {name: Layout.from_json(text) for name, text in told["layouts"].items()}
             loaded = Loaded(
                 instance=instance,
@@ -235,6 +261,17 @@ class Executor:
             undo.pop_all()
         return loaded
 
+    def _begin_again(self, instance: plan_pb2.Instance, told: dict[str, Any], stopped_ns: int) -> Loaded:
+        """A program that ended with the earlier process is started anew: its maps are others, and there is a gap."""
+        self.root.remove(instance.digest)
+        loaded = self.load(instance, blob=None, probe_maps={}, budget_bytes=0, filter_on=False)
+        loaded.plans = {uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()}
+        loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
+        loaded.gaps.append((stopped_ns, loaded.since_ns, "bpftrace ends with the agent's process"))
+        loaded.since_ns, loaded.asked_ns = told["since_ns"], told["asked_ns"]
+        self.remember(loaded)
+        return loaded
+
     def remove(self, loaded: Loaded) -> None:
         """Detach, unload, unpin."""
         self.root.remove(loaded.digest)
@@ -242,6 +279,9 @@ class Executor:
 
     def detach(self, loaded: Loaded) -> None:
         """End its attachments; maps and what they hold stay."""
+        if loaded.running is not None:
+            loaded.running.close()
+            loaded.running = None
         for path in (self.root.instances / loaded.digest).glob("link_*"):
             path.unlink()
         for link in loaded.links.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from probefleet_wire import map_layout, map_types
+from probefleet_wire import bpftrace_script, map_layout, map_types
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
@@ -166,6 +166,35 @@ def bcc_outputs(source: str) -> tuple[values.Output, ...]:
             made += _bcc_counters(source, table)
     if bcc_source.prints(source):
         made.append(values.Output(PRINTS, PRINTS, values.Kind.EVENTS, group_by=()))
+    return tuple(made[:MAX_DEFAULT_OUTPUTS])
+
+
+def bpftrace_outputs(script: str) -> tuple[values.Output, ...]:
+    """An output for every map that a script writes, and one for its lines."""
+    made: list[values.Output] = []
+    for each in bpftrace_script.maps(script):
+        groups = ("key.key",) if each.keyed else ()
+        name = each.table
+        match each.kind:
+            case bpftrace_script.Kind.HIST | bpftrace_script.Kind.LHIST:
+                linear = each.kind is bpftrace_script.Kind.LHIST
+                scale = values.Histogram(values.Scale.LINEAR, each.step) if linear else values.Histogram()
+                histogram = replace(scale, slots="key.slot")
+                made.append(
+                    values.Output(name, name, values.Kind.HISTOGRAM, "value", "", histogram=histogram, group_by=groups)
+                )
+            case bpftrace_script.Kind.STATS:
+                made += [
+                    values.Output(f"{name}_{field}", name, values.Kind.TOPK, field, group_by=groups)
+                    for field in ("count", "total")
+                ]
+            case bpftrace_script.Kind.COUNTER:
+                made.append(values.Output(name, name, values.Kind.TOPK, "value", group_by=groups))
+            case kind:
+                merge = values.Merge(str(kind))
+                made.append(values.Output(name, name, values.Kind.GAUGE, "value", merge=merge, group_by=groups))
+    if bpftrace_script.prints(script):
+        made.append(values.Output(bpftrace_script.LINES, bpftrace_script.LINES, values.Kind.EVENTS, group_by=()))
     return tuple(made[:MAX_DEFAULT_OUTPUTS])
 
 

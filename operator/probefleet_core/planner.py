@@ -53,7 +53,7 @@ class ObjectFrom(enum.Enum):
     COMPILER = "compiler"  #: clang, from spec.program.c.source
     CONFIG_MAP = "configMap"  #: spec.program.object.configMapKeyRef
     INLINE = "inline"  #: spec.program.object.inline
-    NOBODY = "nobody"  #: bcc: compiled on the node
+    NOBODY = "nobody"  #: bcc, bpftrace: compiled on the node
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def object_from(policy: values.ProbePolicy) -> ObjectFrom:
     match policy.program:
         case values.CatalogProgram():
             return ObjectFrom.CATALOG
-        case values.BccProgram():
+        case values.BccProgram() | values.BpftraceProgram():
             return ObjectFrom.NOBODY
         case values.CProgram():
             return ObjectFrom.COMPILER
@@ -114,6 +114,8 @@ def plan(
             parts = program_parts.of_catalog(request, policy.program, problems)
         case values.BccProgram(source=source):
             parts = program_parts.of_bcc(policy, source, problems)
+        case values.BpftraceProgram(script=script):
+            parts = program_parts.of_bpftrace(policy, script, problems)
         case values.CProgram() | values.ObjectProgram():
             parts = program_parts.of_object(request, problems)
     if parts is None or problems:
@@ -341,6 +343,8 @@ def _assemble(
         sha256 = hashlib.sha256(parts.elf).hexdigest()
         objects[sha256] = parts.elf
         instance.object.sha256 = sha256
+    elif isinstance(policy.program, values.BpftraceProgram):
+        instance.bpftrace.script = parts.source
     else:
         # The name of the file stays out of it: two policies with the same text are one program.
         instance.bcc.CopyFrom(plan_pb2.BccSource(source=parts.source, file_name="program.c"))

@@ -144,6 +144,8 @@ def _program(item: _Checked) -> values.Program:
         )
     if item.get("bcc") is not None:
         return values.BccProgram(item["bcc"]["source"])
+    if item.get("bpftrace") is not None:
+        return values.BpftraceProgram(item["bpftrace"]["script"])
     if item.get("c") is not None:
         return values.CProgram(item["c"]["source"])
     found = item["object"]

@@ -22,7 +22,7 @@ MAX_NAME = 253
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_SUBDOMAIN = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
 PIN = r"/sys/fs/bpf/[A-Za-z0-9_./@%+:=-]+"
-PROGRAMS = ("catalog", "bcc", "c", "object")
+PROGRAMS = ("catalog", "bcc", "c", "object", "bpftrace")
 
 
 def _within(parse: Callable[[str], int], low: str, high: str) -> Callable[[str], str | None]:
@@ -164,6 +164,7 @@ PROGRAM = Record(
         "bcc": Record("a BCC program", {"source": SOURCE}, required=("source",)),
         "c": Record("a C program", {"source": SOURCE}, required=("source",)),
         "object": OBJECT,
+        "bpftrace": Record("a bpftrace program", {"script": SOURCE}, required=("script",)),
     },
     unions=(Union(PROGRAMS, "program", "a policy runs one program"),),
 )
@@ -283,7 +284,15 @@ def _spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems
     maps = value.get("maps")
     there = maps if isinstance(maps, list) else []
     written = next((name for name in ("values", "pinned") if any(each.get(name) is not None for each in there)), "")
-    if kind in ("catalog", "bcc") and (written or value.get("tailCalls")):
+    for name in ("attach", "maps"):
+        if kind == "bpftrace" and value.get(name):
+            problems.add(
+                join(path, name),
+                f"{name} with program.bpftrace",
+                why="a script says by itself what it attaches to, and bpftrace makes its maps",
+                write="Leave it away.",
+            )
+    if kind in ("catalog", "bcc", "bpftrace") and (written or value.get("tailCalls")):
         problems.add(
             join(path, "maps" if written else "tailCalls"),
             f"{written or 'tailCalls'} with program.{kind}",

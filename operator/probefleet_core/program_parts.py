@@ -1,4 +1,4 @@
-"""What each kind of program brings to a plan: catalog, bcc, c and object. Pure; called by ``planner``.
+"""What each kind of program brings to a plan: catalog, bcc, bpftrace, c and object. Pure; called by ``planner``.
 
 Each function takes the whole request and answers ``Parts``: where the programs go, what the outputs are, which
 variables are set. What cannot be is noted as problems, all of them, not only the first.
@@ -7,6 +7,7 @@ variables are set. What cannot be is noted as problems, all of them, not only th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -163,6 +164,54 @@ def of_bcc(policy: values.ProbePolicy, source: str, problems: errors.Problems) -
         parameters={},
         filters=bcc_source.asks_for_pods(source),
         source=source,
+    )
+
+
+_REFUSED_CALLS = re.compile(r"\b(system|signal|override|override_return)\s*\(")
+
+
+def of_bpftrace(policy: values.ProbePolicy, script: str, problems: errors.Problems) -> Parts:
+    """A script for bpftrace: its text says which maps there are; it attaches itself, on the node."""
+    path = "spec.program.bpftrace.script"
+    for name in dict.fromkeys(_REFUSED_CALLS.findall(script)):
+        problems.add(
+            path,
+            f"it calls {name}()",
+            why="Probefleet observes only, and that call can change what it watches",
+            write="Leave the call away.",
+        )
+    defaults = outputs.bpftrace_outputs(script)
+    if not defaults:
+        problems.add(
+            path,
+            "nothing to report",
+            why="the script writes no map and prints nothing",
+            write="Count in a map, as @calls[comm] = count().",
+        )
+    by_map = {each.map: each for each in reversed(defaults)}
+    asked = []
+    for index, output in enumerate(policy.outputs):
+        known = by_map.get(output.map)
+        if known is None:
+            problems.add(
+                f"spec.outputs[{index}].from.map",
+                f'"{output.map}"',
+                why="the script has no map of that name (they are named here without @)",
+                write=errors.did_you_mean(output.map, list(by_map), what="map"),
+            )
+            continue
+        groups = known.group_by if output.group_by is None else output.group_by
+        histogram = known.histogram if output.kind is values.Kind.HISTOGRAM else None
+        asked.append(replace(output, group_by=groups, value=output.value or known.value, histogram=histogram))
+    return Parts(
+        title=f"bpftrace/{policy.name}",
+        elf=None,
+        parsed=None,
+        attached=(),
+        outputs=tuple(asked) or defaults,
+        parameters={},
+        filters=False,
+        source=script,
     )
 
 

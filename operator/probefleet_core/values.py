@@ -90,6 +90,13 @@ class BccProgram:
 
 
 @dataclass(frozen=True, slots=True)
+class BpftraceProgram:
+    """A script for bpftrace, which runs on the node as a process of its own."""
+
+    script: str
+
+
+@dataclass(frozen=True, slots=True)
 class CProgram:
     """C in libbpf's dialect, compiled once by the operator."""
 
@@ -113,7 +120,7 @@ class ObjectProgram:
     config_map: ConfigMapKey | None = None
 
 
-Program: TypeAlias = CatalogProgram | BccProgram | CProgram | ObjectProgram
+Program: TypeAlias = CatalogProgram | BccProgram | BpftraceProgram | CProgram | ObjectProgram
 
 
 # Where programs are attached.

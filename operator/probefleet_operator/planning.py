@@ -302,7 +302,7 @@ def uses_map(entry: Entry, uid: str) -> bool:
 def program_title(entry: Entry) -> str:
     """ "catalog/runqlat", "c/slow": for the PROGRAM column, readable from the manifest even where the plan failed."""
     program = (entry.raw.get("spec") or {}).get("program") or {}
-    for kind in ("catalog", "bcc", "c", "object"):
+    for kind in ("catalog", "bcc", "c", "object", "bpftrace"):
         if kind in program:
             return f"{kind}/{program[kind].get('name', entry.name) if kind == 'catalog' else entry.name}"
     return "-"

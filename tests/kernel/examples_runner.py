@@ -38,6 +38,10 @@ class Run:
         """How many links it has; a name without digits in front is still being built."""
         return len(list((self.pins / "instances").glob("[0-9a-f]*/link_*")))
 
+    def loaded(self) -> int:
+        """How many instances run: of bpftrace's there are no links to count."""
+        return len(list((self.pins / "instances").glob("[0-9a-f]*/manifest")))
+
     def end(self) -> None:
         """Press Ctrl-C and take the reports."""
         self.process.send_signal(signal.SIGINT)
@@ -66,7 +70,7 @@ class Run:
 
 
 @contextmanager
-def running(*files: Path | str, links: int, arguments: Sequence[str] = ()) -> Iterator[Run]:
+def running(*files: Path | str, links: int = 0, instances: int = 0, arguments: Sequence[str] = ()) -> Iterator[Run]:
     """Start it and wait until so many programs are attached; leaving ends it and reads the reports."""
     paths = [str(EXAMPLES / file) if isinstance(file, str) else str(file) for file in files]
     command = [sys.executable, "-m", "probefleet_cli.main", "run", *paths, "--output", "json", *arguments]
@@ -75,7 +79,7 @@ def running(*files: Path | str, links: int, arguments: Sequence[str] = ()) -> It
     try:
         deadline = time.monotonic() + SECONDS
         # bpffs tells nobody of new names.
-        while run.attached() < links:
+        while run.attached() < links or run.loaded() < instances:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, f"{run.attached()} of {links} programs attached"
             time.sleep(0.02)

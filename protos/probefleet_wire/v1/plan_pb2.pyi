@@ -108,6 +108,7 @@ class Instance(_message.Message):
     TITLE_FIELD_NUMBER: _builtins.int
     OBJECT_FIELD_NUMBER: _builtins.int
     BCC_FIELD_NUMBER: _builtins.int
+    BPFTRACE_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SHARED_MAPS_FIELD_NUMBER: _builtins.int
@@ -133,6 +134,10 @@ class Instance(_message.Message):
     @_builtins.property
     def bcc(self) -> Global___BccSource:
         """compiled on the node, against the node's BTF"""
+
+    @_builtins.property
+    def bpftrace(self) -> Global___BpftraceScript:
+        """a process on the node, which loads it itself"""
 
     @_builtins.property
     def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attachment]:
@@ -163,6 +168,7 @@ class Instance(_message.Message):
         title: _builtins.str = ...,
         object: Global___CoreObject | None = ...,
         bcc: Global___BccSource | None = ...,
+        bpftrace: Global___BpftraceScript | None = ...,
         attachments: _abc.Iterable[Global___Attachment] | None = ...,
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         shared_maps: _abc.Iterable[Global___SharedMap] | None = ...,
@@ -174,11 +180,11 @@ class Instance(_message.Message):
         tail_calls: _abc.Iterable[Global___TailCalls] | None = ...,
         pods_of: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bcc", b"bcc", "object", b"object", "program", b"program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bcc", b"bcc", "bpftrace", b"bpftrace", "object", b"object", "program", b"program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "contents", b"contents", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "owner", b"owner", "parameters", b"parameters", "pinned_maps", b"pinned_maps", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "tail_calls", b"tail_calls", "tail_programs", b"tail_programs", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "bpftrace", b"bpftrace", "contents", b"contents", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "owner", b"owner", "parameters", b"parameters", "pinned_maps", b"pinned_maps", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "tail_calls", b"tail_calls", "tail_programs", b"tail_programs", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["object", "bcc"]  # noqa: Y015
+    _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["object", "bcc", "bpftrace"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_program) -> _WhichOneofReturnType_program | None: ...
 
@@ -226,6 +232,25 @@ class BccSource(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BccSource: _TypeAlias = BccSource  # noqa: Y015
+
+@_typing.final
+class BpftraceScript(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCRIPT_FIELD_NUMBER: _builtins.int
+    script: _builtins.str
+    def __init__(
+        self,
+        *,
+        script: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["script", b"script"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BpftraceScript: _TypeAlias = BpftraceScript  # noqa: Y015
 
 @_typing.final
 class Parameter(_message.Message):

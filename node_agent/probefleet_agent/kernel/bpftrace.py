@@ -1,0 +1,144 @@
+"""A bpftrace process: a script in, its JSON lines out. It loads its programs itself, so it is root.
+
+``bpftrace_programs`` owns one for each instance of that kind. Of root's rights the process keeps CAP_BPF, CAP_PERFMON
+and CAP_SYS_ADMIN (it opens modules' BTF by id, which the kernel lets nobody else); it cannot get others back
+(no_new_privs), has no network and no environment, may not run commands (no ``--unsafe``), and dies with the agent: its
+programs are not pinned, and end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import time
+from typing import Any
+
+from probefleet_agent.errors import ObjectError, UnsupportedFeature
+
+#: An emulated CPU takes tens of seconds to compile a script.
+START_SECONDS = 120.0
+MAX_LINE_BYTES = 64 << 20
+_READ_BYTES = 1 << 20
+_LOCKED_IN = (
+    *("unshare", "--net"),
+    *(
+        "setpriv",
+        "--no-new-privs",
+        "--pdeathsig",
+        "KILL",
+        "--inh-caps=-all",
+        "--bounding-set=-all,+bpf,+perfmon,+sys_admin",
+    ),
+)
+
+
+class BpftraceUnavailable(UnsupportedFeature):
+    """There is no bpftrace on this node."""
+
+
+def version() -> str:
+    """What it calls itself; empty where there is none."""
+    found = shutil.which("bpftrace")
+    if found is None:
+        return ""
+    return subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+class Process:
+    """One running script."""
+
+    def __init__(self, script: str, title: str) -> None:
+        program = shutil.which("bpftrace")
+        if program is None:
+            raise BpftraceUnavailable(
+                "bpftrace", why="it is not installed here; Debian: apt install bpftrace (the agent's image has it)"
+            )
+        self.title = title
+        self.ended = ""
+        self._buffer = b""
+        self._said: list[dict[str, Any]] = []
+        self._errors, errors = os.pipe()
+        os.set_blocking(self._errors, False)
+        try:
+            self._process = subprocess.Popen(
+                [*_LOCKED_IN, program, "-f", "json", "-e", script],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent", "BPFTRACE_STRLEN": "64"},
+                start_new_session=True,
+            )
+        finally:
+            os.close(errors)
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        try:
+            self._wait_until_attached()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of bpftrace itself."""
+        return self._process.pid
+
+    def messages(self, wait_seconds: float = 0.0) -> list[dict[str, Any]]:
+        """What it has said since the last time: ``{"type": "map", "data": {…}}`` and the like, in order."""
+        said, self._said = self._said, []
+        assert self._process.stdout is not None
+        if wait_seconds:
+            select.select([self._process.stdout], [], [], wait_seconds)
+        ended = False
+        while not ended and len(self._buffer) < MAX_LINE_BYTES:
+            try:
+                part = os.read(self._process.stdout.fileno(), _READ_BYTES)
+            except BlockingIOError:
+                break
+            ended = not part
+            self._buffer += part
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and "type" in found:
+                    said.append(found)
+        if ended and not self.ended:
+            self.ended = self._why_it_ended()
+        return said
+
+    def close(self) -> None:
+        """End it, and with it its programs."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        if self._errors >= 0:
+            os.close(self._errors)
+            self._errors = -1
+
+    def _wait_until_attached(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            said = self.messages(0.2)
+            self._said += said
+            if any(each["type"] == "attached_probes" for each in said):
+                return
+            if self.ended:
+                raise ObjectError(f"{self.title}: bpftrace: {self.ended}")
+        raise ObjectError(f"{self.title}: bpftrace has attached nothing within {START_SECONDS:.0f} s")
+
+    def _why_it_ended(self) -> str:
+        status = self._process.wait()
+        try:
+            text = os.read(self._errors, 65536).decode("utf-8", "replace")
+        except BlockingIOError:
+            text = ""
+        lines = [line for line in text.splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
+        return " ".join(lines)[-600:] or (f"it ended with status {status}" if status else "the script called exit()")

@@ -1,0 +1,167 @@
+"""bpftrace scripts as policies: maps and lines exact, gone with their process, said where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from probefleet_agent import bpftrace_programs, engine
+from probefleet_agent.errors import ObjectError
+from probefleet_agent.kernel import bpftrace
+from probefleet_cli import preparation
+from probefleet_cli.failures import BadInput
+from probefleet_cli.sources import Source
+from probefleet_core import catalog
+from probefleet_wire import bpftrace_script
+from probefleet_wire.v1 import stream_pb2
+
+from tests.kernel import examples_runner
+from tests.workloads import run as workloads
+
+CALLS = {"x86_64": 147, "aarch64": 126}[os.uname().machine]  # sched_get_priority_min
+TRACEPOINT = "tracepoint:syscalls:sys_enter_sched_get_priority_min"
+
+
+def policy(script: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "probefleet.io/v1alpha1",
+        "kind": "ProbePolicy",
+        "metadata": {"name": "script"},
+        "spec": {"scope": "Cluster", "program": {"bpftrace": {"script": script}}},
+    }
+
+
+def make_calls(count: int, argument: int) -> None:
+    with workloads.start("calls", CALLS, count, argument) as workload:
+        workload.go()
+        assert workload.done()["calls"] == count
+
+
+def test_maps_histograms_and_lines_of_the_example_are_exact() -> None:
+    with examples_runner.running("bpftrace-calls.yaml", instances=1) as run:
+        make_calls(23, 7)
+        make_calls(19, 55)
+    name = "bpftrace-calls"
+    assert run.rows(name, "calls") == {("calls,7",): 23, ("calls,55",): 19}
+    buckets = {each["from"]: each["count"] for each in run.output(name, "policies")["total"]["buckets"]}
+    assert {low: count for low, count in buckets.items() if count} == {4: 23, 32: 19}
+    buckets = {each["from"]: each["count"] for each in run.output(name, "tens")["total"]["buckets"]}
+    assert {low: count for low, count in buckets.items() if count} == {0: 23, 50: 19}
+    assert run.rows(name, "largest") == {(): 55}
+    assert run.rows(name, "stats_count") == {("calls",): 42}
+    assert run.rows(name, "stats_total") == {("calls",): 23 * 7 + 19 * 55}
+    assert run.counts(name, "printf")["received"] == 42
+    messages = [each["message"] for each in run.records(name, "printf")]
+    assert messages == ["calls asks for 7"] * 23 + ["calls asks for 55"] * 19
+
+
+def test_what_a_script_clears_stays_counted(tmp_path: Path) -> None:
+    script = f"{TRACEPOINT} {{ @calls = count(); }} interval:ms:300 {{ print(@calls); clear(@calls); }}"
+    path = tmp_path / "script.yaml"
+    path.write_text(yaml.safe_dump(policy(script)))
+    with examples_runner.running(path, instances=1) as run:
+        for _ in range(5):
+            make_calls(23, 1)
+            time.sleep(0.4)  # some clear() in between; the count does not depend on which
+    assert run.rows("script", "calls") == {(): 5 * 23}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('kprobe:f { system("id"); @a = count(); }', "it calls system()"),
+        ("BEGIN { exit(); }", "nothing to report"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_node_hears_of_it(script: str, words: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(words)):
+        preparation.prepare([Source("script", policy(script))], catalog=catalog.Catalog({}))
+
+
+def test_a_mistake_has_bpftraces_own_words() -> None:
+    with pytest.raises(ObjectError, match=r"script: bpftrace: .*nonexistent"):
+        bpftrace.Process("tracepoint:syscalls:nonexistent { @a = count(); }", "script")
+
+
+def test_a_node_without_bpftrace_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpftrace.shutil, "which", lambda _: None)
+    with pytest.raises(bpftrace.BpftraceUnavailable, match="not installed here; Debian: apt install bpftrace"):
+        bpftrace.Process("BEGIN { }", "script")
+
+
+def test_the_process_has_few_rights_and_no_network() -> None:
+    process = bpftrace.Process(bpftrace_script.instrumented(f"{TRACEPOINT} {{ @a = count(); }}"), "script")
+    try:
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            if ":\t" in line
+        )
+        # CAP_SYS_ADMIN 21, CAP_PERFMON 38, CAP_BPF 39
+        for which in ("CapEff", "CapBnd", "CapPrm"):
+            assert int(status[which], 16) & ~(1 << 21 | 1 << 38 | 1 << 39) == 0
+        assert status["NoNewPrivs"] == "1"
+        own = os.readlink("/proc/self/ns/net")
+        assert os.readlink(f"/proc/{process.pid}/ns/net") != own
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert b"HOME=/nonexistent" in environment and environment.count(b"=") == 3
+    finally:
+        process.close()
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(tmp_path: Path) -> None:
+    """The process ends with its agent: counts of before stay with the operator, in an epoch of their own."""
+    bpffs = Path("/sys/fs/bpf") / f"test-bpftrace-{os.getpid()}"
+    bpffs.mkdir()
+    (prepared,) = preparation.prepare(
+        [Source("script", policy(f"{TRACEPOINT} {{ @calls = count(); }}"))], catalog=catalog.Catalog({})
+    )
+    push = stream_pb2.Push(
+        term=1,
+        version=1,
+        plans=[prepared.planned.plan],
+        selections=[stream_pb2.Selection(policy_uid=prepared.policy.uid, everything=True)],
+    )
+    try:
+        with engine.Engine.open(bpffs=bpffs, stats=False) as first:
+            first.hello()
+            first.apply(push)
+            make_calls(23, 1)
+            before = first.collect(time.time_ns(), force=True)
+        with engine.Engine.open(bpffs=bpffs, stats=False) as second:
+            second.hello()
+            make_calls(19, 1)
+            after = second.collect(time.time_ns(), force=True)
+            (status,) = second.status().policies
+            assert status.state == stream_pb2.PolicyStatus.READY
+            second.remove_everything()
+        assert before is not None and after is not None
+        assert before.tables[0].epoch != after.tables[0].epoch
+        (gap,) = after.tables[0].gaps
+        assert gap.why == "bpftrace ends with the agent's process" and gap.start_ns < gap.end_ns
+        assert not after.instances[0].cost_known
+    finally:
+        for path in sorted(bpffs.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        bpffs.rmdir()
+
+
+def test_rows_of_text_are_left_out_and_negative_buckets_are_the_first() -> None:
+    spec = bpftrace_script.Map("a", bpftrace_script.Kind.LATEST, True)
+    assert bpftrace_programs._rows(spec, "map", {"one": "text", "two": 2}) == [
+        (bpftrace_programs._KEY.pack(b"two", 0), (2, 0, 0))
+    ]
+    histogram = bpftrace_script.Map("h", bpftrace_script.Kind.HIST, False)
+    found = bpftrace_programs._rows(
+        histogram, "hist", [{"max": -1, "count": 3}, {"min": 1024, "max": 2047, "count": 5}]
+    )
+    assert found == [
+        (bpftrace_programs._KEY.pack(b"", 0), (3, 0, 0)),
+        (bpftrace_programs._KEY.pack(b"", 10), (5, 0, 0)),
+    ]

@@ -1,0 +1,51 @@
+"""What a script for bpftrace says of its maps."""
+
+from __future__ import annotations
+
+from probefleet_wire import bpftrace_script
+from probefleet_wire.bpftrace_script import Kind, Map
+
+SCRIPT = """
+#!/usr/bin/env bpftrace
+BEGIN { printf("Tracing @nothing = count()... Hit Ctrl-C\\n"); @start = nsecs; } // @comment = count()
+kprobe:vfs_read /@start/ {
+    @calls[comm, pid] = count();
+    @bytes[arg[0]] = sum(arg2);
+    @ = hist(arg2);
+    @sizes = lhist(arg2, 0, 1000, 50);
+    @most[tid] = max(arg2);
+    @mean = avg(arg2);
+    @all[comm] = stats(arg2);
+    @n++;
+    @at_start[tid] = nsecs;
+    delete(@at_start[tid]);
+}
+END { clear(@start); if (@n == 3) { print(@n); } }
+"""
+
+
+def test_maps_are_found_with_their_kinds() -> None:
+    found = {each.table: each for each in bpftrace_script.maps(SCRIPT)}
+    assert found == {
+        "start": Map("start", Kind.LATEST, False),
+        "calls": Map("calls", Kind.COUNTER, True),
+        "bytes": Map("bytes", Kind.COUNTER, True),
+        "at": Map("", Kind.HIST, False),
+        "sizes": Map("sizes", Kind.LHIST, False, 50),
+        "most": Map("most", Kind.MAX, True),
+        "mean": Map("mean", Kind.LATEST, False),
+        "all": Map("all", Kind.STATS, True),
+        "n": Map("n", Kind.COUNTER, False),
+        "at_start": Map("at_start", Kind.LATEST, True),
+    }
+
+
+def test_every_map_is_printed_between_marks() -> None:
+    made = bpftrace_script.instrumented("kprobe:f { @a[comm] = count(); @ = hist(1); }")
+    assert made.splitlines()[1].startswith("interval:s:1 { print(@a); print(@);")
+    assert bpftrace_script.MARK in made
+
+
+def test_lines_are_printed_where_the_script_says_so() -> None:
+    assert bpftrace_script.prints('BEGIN { printf("x"); }')
+    assert not bpftrace_script.prints('BEGIN { @a = count(); } // printf("x")')
