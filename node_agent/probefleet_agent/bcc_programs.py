@@ -87,6 +87,10 @@ def _attachment(function: bcc.BccFunction) -> plan_pb2.Attachment | None:
         attachment.raw_tracepoint.name = hint.target
     elif hint.kind == "syscall":
         attachment.syscall.name = hint.target
+    elif hint.kind in ("fentry", "fexit"):
+        attachment.fentry.function, attachment.fentry.on_return = hint.target, hint.kind == "fexit"
+    elif hint.kind == "lsm":
+        attachment.lsm.hook = hint.target
     else:
         return None
     return attachment

@@ -267,8 +267,8 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
         title=f"{kind}/{policy.name}",
         elf=fixed,
         parsed=parsed,
-        attached=_attachments(policy, parsed, path, problems),
-        outputs=_resolved(policy.outputs, parsed, problems),
+        attached=tuple(replace(each, attachment=target) for each, target in zip(attached, targets, strict=True)),
+        outputs=resolved,
         parameters={},
         filters=Elf.parse(data).uses(FILTER),
     )
@@ -314,6 +314,7 @@ def _attachments(
         elif program.name not in overrides and not section.optional:
             problems.add(
                 "spec.attach",
+        _check_several(program.name, overrides.get(program.name, ()), problems)
                 f'nothing for {program.name}, whose SEC("{program.section}") names no target',
                 why="it would never run",
                 write=f"Write an attach entry with program: {program.name} and {' or '.join(section.fits)}, or a slot "
@@ -327,6 +328,26 @@ def _resolved(
 ) -> tuple[values.Output, ...]:
     """The outputs, checked; or those that the maps suggest."""
     assert parsed.btf is not None
+def _check_several(program: str, attachments: Sequence[values.Attachment], problems: errors.Problems) -> None:
+    """A program that is loaded for one target cannot have a second."""
+    kinds = [to_wire.kind_of(each.target) for each in attachments]
+    if len(kinds) > 1 and (bound := sorted({"tpBtf", "fentry", "fexit", "lsm"} & set(kinds))):
+        problems.add(
+            "spec.attach",
+            f"{len(kinds)} targets for {program}",
+            why=f"the kernel binds a program to its {bound[0]} target when it loads it, and to one only",
+            write="Write the function once for each target, or take a kprobe.",
+        )
+    patterns = {isinstance(each.target, values.KprobePattern) for each in attachments}
+    if len(patterns) > 1:
+        problems.add(
+            "spec.attach",
+            f"functions and function for {program}",
+            why="a program for a pattern is loaded in another way than one for a single function",
+            write="Write functions in all of them (a name is a pattern, too), or use two programs.",
+        )
+
+
     maps = outputs.known_maps(parsed)
     if not asked:
         found = outputs.default_outputs(maps)

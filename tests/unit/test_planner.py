@@ -436,6 +436,21 @@ def test_attach_is_checked_against_the_programs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "one", "other", "why"),
+    [
+        ("fentry", {"fentry": {"function": "f"}}, {"fexit": {"function": "g"}}, "binds a program to its fentry target"),
+        ("tp_btf", {"tpBtf": {"name": "a"}}, {"tpBtf": {"name": "b"}}, "binds a program to its tpBtf target"),
+        ("kprobe", {"kprobe": {"functions": "tcp_*"}}, {"kprobe": {"function": "f"}}, "loaded in another way"),
+    ],
+)
+def test_what_is_bound_at_load_has_one_target(section: str, one: Json, other: Json, why: str) -> None:
+    elf = compiled(program(section))
+    found = refused(own(attach=[{"program": "run", **each} for each in (one, other)]), elf)
+    assert [why in each.why for each in found] == [True]
+    assert plan(own(attach=[{"program": "run", **one}]), elf).plan
+
+
+@pytest.mark.parametrize(
     "section",
     [
         *("xdp/devmap", "netfilter", "cgroup/connect4", "sk_skb"),
