@@ -267,8 +267,8 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
         title=f"{kind}/{policy.name}",
         elf=fixed,
         parsed=parsed,
-        attached=tuple(replace(each, attachment=target) for each, target in zip(attached, targets, strict=True)),
-        outputs=resolved,
+        attached=_attachments(policy, parsed, path, problems),
+        outputs=_resolved(policy.outputs, parsed, problems),
         parameters={},
         filters=Elf.parse(data).uses(FILTER),
     )
@@ -309,12 +309,12 @@ def _attachments(
             made.append(Attached(each))
         if program.name in jumped_to:
             continue
+        _check_several(program.name, overrides.get(program.name, ()), problems)
         if program.name not in overrides and section.target is not None and not section.optional:
             made.append(Attached(values.Attachment(program.name, section.target)))
         elif program.name not in overrides and not section.optional:
             problems.add(
                 "spec.attach",
-        _check_several(program.name, overrides.get(program.name, ()), problems)
                 f'nothing for {program.name}, whose SEC("{program.section}") names no target',
                 why="it would never run",
                 write=f"Write an attach entry with program: {program.name} and {' or '.join(section.fits)}, or a slot "
@@ -323,11 +323,6 @@ def _attachments(
     return tuple(made)
 
 
-def _resolved(
-    asked: Sequence[values.Output], parsed: BpfObject, problems: errors.Problems
-) -> tuple[values.Output, ...]:
-    """The outputs, checked; or those that the maps suggest."""
-    assert parsed.btf is not None
 def _check_several(program: str, attachments: Sequence[values.Attachment], problems: errors.Problems) -> None:
     """A program that is loaded for one target cannot have a second."""
     kinds = [to_wire.kind_of(each.target) for each in attachments]
@@ -348,6 +343,11 @@ def _check_several(program: str, attachments: Sequence[values.Attachment], probl
         )
 
 
+def _resolved(
+    asked: Sequence[values.Output], parsed: BpfObject, problems: errors.Problems
+) -> tuple[values.Output, ...]:
+    """The outputs, checked; or those that the maps suggest."""
+    assert parsed.btf is not None
     maps = outputs.known_maps(parsed)
     if not asked:
         found = outputs.default_outputs(maps)
