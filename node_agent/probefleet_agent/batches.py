@@ -71,7 +71,7 @@ def add_tables(
             full = 0 < table.max_entries <= table.entries
             if full and execute.LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
-            table.uncounted.extend(_uncounted(reader, handle, identities))
+            table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
             table.uncounted.extend(instance.followers.sentences())
             table.gaps.extend(_gaps(instance))
             batch.tables.append(table)
@@ -167,8 +167,10 @@ def _as_keys(layout: Layout) -> Layout:
     return Layout(layout.value, layout.value_bytes, (), 0)
 
 
-def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Identities) -> list[str]:
+def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Identities, now_ns: int) -> list[str]:
     words = []
+    if unnamed := reader.unnamed(now_ns):
+        words.append(f"counts of {unnamed} cgroups whose pod nobody has named: they are in no row")
     if handle.info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH):
         words.append(f"{handle.name} is an LRU map: what it evicts is not counted")
     if handle.info.type == MapType.TASK_STORAGE:

@@ -25,7 +25,8 @@ from probefleet_agent.samples import Classified, GroupKey, Mark
 Bytes = npt.NDArray[np.uint8]
 _POD = ("namespace", "workload", "pod")
 POD_COLUMN, CONTAINER_COLUMN, STACK_COLUMN = "pod_uid", "container_id", "stack"
-#: A record of a pod that the operator has not told us about is held back this long, then dropped and counted.
+#: What a pod did that the operator has not told us about is held back this long. Then a record is dropped and counted;
+#: counts stay in their map, and it is said that they are in no row.
 HOLD_NS = 5_000_000_000
 #: Records of one reading: bounds a batch.
 MAX_RECORDS = 65_536
@@ -54,6 +55,8 @@ class TableReader:
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
+    _unnamed: frozenset[int] = frozenset()
+    _unnamed_since_ns: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         key = self.layout.key
@@ -76,6 +79,7 @@ class TableReader:
 
     def read(self, keys: Bytes, values: npt.NDArray[np.uint8]) -> None:
         """Take in one reading of the map."""
+        self._unnamed = frozenset()
         if not keys.shape[1]:  # a map of maps without any
             return
         histogram = self.output.kind == plan_pb2.Output.HISTOGRAM
@@ -90,6 +94,11 @@ class TableReader:
     def cgroups(self, keys: Bytes) -> list[int]:
         """Distinct cgroup ids among the keys."""
         return [] if self._cgroup is None else np.unique(decode.raw(keys, self._cgroup)).tolist()
+
+    def unnamed(self, now_ns: int) -> int:
+        """Cgroups of the last reading that nobody can tell whose they are, for longer than a name takes to come."""
+        self._unnamed_since_ns = {cgroup: self._unnamed_since_ns.get(cgroup, now_ns) for cgroup in self._unnamed}
+        return sum(now_ns - since >= HOLD_NS for since in self._unnamed_since_ns.values())
 
     def _width(self) -> int:
         if self.output.kind != plan_pb2.Output.HISTOGRAM:
@@ -117,6 +126,7 @@ class TableReader:
     def _classify(self, keys: Bytes) -> Classified:
         uid = PolicyUid(self.plan.policy_uid)
         counts, pending, identities = judge(self.book, uid, keys, self._cgroup)
+        self._unnamed = frozenset(self.cgroups(keys[pending]))
         parts: list[Sequence[str | int | float]] = []
         for name in self.rows.names:
             if name == POD_COLUMN:

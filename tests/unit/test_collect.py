@@ -114,6 +114,20 @@ def test_only_the_selected_pod_counts_and_under_its_own_name(book: Book) -> None
     assert table.rows.pending_count == 2
 
 
+def test_counts_that_wait_for_a_name_too_long_are_said_to_be_in_no_row(book: Book) -> None:
+    table = reader(book, Output(kind=Output.COUNTER, group_by=["workload"]))
+    waiting = keys((IN_WEB, 80, 0), (IN_NEW, 80, 0), (IN_NEW, 443, 0), (UNSEEN, 80, 0))
+    table.read(waiting, counts(23, 29, 31, 37))
+    assert table.unnamed(1) == 0, "names take a moment to come"
+    table.read(waiting, counts(23, 29, 31, 37))
+    assert table.unnamed(1 + collect.HOLD_NS) == 2
+    book.select({MINE: Selected(False, frozenset({WEB, NEW}))}, [WEB, DB, NEW])
+    table.read(waiting, counts(23, 29, 31, 37))
+    assert table.unnamed(2 + collect.HOLD_NS) == 1, "one has its name"
+    table.read(keys((IN_WEB, 80, 0)), counts(23))
+    assert table.unnamed(3 + collect.HOLD_NS) == 0
+
+
 def test_counts_of_a_pod_arrive_whole_when_the_operator_names_it(book: Book) -> None:
     table = reader(book, Output(kind=Output.COUNTER, group_by=["workload"]))
     table.read(keys((IN_NEW, 80, 0)), counts(23))
