@@ -122,6 +122,7 @@ def plan(
         raise errors.PolicyRefused(problems.found)
     shared = _shared_maps(request, parts, problems)
     sizes = _sizes(request, parts, shared, problems)
+    _check_drained(parts, shared, problems)
     written = _written(policy, parts, problems)
     _check_selection(policy, parts, problems)
     if problems:
@@ -233,6 +234,22 @@ def _sizes(
             write=f"Write maps: [{{name: …, maxEntries: …}}] with less, or mapMemory: {-(-total >> 20)}Mi or more.",
         )
     return tuple(sizes)
+
+
+def _check_drained(
+    parts: program_parts.Parts, shared: Mapping[str, CompiledProbeMap], problems: errors.Problems
+) -> None:
+    """What an output takes out of a shared queue, a program would never see."""
+    popped = (values.MapType.QUEUE, values.MapType.STACK)
+    for index, output in enumerate(parts.outputs):
+        compiled = shared.get(output.map)
+        if compiled is not None and compiled.probe_map.type in popped:
+            problems.add(
+                f"spec.outputs[{index}].from.map",
+                f'"{output.map}"',
+                why=f"reading takes entries out of a {compiled.probe_map.type} that other programs use as well",
+                write="Leave the output away, or the share.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

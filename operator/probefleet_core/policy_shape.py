@@ -322,11 +322,26 @@ SPEC = Record(
 )
 
 
+_HASHES = (
+    values.MapType.HASH,
+    values.MapType.PERCPU_HASH,
+    values.MapType.LRU_HASH,
+    values.MapType.LRU_PERCPU_HASH,
+)
+#: They have values, and no keys that anybody declares.
+_VALUES = (
+    values.MapType.ARRAY,
+    values.MapType.PERCPU_ARRAY,
+    values.MapType.QUEUE,
+    values.MapType.STACK,
+    values.MapType.BLOOM_FILTER,
+)
+
+
 def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
     kind = values.MapType(str(value["type"]))
-    hashes = (values.MapType.HASH, values.MapType.PERCPU_HASH, values.MapType.LRU_HASH)
-    arrays = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
-    wanted = ("key", "value") if kind in hashes else ("value",) if kind in arrays else ()
+    hashes = (*_HASHES, values.MapType.LPM_TRIE)
+    wanted = ("key", "value") if kind in hashes else ("value",) if kind in _VALUES else ()
     for name in wanted:
         if not value.get(name):
             problems.add(

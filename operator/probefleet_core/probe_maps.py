@@ -20,6 +20,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_core import c_declaration, errors, map_facts, values
 
 MAP_NAME = "shared"
+_PREFIX_BYTES = 4
 # The typedefs of probefleet.h, which cannot be included here: it declares maps of its own.
 _MEANINGS = """typedef u64 cgroup_id_t;
 typedef u32 pid_nr_t;
@@ -41,30 +42,23 @@ typedef s32 kernel_stack_id_t;
 typedef s32 user_stack_id_t;
 typedef char comm_t[16];
 """
-_KERNEL_NAMES = {
-    values.MapType.ARRAY: "ARRAY",
-    values.MapType.PERCPU_ARRAY: "PERCPU_ARRAY",
-    values.MapType.HASH: "HASH",
-    values.MapType.PERCPU_HASH: "PERCPU_HASH",
-    values.MapType.LRU_HASH: "LRU_HASH",
-    values.MapType.RINGBUF: "RINGBUF",
-    values.MapType.PERF_EVENT_ARRAY: "PERF_EVENT_ARRAY",
-    values.MapType.STACK_TRACE: "STACK_TRACE",
-}
 _ARRAYS = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
+_KEYLESS = (values.MapType.RINGBUF, values.MapType.QUEUE, values.MapType.STACK, values.MapType.BLOOM_FILTER)
 
 
 def source(probe_map: values.ProbeMap) -> str:
     """C text for clang: an object without programs whose one map, ``shared``, is this ProbeMap."""
     lines = ['#include "vmlinux.h"', "#include <bpf/bpf_helpers.h>", "", _MEANINGS]
-    definition = [f"__uint(type, BPF_MAP_TYPE_{_KERNEL_NAMES[probe_map.type]});"]
+    definition = [f"__uint(type, BPF_MAP_TYPE_{probe_map.type.name});"]
     definition.append(f"__uint(max_entries, {probe_map.max_entries});")
+    if probe_map.type is values.MapType.LPM_TRIE:
+        definition.append("__uint(map_flags, BPF_F_NO_PREALLOC);")
     if probe_map.key:
         lines.append(c_declaration.parse(probe_map.key).typedef("shared_key"))
         definition.append("__type(key, shared_key);")
     elif probe_map.type in _ARRAYS:
         definition.append("__type(key, u32);")
-    elif probe_map.type is not values.MapType.RINGBUF:
+    elif probe_map.type not in _KEYLESS:
         definition.append("__uint(key_size, 4);")
     if probe_map.type is values.MapType.STACK_TRACE:
         definition.append("__uint(value_size, 127 * 8);")
@@ -88,6 +82,17 @@ def definition_of(probe_map: values.ProbeMap, elf: bytes) -> tuple[MapDef, Btf]:
     found = parsed.maps[0]
     if map_facts.type_name(found.type) != probe_map.type or found.max_entries != probe_map.max_entries:
         raise errors.ProbeMapRefused([_unusable(f"the object's map is {map_facts.type_name(found.type)}")])
+    if found.type == MapType.LPM_TRIE and _fields(parsed.btf, found.key_type)[0].size_bytes != _PREFIX_BYTES:
+        raise errors.ProbeMapRefused(
+            [
+                errors.Problem(
+                    "spec.key",
+                    "the key of an LPM trie",
+                    "it begins with the length of the prefix in bits, 32 bits wide",
+                    "Write it as struct { u32 prefixlen; ipv4_t address; }.",
+                )
+            ]
+        )
     return found, parsed.btf
 
 

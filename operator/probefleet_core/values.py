@@ -372,6 +372,11 @@ class MapType(enum.StrEnum):
     RINGBUF = "ringbuf"
     PERF_EVENT_ARRAY = "perf-event-array"
     STACK_TRACE = "stack-trace"
+    LRU_PERCPU_HASH = "lru-percpu-hash"
+    LPM_TRIE = "lpm-trie"
+    QUEUE = "queue"
+    STACK = "stack"
+    BLOOM_FILTER = "bloom-filter"
 
 
 @dataclass(frozen=True, slots=True)

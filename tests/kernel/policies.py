@@ -71,9 +71,9 @@ class Run:
         )
         return found
 
-    def rows(self, name: str) -> dict[tuple[str, ...], int]:
+    def rows(self, name: str, policy: int = 0) -> dict[tuple[str, ...], int]:
         """key columns → value of an output's total."""
-        return {tuple(map(str, row["key"])): row["value"] for row in self.output(name)["total"]["rows"]}
+        return {tuple(map(str, row["key"])): row["value"] for row in self.output(name, policy)["total"]["rows"]}
 
 
 @contextlib.contextmanager

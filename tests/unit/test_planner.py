@@ -643,8 +643,10 @@ def made_map(**spec: Any) -> planner.CompiledProbeMap:
 
 @pytest.mark.parametrize("kind", list(values.MapType))
 def test_every_type_of_probe_map_compiles(kind: values.MapType) -> None:
-    keyed = "hash" in kind
-    spec: Json = {"type": kind.value, "key": "struct { pid_nr_t pid; u16 port; }" if keyed else None}
+    trie = kind is values.MapType.LPM_TRIE
+    keyed = "hash" in kind or trie
+    key = "struct { u32 prefixlen; ipv4_t address; }" if trie else "struct { pid_nr_t pid; u16 port; }"
+    spec: Json = {"type": kind.value, "key": key if keyed else None}
     spec["value"] = None if kind is values.MapType.STACK_TRACE else "struct { u64 n; comm_t name; }"
     spec["maxEntries"] = 4096
     made = made_map(**spec)

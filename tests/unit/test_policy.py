@@ -361,7 +361,7 @@ def test_probe_maps_are_read() -> None:
         ({"type": "stack-trace", "key": None}, "spec.value"),
         ({"type": "ringbuf", "key": None, "value": None}, "spec.maxEntries"),
         ({"type": "ringbuf", "key": None, "value": None, "maxEntries": 5000}, "spec.maxEntries"),
-        ({"type": "lpm-trie"}, "spec.type"),
+        ({"type": "prog-array"}, "spec.type"),
         ({"key": "u32 pid; u32 uid"}, "spec.key"),
         ({"key": '#include "/etc/shadow"'}, "spec.key"),
     ],
