@@ -12,7 +12,7 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_agent import collect, execute, names, samples
+from probefleet_agent import collect, execute, iterating, names, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
@@ -48,10 +48,12 @@ def add_tables(
         instance = loaded[bound.digest]
         counts = instance.lost()
         for name, reader in bound.tables.items():
-            handle = instance.maps[reader.output.map]
+            handle = instance.source(reader.output.map)
+            if handle is None:
+                continue  # an iterator that was detached
             key = (bound.digest, handle.name)
             if key not in readings:
-                readings[key] = maps.read(handle.fd, handle.info)
+                readings[key] = _read(instance, handle)
             identities.know(reader.cgroups(readings[key][0]), now_ns)
             try:
                 reader.read(*readings[key])
@@ -72,7 +74,7 @@ def add_tables(
             if full and execute.LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
-            table.uncounted.extend(instance.followers.sentences())
+            table.uncounted.extend([*instance.followers.sentences(), *instance.troubles])
             table.gaps.extend(_gaps(instance))
             batch.tables.append(table)
 
@@ -92,7 +94,9 @@ def add_events(
     for uid, bound in bindings.bound.items():
         for name, reader in bound.events.items():
             instance = loaded[bound.digest]
-            handle = instance.maps[reader.output.map]
+            handle = instance.source(reader.output.map)
+            if handle is None:
+                continue
             ring = bindings.ring(bound.digest, handle)
             waited = reader.announced and abs(now_ns - reader.read_ns) < _EVENTS_EVERY_NS
             if waited and not force and isinstance(ring, RingReader) and _is_calm(ring, reader.cursor):
@@ -150,16 +154,26 @@ def cgroups_in_use(loaded: Mapping[Digest, Loaded], bindings: Bindings) -> set[i
     for bound in bindings.bound.values():
         instance = loaded[bound.digest]
         for table in bound.tables.values():
-            handle = instance.maps[table.output.map]
-            found.update(table.cgroups(maps.read(handle.fd, handle.info)[0]))
+            if (source := instance.source(table.output.map)) is not None:
+                found.update(table.cgroups(_read(instance, source)[0]))
         for reader in bound.events.values():
-            ring = bindings.ring(bound.digest, instance.maps[reader.output.map])
+            if (source := instance.source(reader.output.map)) is None:
+                continue
+            ring = bindings.ring(bound.digest, source)
             position = max(reader.settled.position, ring.consumer_position())
             while (records := ring.read(position, _RING_READ_BYTES)).end_position > position:
                 data = _records(records, reader.layout.value_bytes)
                 found.update(collect.cgroups_in(_as_keys(reader.layout), data))
                 position = records.end_position
     return found
+
+
+def _read(instance: Loaded, handle: MapHandle) -> tuple[collect.Bytes, collect.Bytes]:
+    """Keys and values of a map; of an iterator its records, twice."""
+    if handle.info.type == execute.ITERATOR:
+        records = iterating.records(instance, handle)
+        return records, records
+    return maps.read(handle.fd, handle.info)
 
 
 def _as_keys(layout: Layout) -> Layout:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from probefleet_wire import map_types
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import collect, names, samples
+from probefleet_agent import collect, iterating, names, samples
 from probefleet_agent.decode import DecodeError
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import Loaded, MapHandle
+from probefleet_agent.execute import ITERATOR, Loaded, MapHandle
 from probefleet_agent.installed import Failure
 from probefleet_agent.kernel import clock, symbols
 from probefleet_agent.kernel.rings import RingReader
@@ -95,6 +95,13 @@ class Bindings:
             self._rings[key] = _open_ring(handle) if handle.ring is None else handle.ring
         return self._rings[key]
 
+    def feed(self, loaded: Loaded) -> None:
+        """Iterators have been read: their records are events for whoever reads them so."""
+        for (digest, name), ring in self._rings.items():
+            source = loaded.source(name) if digest == loaded.digest else None
+            if isinstance(ring, iterating.IteratorRing) and source is not None:
+                ring.feed(iterating.records(loaded, source))
+
     def acknowledge(self, marks: Mapping[samples.RingOf, samples.Mark]) -> None:
         """The operator has these rings' records up to these marks: their room goes back to the kernel."""
         for (uid, output, epoch), mark in marks.items():
@@ -135,7 +142,7 @@ class Bindings:
         self._rings = {}
 
     def _add_reader(self, bound: Bound, output: plan_pb2.Output, loaded: Loaded, before: Bound | None) -> None:
-        handle = loaded.maps.get(output.map)
+        handle = loaded.source(output.map)
         if handle is None:
             raise DecodeError(
                 f"output {output.name}: no map {output.map!r}; there is: {', '.join(sorted(loaded.maps))}"
@@ -156,13 +163,14 @@ class Bindings:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
             stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups) if traces else None
         bound.tables[output.name] = collect.TableReader(
-            bound.plan, output, handle.layout, self._book, self.lookups, stacks
+            bound.plan, output, handle.layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR
         )
 
     def _add_event_reader(
         self, bound: Bound, output: plan_pb2.Output, loaded: Loaded, earlier: collect.EventReader | None
     ) -> None:
-        handle = loaded.maps[output.map]
+        handle = loaded.source(output.map)
+        assert handle is not None
         assert handle.layout is not None
         ring = self.ring(bound.digest, handle)
         epoch = f"{clock.boot_id()}:{handle.info.id}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
@@ -183,6 +191,8 @@ class Bindings:
 
 
 def _open_ring(handle: MapHandle) -> RingReader | KeptRing:
+    if handle.info.type == ITERATOR:
+        return iterating.IteratorRing()
     if handle.info.type == MapType.PERF_EVENT_ARRAY:
         return PerfRing(handle.fd)
     if handle.info.type in map_types.POPPED:

@@ -52,6 +52,7 @@ class TableReader:
     book: Book
     lookups: decode.Lookups
     stacks: Stacks | None
+    of_records: bool = False  # of an iterator: a reading's keys are its values, and may come twice
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
@@ -72,7 +73,7 @@ class TableReader:
         if self.output.kind == plan_pb2.Output.GAUGE:
             merge = plan_pb2.Output.Merge.Name(self.output.merge).lower()
             fold = "max" if merge == "latest" else merge
-        self.rows = samples.Rows(self._width(), tuple(names), fold)
+        self.rows = samples.Rows(self._width(), tuple(names), fold, self.output.kind == plan_pb2.Output.GAUGE)
         for name in self.rows.names:
             if name.startswith("key"):
                 self._decoder(name)  # a misnamed field is said now, not at the first event
@@ -82,6 +83,9 @@ class TableReader:
         self._unnamed = frozenset()
         if not keys.shape[1]:  # a map of maps without any
             return
+        if self.of_records:
+            self._read_records(keys)
+            return
         histogram = self.output.kind == plan_pb2.Output.HISTOGRAM
         if not histogram and self.rows.fold != "sum":
             numbers = decode.folded(values, self.layout, self.output.value, self.rows.fold)
@@ -90,6 +94,23 @@ class TableReader:
         if numbers.ndim == 2 and not histogram:
             numbers = numbers.sum(axis=1, dtype=np.uint64)
         self.rows.update(keys, numbers, self._classify)
+
+    def _read_records(self, records: Bytes) -> None:
+        """One reading of an iterator: records that agree in what they are grouped by come together first."""
+        numbers = np.ones(len(records), np.uint64)
+        if self.output.value:
+            numbers = decode.numbers(records, self.layout, self.output.value)
+        wanted = np.zeros(records.shape[1], np.uint8)
+        fields = [self._decoder(name)[0] for name in self.rows.names if name.startswith("key")]
+        for at in [*fields, *([self._cgroup] if self._cgroup else [])]:
+            wanted[at.offset_bytes : at.offset_bytes + at.size_bytes] = 1
+        distinct, index = np.unique(records * wanted, axis=0, return_inverse=True)
+        target, start = {
+            "sum": (np.add, 0), "max": (np.maximum, 0), "min": (np.minimum, np.iinfo(np.uint64).max),
+        }[self.rows.fold]  # fmt: skip
+        totals = np.full(len(distinct), start, np.uint64)
+        target.at(totals, index.reshape(-1), numbers)
+        self.rows.update(distinct, totals, self._classify)
 
     def cgroups(self, keys: Bytes) -> list[int]:
         """Distinct cgroup ids among the keys."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import batches, costs, reconcile, samples
+from probefleet_agent import batches, costs, iterating, reconcile, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
@@ -54,6 +54,7 @@ class Engine:
         self.node = node
         self._root = root
         self._installed = Installed(root, files_root, cgroup_root)
+        self._files_root = files_root
         self._followed_ns = 0
         self._tracker = Tracker(root)
         self._identities = Identities(self._tracker, cgroup_root=cgroup_root)
@@ -199,6 +200,10 @@ class Engine:
             self._tracker.beat(now_ns)
         for digest in self._costs.tick(now_ns, loaded, self._bindings.budgets(), force=force):
             self._installed.detach(digest)
+        for digest in {bound[uid].digest for uid in due}:
+            if loaded[digest].runs_each_interval:
+                iterating.run(loaded[digest], self._files_root)
+                self._bindings.feed(loaded[digest])
         commits, self.behind = batches.add_events(
             batch, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
         )

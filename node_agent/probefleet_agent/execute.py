@@ -35,6 +35,9 @@ from probefleet_agent.perf_ring import KeptRing
 
 FILTER = "probefleet_filter"
 LOST = "probefleet_lost"
+ITERATOR = 0  # where a map's type stands
+LINE_BYTES = 256
+LINES = Layout((), 0, (Field("line", 0, LINE_BYTES, "char", type_name="char", shape=(LINE_BYTES,)),), LINE_BYTES)
 FILTER_ON = "probefleet_filter_on"
 MAX_WAYS = 64
 
@@ -85,6 +88,9 @@ class Loaded:
     sections: dict[str, str]
     links: dict[int, links.Link] = field(default_factory=dict)  # by the attachment's number
     followers: following.Followers = field(default_factory=following.Followers)
+    record_layouts: dict[str, Layout] = field(default_factory=dict)  # of iterators that write structs
+    readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
+    troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     since_ns: int = 0  # wall clock
@@ -140,6 +146,21 @@ class Loaded:
         for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
             fd.close()
 
+    @property
+    def runs_each_interval(self) -> bool:
+        """Whether it has iterators or syscall programs."""
+        return any(each.WhichOneof("target") in ("iterator", "interval") for each in self.chosen)
+
+    def source(self, name: str) -> MapHandle | None:
+        """What an output reads: a map, or an iterator by its function's name."""
+        if name in self.maps:
+            return self.maps[name]
+        for number, attachment in enumerate(self.chosen):
+            link = self.links.get(number)
+            if attachment.program == name and attachment.WhichOneof("target") == "iterator" and link:
+                return MapHandle(name, link.fd, source_info(link.fd, name), self.record_layouts.get(name, LINES))
+        return None
+
     def manifest(self) -> bytes:
         """All that adoption needs."""
         return json.dumps(
@@ -155,6 +176,7 @@ class Loaded:
                 "gaps": self.gaps,
                 "pinned_links": self.pinned_links,
                 "places": self.followers.places(),
+                "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
                 "plans": {uid: _b64(plan) for uid, plan in self.plans.items()},
                 "asked_ns": self.asked_ns,
             },
@@ -245,6 +267,7 @@ class Executor:
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],
+                record_layouts={name: Layout.from_json(text) for name, text in told.get("records", {}).items()},
             )
             self._measure_hooks(loaded)
             if not loaded.pinned_links:
@@ -255,6 +278,7 @@ class Executor:
             else:
                 self._begin_following(loaded)
             kept = loaded.followers.take_over(pinned.numbered, told.get("places", {}), stopped_ns)
+            kept |= _take_over_iterators(loaded, pinned)
             for number, fd in pinned.numbered.items():
                 if number not in kept:
                     fd.close()
@@ -467,6 +491,7 @@ def _taken(
     definitions = {definition.name: definition for definition in parsed.all_maps}
     sections = {program: opened.section(program) for program in opened.program_names}
     loaded = Loaded(instance, {}, {}, sections, chosen=list(chosen))
+    loaded.record_layouts = _record_layouts(parsed, chosen)
     try:
         for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
             fd = opened.map_fd(name)
@@ -480,6 +505,37 @@ def _taken(
         loaded.close()
         raise
     return loaded
+
+
+def source_info(link: Fd, name: str) -> maps.MapInfo:
+    """An iterator in the words of a map: its type is 0, which no map has."""
+    return maps.MapInfo(
+        id=syscall.link_info(link).id, type=ITERATOR, key_size=0, value_size=0, max_entries=0, flags=0, name=name,
+        btf_id=0, btf_key_type_id=0, btf_value_type_id=0,
+    )  # fmt: skip
+
+
+def _record_layouts(parsed: BpfObject, chosen: Sequence[plan_pb2.Attachment]) -> dict[str, Layout]:
+    """How the structs that iterators write are read; as a key too, for a gauge groups by their fields."""
+    found: dict[str, Layout] = {}
+    for attachment in chosen:
+        record = attachment.iterator.record
+        named = parsed.btf.find(record) if record and parsed.btf else None
+        if named is not None and parsed.btf is not None:
+            fields, size = parsed.btf.layout_of(named), parsed.btf.size_of(named)
+            found[attachment.program] = Layout(fields, size, fields, size)
+    return found
+
+
+def _take_over_iterators(loaded: Loaded, pinned: pins.Pinned) -> set[int]:
+    """Iterators are read through their links: these stay open. Answers with the numbers of their pins."""
+    kept: set[int] = set()
+    for number, attachment in enumerate(loaded.chosen):
+        first = number * MAX_PLACES
+        if attachment.WhichOneof("target") == "iterator" and first in pinned.numbered:
+            loaded.links[number] = links.Link((pinned.numbered[first],), True, f"iterator {attachment.iterator.type}")
+            kept.add(first)
+    return kept
 
 
 def _like_its_callers(

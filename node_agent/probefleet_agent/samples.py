@@ -67,6 +67,7 @@ class Rows:
     width: int
     names: tuple[str, ...]  # of the group's columns
     fold: str = "sum"  # how raw keys of one group come together: sum, max or min
+    falls: bool = False  # a gauge: what is gone is gone
     pending_count: int = 0
     overflowed: bool = False
     _rows: dict[GroupKey, int] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class Rows:
             target.at(totals, (row[counted], at), values[counted])
         # A key that is gone from the map (nothing deletes today) must not make a total fall back.
         before = self._totals
-        if self.fold == "sum" and len(before):
+        if self.fold == "sum" and len(before) and not self.falls:
             totals[: len(before)] = np.maximum(totals[: len(before)], before)
         self._totals = totals
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from probefleet_core import errors, network_targets
+from probefleet_core import errors, interval_targets, network_targets
 from probefleet_core.shape import Flag, Record, Text, Union, Whole
 
 C_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -23,6 +23,7 @@ TARGETS = (
     "perfEvent",
     "syscall",
     *network_targets.SHAPES,
+    *interval_targets.SHAPES,
 )
 
 C_IDENTIFIER = Text(max_length=128, min_length=1, pattern=C_NAME, write="Write the name as it stands in the C source.")
@@ -160,6 +161,7 @@ ATTACHMENT = Record(
             required=("name",),
         ),
         **network_targets.SHAPES,
+        **interval_targets.SHAPES,
     },
     required=("program",),
     unions=(Union(TARGETS, "target", "an attachment has one target"),),

@@ -15,7 +15,7 @@ from probefleet_wire.btf_types import Kind
 from probefleet_wire.elf import Elf
 from probefleet_wire.observe_only import REFUSED_HELPERS, refused_helpers
 
-from probefleet_core import network_targets, values
+from probefleet_core import interval_targets, network_targets, values
 
 _REFUSED_WORD = re.compile(rf"\b({'|'.join(REFUSED_HELPERS.values())})\b")
 # Functions of the kernel (kfuncs) that only look, or hold a reference while they do.
@@ -50,11 +50,9 @@ _DECIDES = {
     "fmod_ret": "what a kernel function returns",
     "struct_ops": "how the kernel works",
     "freplace": "another program",
-    "syscall": "the kernel's own state",
     "lirc_mode2": "input",
 }
 _LATER = [
-    "iter",
     "uprobe.multi",
     "uretprobe.multi",
     "kprobe.session",
@@ -118,6 +116,8 @@ def read_section(section: str) -> Section | Refusal:
     word = kind.removesuffix(".s")
     if network := network_targets.read_section(section):
         return Section(network.fits, network.target, optional)
+    if each := interval_targets.read_section(section):
+        return Section(*each, optional)
     if word in ("tracepoint", "tp"):
         category, _, name = rest.partition("/")
         return Section(("tracepoint", "syscall"), values.Tracepoint(category, name) if name else None, optional)

@@ -59,7 +59,7 @@ def _output_rule(value: Mapping[str, object], path: str, problems: errors.Proble
             why="an event's record is shown whole",
             write="Leave it away.",
         )
-    if not events and source.get("record"):
+    if not events and value.get("gauge") is None and source.get("record"):
         problems.add(
             join(path, "from.record"),
             "a record without events",

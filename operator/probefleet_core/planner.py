@@ -26,6 +26,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_core import (
     bcc_source,
     errors,
+    interval_outputs,
     map_contents,
     map_facts,
     network_targets,
@@ -302,9 +303,9 @@ def _check_selection(policy: values.ProbePolicy, parts: program_parts.Parts, pro
         return
     maps = outputs.known_maps(parts.parsed)
     for output in parts.outputs:
-        found = maps[output.map]
-        # An event's identity is in its record, a count's in its key.
-        record = _record_fields(output, found)
+        found = maps.get(output.map)
+        # An event's identity is in its record, a count's in its key; an iterator has only records.
+        record = _record_fields(output, found) if found else interval_outputs.record_fields(parts.parsed, output.record)
         decoded = any(decoder == "cgroup" for _, decoder in output.decode)
         if not decoded and not any(outputs.CGROUP in field.typedefs for field in record):
             problems.add(

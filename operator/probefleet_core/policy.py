@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from probefleet_core import (
     attach_shape,
     errors,
+    interval_targets,
     network_targets,
     output_shape,
     policy_shape,
@@ -188,6 +189,8 @@ def _attachment(item: _Checked) -> values.Attachment:
 def _target(kind: str, item: _Checked) -> values.Target:
     if kind in network_targets.SHAPES:
         return network_targets.parse(kind, item)
+    if kind in interval_targets.SHAPES:
+        return interval_targets.parse(kind, item)
     match kind:
         case "tracepoint":
             return values.Tracepoint(item["category"], item["name"])

@@ -18,6 +18,8 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_core import (
     bcc_source,
     errors,
+    interval_outputs,
+    interval_targets,
     legacy_maps,
     map_contents,
     network_parts,
@@ -263,12 +265,15 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
         problems.add(path, refusal.what, why=refusal.why, write=refusal.write)
     for what, why, write in objections:
         problems.add(path, what, why=why, write=write)
+    resolved = _resolved(policy.outputs, parsed, problems)
+    attached = _attachments(policy, parsed, path, problems)
+    targets = interval_outputs.with_records([each.attachment for each in attached], resolved, problems)
     return Parts(
         title=f"{kind}/{policy.name}",
         elf=fixed,
         parsed=parsed,
-        attached=_attachments(policy, parsed, path, problems),
-        outputs=_resolved(policy.outputs, parsed, problems),
+        attached=tuple(replace(each, attachment=target) for each, target in zip(attached, targets, strict=True)),
+        outputs=resolved,
         parameters={},
         filters=Elf.parse(data).uses(FILTER),
     )
@@ -350,7 +355,7 @@ def _resolved(
     assert parsed.btf is not None
     maps = outputs.known_maps(parsed)
     if not asked:
-        found = outputs.default_outputs(maps)
+        found = outputs.default_outputs(maps) or interval_outputs.default_outputs(parsed)
         if not found:
             problems.add(
                 "spec.outputs",
@@ -359,7 +364,11 @@ def _resolved(
                 write="Give a map a key and an integer value by __type(), or a ring buffer __type(value, struct …).",
             )
         return found
+    iterators = interval_targets.iterators(parsed)
     made = [
-        outputs.resolve(output, maps, parsed, f"spec.outputs[{index}]", problems) for index, output in enumerate(asked)
+        interval_outputs.resolve(output, parsed, f"spec.outputs[{index}]", problems)
+        if output.map in iterators
+        else outputs.resolve(output, maps, parsed, f"spec.outputs[{index}]", problems)
+        for index, output in enumerate(asked)
     ]
     return tuple(output for output in made if output is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_core import network_targets, values
+from probefleet_core import interval_targets, network_targets, values
 
 _KINDS = {
     values.Kind.COUNTER: plan_pb2.Output.COUNTER,
@@ -59,6 +59,9 @@ def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Atta
     if isinstance(value.target, network_targets.TARGETS):
         network_targets.put(made, value.target)
         return made
+    if isinstance(value.target, interval_targets.TARGETS):
+        interval_targets.put(made, value.target)
+        return made
     match value.target:
         case values.Tracepoint(category, name):
             made.tracepoint.CopyFrom(plan_pb2.Tracepoint(category=category, name=name))
@@ -89,6 +92,8 @@ def kind_of(target: values.Target) -> str:
     """The target's member in ``spec.attach``."""
     if isinstance(target, network_targets.TARGETS):
         return network_targets.kind_of(target)
+    if isinstance(target, interval_targets.TARGETS):
+        return interval_targets.kind_of(target)
     match target:
         case values.Tracepoint():
             return "tracepoint"
@@ -116,6 +121,8 @@ def describe(target: values.Target) -> str:
     """A target in words: ``kprobe tcp_sendmsg``."""
     if isinstance(target, network_targets.TARGETS):
         return f"{kind_of(target)} {network_targets.describe(target)}"
+    if isinstance(target, interval_targets.TARGETS):
+        return f"{kind_of(target)} {interval_targets.describe(target)}"
     match target:
         case values.Tracepoint(category, name):
             what = f"{category}:{name}"

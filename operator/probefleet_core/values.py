@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
-from probefleet_core import network_targets
+from probefleet_core import interval_targets, network_targets
 
 PolicyUid = NewType("PolicyUid", str)
 ProbeMapUid = NewType("ProbeMapUid", str)
@@ -234,6 +234,7 @@ Target: TypeAlias = (
     | PerfEvent
     | Syscall
     | network_targets.Target
+    | interval_targets.Target
 )
 
 

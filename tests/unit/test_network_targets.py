@@ -173,7 +173,7 @@ def test_attached_to_pods_the_program_is_the_policys_own_and_may_select() -> Non
     made = planned(COUNTS, at_pods, pods=pods)
     assert made.plan.instance.pods_of == made.plan.policy_uid != ""
     assert planned(COUNTS, ON_ETH).plan.instance.pods_of == ""
-    assert "a choice of pods with output packets" in refused(COUNTS, ON_ETH, pods=pods)[0]
+    assert "cannot leave other pods out" in refused(COUNTS, ON_ETH, pods=pods)[0]
 
 
 def test_bcc_programs_are_not_asked_about_packets() -> None:

@@ -463,7 +463,7 @@ def test_programs_that_decide_are_refused(section: str) -> None:
     assert any("observes only" in each.why for each in found), found
 
 
-@pytest.mark.parametrize("section", ["iter/task", "uprobe.multi/x", "kprobe.session/f", "nonsense"])
+@pytest.mark.parametrize("section", ["uprobe.multi/x", "kprobe.session/f", "nonsense"])
 def test_programs_of_other_types_are_refused(section: str) -> None:
     assert "the program is of" in refused(own(), compiled(program(section)))[0].why
 

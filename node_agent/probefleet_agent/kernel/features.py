@@ -17,7 +17,7 @@ from probefleet_wire.btf_types import Kind
 
 from probefleet_agent.errors import KernelError, VerifierError
 from probefleet_agent.kernel import btf_kernel, maps, syscall
-from probefleet_agent.kernel.uapi import AttachType, Command, MapType, ProgramType
+from probefleet_agent.kernel.uapi import BPF_F_SLEEPABLE, AttachType, Command, MapType, ProgramType
 
 PMUS = Path("/sys/bus/event_source/devices")
 PERF_TYPE_SOFTWARE, SOFTWARE_CPU_CLOCK, SOFTWARE_DUMMY = 1, 0, 9
@@ -160,6 +160,12 @@ def uprobe_multi() -> bool:
 
 
 @_probe
+def syscall_programs() -> bool:
+    """Programs that user space runs when it likes (Linux 5.14)."""
+    return _loads(ProgramType.SYSCALL, flags=BPF_F_SLEEPABLE)
+
+
+@_probe
 def tcx() -> bool:
     """Whether TC programs attach by links that share an interface (TCX, Linux 6.6)."""
     with syscall.prog_load(RETURN_ZERO, ProgramType.SCHED_CLS, name="pf_probe") as program:
@@ -207,16 +213,22 @@ def all_features() -> dict[str, bool]:
 _ALL = (
     btf, tp_btf, fentry, raw_tracepoints, kprobes, kprobe_multi, uprobes, uprobe_multi, perf_link, cookies,
     ring_buffer, batch, percpu_batch, bpf_stats, hardware_counters, tcx,
+    syscall_programs,
 )  # fmt: skip
 
 
 def _loads(
-    prog_type: int, *, expected_attach_type: int = 0, attach_btf_id: int = 0, instructions: bytes = RETURN_ZERO
+    prog_type: int,
+    *,
+    expected_attach_type: int = 0,
+    attach_btf_id: int = 0,
+    instructions: bytes = RETURN_ZERO,
+    flags: int = 0,
 ) -> bool:
     try:
         syscall.prog_load(
             instructions, prog_type, name="pf_probe", expected_attach_type=expected_attach_type,
-            attach_btf_id=attach_btf_id,
+            attach_btf_id=attach_btf_id, flags=flags,
         ).close()  # fmt: skip
     except VerifierError:
         return False

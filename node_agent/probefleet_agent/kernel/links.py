@@ -16,6 +16,7 @@ from probefleet_agent.errors import NoSuchTarget, ProbefleetError, UnsupportedFe
 from probefleet_agent.kernel import links_function, links_perf, links_trace, links_trampoline, links_usdt, links_user
 from probefleet_agent.kernel.link import Kind
 from probefleet_agent.kernel.link import Link as Link
+from probefleet_agent.kernel.links_interval import KINDS as _INTERVAL
 from probefleet_agent.kernel.links_network import KINDS as _NETWORK
 
 KINDS: Mapping[str, Kind] = {
@@ -26,6 +27,7 @@ KINDS: Mapping[str, Kind] = {
     **links_usdt.KINDS,
     **links_perf.KINDS,
     **_NETWORK,
+    **_INTERVAL,
 }
 
 

@@ -24,6 +24,7 @@ class Command(IntEnum):
     PROG_LOAD = 5
     OBJ_PIN = 6
     OBJ_GET = 7
+    PROG_TEST_RUN = 10
     PROG_GET_NEXT_ID = 11
     MAP_GET_NEXT_ID = 12
     PROG_GET_FD_BY_ID = 13
@@ -42,6 +43,7 @@ class Command(IntEnum):
     LINK_GET_FD_BY_ID = 30
     LINK_GET_NEXT_ID = 31
     ENABLE_STATS = 32
+    ITER_CREATE = 33
 
 
 PER_CPU_TYPES, HASH_TYPES = map_types.PER_CPU, map_types.HASHES
@@ -60,6 +62,7 @@ class ProgramType(IntEnum):
     CGROUP_SOCK = 9
     RAW_TRACEPOINT = 17
     TRACING = 26  # tp_btf with AttachType.TRACE_RAW_TP
+    SYSCALL = 31
 
 
 class AttachType(IntEnum):
@@ -74,6 +77,7 @@ class AttachType(IntEnum):
     TRACE_RAW_TP = 23
     TRACE_FENTRY = 24
     TRACE_FEXIT = 25
+    TRACE_ITER = 28
     CGROUP_INET_SOCK_RELEASE = 34
     XDP = 37
     PERF_EVENT = 41
@@ -84,6 +88,7 @@ class AttachType(IntEnum):
 
 
 BPF_F_NO_PREALLOC = 1
+BPF_F_SLEEPABLE = 1 << 4
 ENOTSUPP = 524  # the kernel lets it out, though user space has no such errno
 BPF_F_MMAPABLE = 1 << 10
 BPF_ANY, BPF_NOEXIST, BPF_EXIST = 0, 1, 2
@@ -129,6 +134,12 @@ UprobeMulti = _attr(
 )  # fmt: skip
 BtfLoad = _attr(("btf", _u64), ("log", _u64), ("btf_size", _u32), ("log_size", _u32), ("log_level", _u32))
 Stats = _attr(("type", _u32))
+IterCreate = _attr(("link_fd", _u32), ("flags", _u32))
+TestRun = _attr(
+    ("prog_fd", _u32), ("retval", _u32), ("data_size_in", _u32), ("data_size_out", _u32), ("data_in", _u64),
+    ("data_out", _u64), ("repeat", _u32), ("duration", _u32), ("ctx_size_in", _u32), ("ctx_size_out", _u32),
+    ("ctx_in", _u64), ("ctx_out", _u64), ("flags", _u32), ("cpu", _u32),
+)  # fmt: skip
 
 MapInfoC = _attr(
     ("type", _u32), ("id", _u32), ("key_size", _u32), ("value_size", _u32), ("max_entries", _u32), ("map_flags", _u32),

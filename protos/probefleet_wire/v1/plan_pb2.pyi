@@ -448,6 +448,8 @@ class Attachment(_message.Message):
     SOCKET_FILTER_FIELD_NUMBER: _builtins.int
     CGROUP_SKB_FIELD_NUMBER: _builtins.int
     CGROUP_SOCK_FIELD_NUMBER: _builtins.int
+    ITERATOR_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
     FENTRY_FIELD_NUMBER: _builtins.int
     KPROBE_PATTERN_FIELD_NUMBER: _builtins.int
     LSM_FIELD_NUMBER: _builtins.int
@@ -481,6 +483,10 @@ class Attachment(_message.Message):
     @_builtins.property
     def cgroup_sock(self) -> Global___CgroupSock: ...
     @_builtins.property
+    def iterator(self) -> Global___Iterator: ...
+    @_builtins.property
+    def interval(self) -> Global___Interval: ...
+    @_builtins.property
     def fentry(self) -> Global___Fentry:
         """10 to 15: functions and places in code; 16 on: packets, cgroups, iterators"""
 
@@ -506,17 +512,19 @@ class Attachment(_message.Message):
         socket_filter: Global___SocketFilter | None = ...,
         cgroup_skb: Global___CgroupSkb | None = ...,
         cgroup_sock: Global___CgroupSock | None = ...,
+        iterator: Global___Iterator | None = ...,
+        interval: Global___Interval | None = ...,
         fentry: Global___Fentry | None = ...,
         kprobe_pattern: Global___KprobePattern | None = ...,
         lsm: Global___Lsm | None = ...,
         usdt: Global___Usdt | None = ...,
         alternative: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "interval", b"interval", "iterator", b"iterator", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "interval", b"interval", "iterator", b"iterator", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock", "fentry", "kprobe_pattern", "lsm", "usdt"]  # noqa: Y015
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock", "iterator", "interval", "fentry", "kprobe_pattern", "lsm", "usdt"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
@@ -867,6 +875,47 @@ class SocketFilter(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SocketFilter: _TypeAlias = SocketFilter  # noqa: Y015
+
+@_typing.final
+class Iterator(_message.Message):
+    """Read once an interval: a walk over all there is of a kind ("task", "tcp"). It writes structs of one type, or lines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    record: _builtins.str
+    def __init__(
+        self,
+        *,
+        type: _builtins.str = ...,
+        record: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Iterator: _TypeAlias = Iterator  # noqa: Y015
+
+@_typing.final
+class Interval(_message.Message):
+    """A syscall program, run once an interval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Interval: _TypeAlias = Interval  # noqa: Y015
 
 @_typing.final
 class CgroupSkb(_message.Message):
