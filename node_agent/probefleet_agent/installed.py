@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 import zstandard
+from google.protobuf.message import DecodeError
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import execute, map_contents
@@ -25,6 +26,8 @@ from probefleet_agent.reconcile import Digest, MapUid
 MAX_BLOB_BYTES = 16 << 20
 #: What nobody has asked for this long is taken away when an agent starts.
 FORGOTTEN_NS = 3_600_000_000_000
+#: What reading a pin can raise: also one that another version of the agent wrote in its own way.
+UNREADABLE = (ProbefleetError, DecodeError, ValueError, KeyError, TypeError, OSError)
 
 log = structlog.get_logger("agent")
 
@@ -56,19 +59,29 @@ class Installed:
         self._root = root
         self._executor = execute.Executor(root, files_root, cgroup_root)
         self._unadopted: set[Digest] = set()
+        self._unadopted_maps: set[MapUid] = set()
         self._blobs: dict[str, bytes] = {}
 
     def adopt(self, *, stopped_ns: int) -> None:
         """Take over what an earlier process pinned; what nobody has asked for in an hour is removed."""
         for uid in self._root.list_maps():
-            self.maps[MapUid(uid)] = self._executor.adopt_map(uid)
+            try:
+                self.maps[MapUid(uid)] = self._executor.adopt_map(uid)
+            except UNREADABLE as error:
+                log.warning("a ProbeMap cannot be adopted; it is left as it is", uid=uid, error=str(error))
+                self._unadopted_maps.add(MapUid(uid))
         for name in self._root.list_instances():
             digest = Digest(name)
             try:
                 loaded = self._executor.adopt(name, stopped_ns=stopped_ns)
-            except ProbefleetError as error:
+            except UNREADABLE as error:
                 # It may count on: only a push takes it away, or loads it anew.
                 log.warning("an instance cannot be adopted; it is left as it is", digest=name, error=str(error))
+                self._unadopted.add(digest)
+                continue
+            if self._unadopted_maps.intersection(handle.probe_map_uid for handle in loaded.maps.values()):
+                # With a ProbeMap made anew it would write where nobody reads: it is loaded anew as well.
+                loaded.close()
                 self._unadopted.add(digest)
                 continue
             self.loaded[digest] = loaded
@@ -82,7 +95,10 @@ class Installed:
         """What could not be adopted is wanted anew or not at all, says a push that names every instance it wants."""
         for digest in self._unadopted:
             self._root.remove(digest)
+        for uid in self._unadopted_maps:
+            self._root.remove_map(uid)
         self._unadopted.clear()
+        self._unadopted_maps.clear()
 
     def load(self, plans: Sequence[plan_pb2.Plan], *, filter_on: bool) -> None:
         """Load and attach the instance that these plans share; where that fails, remember why."""

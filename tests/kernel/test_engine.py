@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def state(engine: Engine) -> stream_pb2.PolicyStatus:
     return status
 
 
+def state_of_loaded(engine: Engine) -> list[str]:
+    return [stat.digest for stat in collected(engine).instances]
+
+
+def collected(engine: Engine) -> stream_pb2.Batch:
+    batch = engine.collect(time.time_ns(), force=True)
+    assert batch is not None
+    return batch
+
+
 def test_an_instance_that_cannot_be_adopted_counts_on_until_a_push_replaces_it(folder: Path) -> None:
     with Engine.open(bpffs=folder) as engine:
         engine.apply(push(1))
@@ -60,3 +71,15 @@ def test_an_instance_that_cannot_be_adopted_counts_on_until_a_push_replaces_it(f
         engine.apply(push(2))
         assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
         assert (pins / "manifest").exists()
+
+
+def test_a_probe_map_that_cannot_be_adopted_does_not_keep_the_agent_from_its_work(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(push(1))
+    broken = folder / "probefleet/maps" / "f0f0"
+    broken.mkdir()
+    with Engine.open(bpffs=folder) as engine:
+        assert state_of_loaded(engine) == [DIGEST], "the instance beside it is adopted"
+        assert broken.exists()
+        engine.apply(push(2))
+        assert not broken.exists(), "no policy wants it"
