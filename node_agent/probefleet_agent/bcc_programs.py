@@ -20,7 +20,6 @@ from probefleet_agent.errors import KernelError, NotObserving, ObjectError, Veri
 from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import bcc, bcc_source, btf_kernel, links, maps, syscall, verifier_log
 from probefleet_agent.kernel.fds import Fd
-from probefleet_agent.kernel.uapi import MapType
 
 
 def load(
@@ -114,8 +113,7 @@ def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, 
     if shared is not None:
         execute.check_fit(definition, layout, shared, title)
         return MapHandle(each.name, shared.fd.dup(), shared.info, shared.layout or layout, shared.probe_map_uid)
-    # Perf and ring buffers carry no types of entries, and the kernel refuses them there.
-    typed = definition.key_type and definition.type not in (MapType.PERF_EVENT_ARRAY, MapType.RINGBUF)
+    typed = each.takes_btf
     fd = syscall.map_create(
         definition.type,
         key_size=definition.key_bytes,

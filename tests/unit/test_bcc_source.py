@@ -142,3 +142,9 @@ def test_a_text_that_prints_is_given_a_ring_before_its_first_line() -> None:
     ours = "#include <probefleet.h>\n" + PRINTING
     assert bcc_source.prologue(ours) == ""
     assert bcc_source.prepared(ours).splitlines()[0].count("probefleet_print_begin(const") == 1
+
+
+def test_structs_that_are_the_kernels_too_get_another_name() -> None:
+    assert bcc_source.structs("struct a { int x; };\n// struct b {\nunion c {int y;};") == ("a", "c")
+    assert bcc_source.prologue("int x;", ["a"]) == "#define a a__own\n#line 1\n"
+    assert bcc_source.prologue("int x;") == ""

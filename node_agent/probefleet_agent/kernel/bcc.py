@@ -46,6 +46,8 @@ FLAGS = (
     "-DCONFIG_BPF_SYSCALL",
     "-Wno-address-of-packed-member",
     "-Wno-unknown-attributes",
+    # A function that nobody declared would become a call that no verifier understands.
+    "-Werror=implicit-function-declaration",
 )
 _ARCHITECTURES = {"x86_64": "-DCONFIG_X86_64", "aarch64": "-DCONFIG_ARM64"}
 # Map types that take no BTF: ENOTSUPP (kernel/bpf/syscall.c, map_check_btf; the same list is in libbpf).
@@ -214,7 +216,7 @@ def _run(
         more = ["-include", "probefleet_bcc.h"] if prints or bcc_source.includes_ours(source) else []
         more += ["-include", "probefleet_bcc_print.h"] if prints else []
         asked = {
-            "source": bcc_source.numbered(bcc_source.prologue(source) + text),
+            "source": bcc_source.numbered(bcc_source.prologue(source, _defined_by_both(source, tree)) + text),
             "cflags": [f"-I{include}", *flags, "-include", "probefleet_tracepoints.h", *more],
             "kernel_source": str(tree),
         }
@@ -227,6 +229,15 @@ def _run(
             # seccomp to hand bpf(2) over, ioctl to answer it; bpf itself is refused to the thread that answers.
             more_syscalls=("bpf", "ioctl", "seccomp"),
         )
+
+
+def _defined_by_both(source: str, tree: Path) -> tuple[str, ...]:
+    """Structs that the program defines though the kernel's types have them: kernels keep some in their own .c files."""
+    names = bcc_source.structs(source)
+    if not names:
+        return ()
+    types = (tree / "include" / "vmlinux.h").read_text()
+    return tuple(name for name in names if f"\nstruct {name} {{" in types or f"\nunion {name} {{" in types)
 
 
 def _format(category: str, name: str) -> str:

@@ -15,6 +15,7 @@ BCC finds kernel headers and tracepoints' formats by itself, on a machine that h
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,9 +138,20 @@ def prints(source: str) -> bool:
     return bool(_PRINT.search(_COMMENT.sub(" ", source)))
 
 
-def prologue(source: str) -> str:
-    """What stands before ``prepared``'s first line: a text that prints may have no line to put the functions into."""
-    return f"{_FILTER} {_PRINTS}\n#line 1\n" if prints(source) and not includes_ours(source) else ""
+def structs(source: str) -> tuple[str, ...]:
+    """The structs and unions that the text defines by name."""
+    return tuple(dict.fromkeys(name for _, name in _STRUCT.findall(_COMMENT.sub(" ", source))))
+
+
+def prologue(source: str, renamed: Sequence[str] = ()) -> str:
+    """What stands before ``prepared``'s first line: a text that prints may have no line to put the functions into.
+
+    ``renamed`` are structs of the text's own that would be second definitions of the kernel's: they get other names.
+    """
+    lines = [f"#define {name} {name}__own" for name in renamed]
+    if prints(source) and not includes_ours(source):
+        lines.append(f"{_FILTER} {_PRINTS}")
+    return "\n".join([*lines, "#line 1\n"]) if lines else ""
 
 
 def tracepoints(source: str) -> tuple[tuple[str, str], ...]:

@@ -1,0 +1,88 @@
+"""What programs written for BCC with kernel headers take for granted: macros, inline functions, own structs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from probefleet_agent.kernel import bcc
+
+from tests.kernel import examples_runner
+
+HEADERS = Path(f"/tmp/probefleet-test-headers-{os.getuid()}")
+STACKS = """
+apiVersion: probefleet.io/v1alpha1
+kind: ProbePolicy
+metadata: {name: stacks}
+spec:
+  scope: Cluster
+  program:
+    bcc:
+      source: |
+        BPF_STACK_TRACE(traces, 1024);
+        BPF_HASH(counts, int);
+        RAW_TRACEPOINT_PROBE(sched_switch)
+        {
+            int stack = traces.get_stackid(ctx, 0);
+            counts.increment(stack);
+            return 0;
+        }
+"""
+
+
+def compiled(source: str) -> bcc.BccProgram:
+    return bcc.compile(source, name="dialect.c", headers_root=HEADERS)
+
+
+def test_members_of_sockets_have_their_old_names() -> None:
+    program = compiled("""
+#include <net/sock.h>
+#include <net/inet_sock.h>
+BPF_HASH(ports, u16);
+int on_send(struct pt_regs *ctx, struct sock *sk)
+{
+	struct inet_sock *inet = inet_sk(sk);
+	u16 port = ntohs(inet->inet_dport);
+	if (sk->sk_family == AF_INET && sk->sk_state == TCP_ESTABLISHED)
+		ports.increment(port);
+	return 0;
+}
+""")
+    (function,) = program.functions
+    assert not calls_nothing(function.instructions)
+
+
+def calls_nothing(code: bytes) -> bool:
+    """There is a call of a function that is not there: source register 1, and -1 for an address."""
+    rows = [code[at : at + 8] for at in range(0, len(code), 8)]
+    return any(row[0] == 0x85 and row[1] >> 4 == 1 and row[4:] == b"\xff\xff\xff\xff" for row in rows)
+
+
+def test_a_function_that_is_not_there_is_named() -> None:
+    with pytest.raises(bcc.CompileFailed, match=r"dialect\.c:3:\d+: error: .*no_such_function"):
+        compiled("int f(void *ctx)\n{\n\treturn no_such_function(1);\n}\n")
+
+
+def test_a_struct_of_the_programs_own_may_have_the_kernels_name() -> None:
+    # fs/namei.c keeps this one to itself, so programs bring their own; BTF has it all the same.
+    program = compiled("""
+struct nameidata { u64 only; };
+BPF_HASH(seen, struct nameidata);
+int f(struct pt_regs *ctx)
+{
+	struct nameidata key = {.only = 7};
+	seen.increment(key);
+	return 0;
+}
+""")
+    (table,) = program.maps
+    assert [(field.name, field.size_bytes) for field in table.key] == [("only", 8)]
+
+
+def test_a_table_of_stacks_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "stacks.yaml"
+    path.write_text(STACKS)
+    with examples_runner.running(path, links=1) as run:
+        pass
+    assert sum(run.rows("stacks", "counts").values()) > 0
