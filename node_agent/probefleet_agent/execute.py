@@ -270,6 +270,10 @@ class Executor:
                 record_layouts={name: Layout.from_json(text) for name, text in told.get("records", {}).items()},
             )
             self._measure_hooks(loaded)
+            if any(handle.info.type == MapType.PERF_EVENT_ARRAY for handle in loaded.maps.values()):
+                why = "perf buffers end with the agent's process, and the records that came meanwhile with them"
+                loaded.gaps.append((stopped_ns, time.time_ns(), why))
+                self.root.write_manifest(digest, loaded.manifest())
             if not loaded.pinned_links:
                 self._attach(loaded, pinned={number // MAX_PLACES for number in pinned.numbered})
                 why = "this kernel (before 5.15) ends such attachments with the agent's process"

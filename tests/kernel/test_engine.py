@@ -14,6 +14,8 @@ from probefleet_agent.kernel import mounts
 from probefleet_wire import resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
+from tests.kernel.support import compile_object
+
 pytestmark = pytest.mark.kernel
 DIGEST = "e" * 32
 
@@ -83,3 +85,28 @@ def test_a_probe_map_that_cannot_be_adopted_does_not_keep_the_agent_from_its_wor
         assert broken.exists()
         engine.apply(push(2))
         assert not broken.exists(), "no policy wants it"
+
+
+def test_what_a_perf_buffer_missed_between_two_agents_is_a_gap(folder: Path) -> None:
+    data = compile_object("""
+struct { __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); __uint(key_size, 4); __uint(value_size, 4); } out SEC(".maps");
+SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
+{
+	u64 one = 1;
+	hit();
+	return bpf_perf_event_output(ctx, &out, BPF_F_CURRENT_CPU, &one, sizeof(one));
+}
+""")
+    pushed = push(1)
+    plan = pushed.plans[0]
+    plan.instance.object.sha256 = pushed.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+    plan.instance.attachments[0].program = "on_exec"
+    plan.outputs.add(name="hits", map="hits", kind=plan_pb2.Output.COUNTER)
+    pushed.blobs[0].zstd = zstandard.compress(data)
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed)
+        assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
+        assert not collected(engine).tables[0].gaps
+    with Engine.open(bpffs=folder) as engine:
+        (gap,) = collected(engine).tables[0].gaps
+        assert gap.start_ns < gap.end_ns and gap.why.startswith("perf buffers end with the agent's process")

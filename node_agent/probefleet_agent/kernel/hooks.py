@@ -37,7 +37,7 @@ _CALLS, _TRIALS = 50, 8
 _PERIOD_NS, _READINGS, _ROUNDS = 200_000, 33_000, 3
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 #: A call that nobody makes in a hurry, and whose handler does next to nothing.
-_RARE_CALL = "sched_get_priority_max"
+_RARE_CALL = "sched_get_priority_min"
 
 _libc = ctypes.CDLL(None)
 _log = structlog.get_logger("agent")
@@ -208,7 +208,7 @@ def _trial_ns(work: Work) -> float:
 
 def _interruption_ns(event: str) -> float:
     """How long a timer's sample keeps a thread from its work: the gaps that it leaves in readings of the clock."""
-    event_type, config = links_perf.EVENTS[event]
+    event_type, config = links_perf.event(event)
     clock = time.perf_counter_ns
     with (
         syscall.prog_load(features.RETURN_ZERO, ProgramType.PERF_EVENT, name="pf_hook") as program,
