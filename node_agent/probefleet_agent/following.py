@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent.kernel import links_network, pins
+from probefleet_agent.kernel import links, links_network, pins
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.spread import MAX_PLACES, Held, Pods, Spread
 
@@ -48,10 +48,10 @@ class Followers:
         self, number: int, attachment: plan_pb2.Attachment, program: Fd, around: links_network.Surroundings
     ) -> None:
         """Follow this attachment, if its places come and go."""
-        made = links_network.spread(program, attachment, around)
+        made = links.spread(program, attachment, around)
         if made is not None:
             target = getattr(attachment, str(attachment.WhichOneof("target")))
-            self.each.append(Follower(number, attachment.program, made, bool(target.pods)))
+            self.each.append(Follower(number, attachment.program, made, bool(getattr(target, "pods", False))))
 
     def begin(self) -> list[tuple[int, str]]:
         """Attach to what is there when an instance is loaded; each attachment in words. Pods are not known yet then.

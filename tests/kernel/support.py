@@ -103,6 +103,11 @@ class Loaded:
         """How often hit() ran, on all CPUs."""
         return int(maps.sum_lost(self.maps["hits"])[0])
 
+    def hits_of(self, cpu: int) -> int:
+        """How often hit() ran on one CPU."""
+        _, values = maps.read(self.maps["hits"], maps.info(self.maps["hits"]))
+        return int(values.reshape(-1, 8).view(np.uint64)[cpu, 0])
+
     def rows(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         return maps.read(self.maps[name], maps.info(self.maps[name]))
 

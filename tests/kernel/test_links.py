@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 from probefleet_agent.errors import KernelError, NoSuchTarget, ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import elf_file, features, links, maps, mounts, pins, syscall
+from probefleet_agent.kernel import (
+    elf_file,
+    features,
+    links,
+    links_network,
+    links_perf,
+    maps,
+    mounts,
+    pins,
+    syscall,
+)
+from probefleet_agent.kernel import spread as spread_module
 from probefleet_wire.v1 import plan_pb2
 
 from tests.kernel.support import Loaded, attachment, call_getppid, needs, wait_until
@@ -145,6 +156,54 @@ def test_perf_event_runs_on_every_cpu_by_period() -> None:
         after = loaded.hits()
         sum(range(3_000_000))
         assert loaded.hits() == after
+
+
+def test_a_cpu_that_comes_online_gets_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    online = [0]
+    monkeypatch.setattr(maps, "online_cpus", lambda: list(online))
+    target = attachment("on_it", perf_event={"event": "cpu-clock", "period": 1_000_000})
+    with Loaded(PERF) as loaded:
+        spread = links.spread(loaded.programs["on_it"], target, links_network.Surroundings())
+        assert spread is not None and spread.pinnable == features.perf_link()
+        assert spread.follow({}, 1).came == ("CPU 0",)
+        assert spread.follow({}, 2) == spread_module.Changes((), ())
+        online.append(1)
+        assert spread.follow({}, 3).came == ("CPU 1",)
+        assert spread.way == "perf_event cpu-clock every 1000000 on CPU 0, CPU 1"
+        try:
+            for cpu in (0, 1):
+                os.sched_setaffinity(0, {cpu})
+                before = loaded.hits_of(cpu)
+                wait_until(lambda cpu=cpu, before=before: loaded.hits_of(cpu) > before + 23)
+        finally:
+            os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
+        online.remove(1)
+        assert spread.follow({}, 4).gone == (1,)
+        spread.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1-dcache-loads", (3, 0x0)),
+        ("l1-dcache-load-misses", (3, 0x10000)),
+        ("llc-store-misses", (3, 0x10102)),
+        ("node-prefetches", (3, 0x206)),
+        ("r01c2", (4, 0x1C2)),
+        ("cpu-clock", (1, 0)),
+    ],
+)
+def test_events_are_numbered_as_the_kernel_numbers_them(name: str, expected: tuple[int, int]) -> None:
+    """By include/uapi/linux/perf_event.h: cache | operation << 8 | result << 16."""
+    assert links_perf.event(name) == expected
+
+
+@pytest.mark.parametrize("name", ["llc-load-misses", "r01c2"])
+def test_a_cache_event_that_the_machine_lacks_is_unsupported(name: str) -> None:
+    if features.hardware_counters():
+        return
+    with Loaded(PERF) as loaded, pytest.raises(UnsupportedFeature, match=f"perf event {name}"):
+        links.attach(loaded.programs["on_it"], attachment("p", perf_event={"event": name, "period": 1000}))
 
 
 def test_page_faults_are_counted_one_by_one() -> None:

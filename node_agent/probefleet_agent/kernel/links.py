@@ -13,11 +13,19 @@ from typing import SupportsIndex
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import NoSuchTarget, ProbefleetError, UnsupportedFeature
-from probefleet_agent.kernel import links_function, links_perf, links_trace, links_trampoline, links_usdt, links_user
+from probefleet_agent.kernel import (
+    links_function,
+    links_network,
+    links_perf,
+    links_trace,
+    links_trampoline,
+    links_usdt,
+    links_user,
+)
 from probefleet_agent.kernel.link import Kind
 from probefleet_agent.kernel.link import Link as Link
 from probefleet_agent.kernel.links_interval import KINDS as _INTERVAL
-from probefleet_agent.kernel.links_network import KINDS as _NETWORK
+from probefleet_agent.kernel.spread import Spread
 
 KINDS: Mapping[str, Kind] = {
     **links_trace.KINDS,
@@ -26,7 +34,7 @@ KINDS: Mapping[str, Kind] = {
     **links_user.KINDS,
     **links_usdt.KINDS,
     **links_perf.KINDS,
-    **_NETWORK,
+    **links_network.KINDS,
     **_INTERVAL,
 }
 
@@ -52,6 +60,15 @@ def bound_to(attachment: plan_pb2.Attachment) -> str:
 def btf_name(attachment: plan_pb2.Attachment) -> str:
     """``bound_to`` as the kernel's BTF spells it ("btf_trace_sched_switch")."""
     return KINDS[kind(attachment)].btf_name(attachment)
+
+
+def spread(
+    prog_fd: SupportsIndex, attachment: plan_pb2.Attachment, around: links_network.Surroundings
+) -> Spread | None:
+    """The spread that an attachment is, where its places come and go; None for kinds that are one place."""
+    if kind(attachment) == "perf_event":
+        return links_perf.spread(prog_fd, attachment)
+    return links_network.spread(prog_fd, attachment, around)
 
 
 def supported(
