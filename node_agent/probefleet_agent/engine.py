@@ -25,7 +25,7 @@ from probefleet_agent.bindings import Bindings
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Installed, map_uids
-from probefleet_agent.kernel import clock, maps, mounts, pins
+from probefleet_agent.kernel import clock, links_network, maps, mounts, pins
 from probefleet_agent.marks import Marks
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest, MapUid
@@ -248,6 +248,7 @@ class Engine:
 
     def _adopt(self) -> None:
         self._installed.adopt(stopped_ns=self._tracker.stopped_ns or time.time_ns())
+        links_network.sweep(self._root.path, self._files_root, but=list(self._installed.loaded))
         for digest, loaded in self._installed.loaded.items():
             for name, plan in loaded.plans.items():
                 self._bind(PolicyUid(name), plan, digest)

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 from probefleet_agent import errors as agent_errors
-from probefleet_agent.kernel import mounts, pins
+from probefleet_agent.kernel import links_network, mounts, pins
 from probefleet_core import catalog as catalog_module
 from probefleet_core import errors as core_errors
 
@@ -134,6 +134,7 @@ def purge(*, yes: bool, bpffs: Path) -> None:
             raise Failure("nothing was removed")
     try:
         tree.purge()
+        links_network.sweep(tree.path)
         workspace.sweep(bpffs)
     except agent_errors.ProbefleetError as error:
         raise Failure(f"not everything could be removed: {error}") from error

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from probefleet_agent.kernel import mounts, pins
+from probefleet_agent.kernel import links_network, mounts, pins
 
 PREFIX = "probefleet-run-"
 
@@ -74,5 +74,6 @@ def sweep(bpffs: Path) -> list[Path]:
 
 def _remove(path: Path) -> None:
     pins.root(path).purge()
+    links_network.sweep(pins.root(path).path)
     with contextlib.suppress(FileNotFoundError):
         path.rmdir()

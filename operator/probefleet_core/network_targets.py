@@ -101,6 +101,13 @@ def _place_rule(value: Mapping[str, object], path: str, problems: errors.Problem
             why="the pods' cgroups are found by themselves",
             write="Keep one of them.",
         )
+    if value.get("interfaces") == []:
+        problems.add(
+            f"{path}.interfaces",
+            "empty",
+            why="it would look at nothing",
+            write="Write a name, a pattern, or pods: true.",
+        )
     if value.get("pods") is False:
         problems.add(
             path, "pods: false", why="only pods: true says something", write="Leave it away, or write interfaces."
@@ -109,7 +116,8 @@ def _place_rule(value: Mapping[str, object], path: str, problems: errors.Problem
 
 def _on_interfaces(what: str, **more: Text) -> Record:
     fields: dict[str, Shape] = {"interfaces": ListOf(_INTERFACE, max_items=16), "pods": Flag(), **more}
-    return Record(what, fields, required=("direction",) if "direction" in more else (), unions=(_WHERE,))
+    required = ("direction",) if "direction" in more else ()
+    return Record(what, fields, required=required, unions=(_WHERE,), rules=(_place_rule,))
 
 
 SHAPES = {

@@ -204,6 +204,36 @@ def test_tc_by_clsact_counts_each_packet_and_goes_without_a_trace(
     assert netlink.filters(index, egress=False) == []
 
 
+def test_filters_that_a_killed_agent_left_are_swept_away(
+    wire: Wire, root: pins.Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "tcx", lambda: False)
+    index = socket.if_nametoindex(wire.near)
+    running = Running(root, TC, {"interfaces": [wire.near], "egress": True}, -1, "tc")
+    digest = running.instance.digest
+    monkeypatch.setattr(links_network._TcFilter, "close", lambda _: None)
+    running.executor.remove(running.loaded)
+    assert len(netlink.filters(index, egress=True)) == 1
+    assert links_network.sweep(root.path, but=[digest]) == 0
+    assert links_network.sweep(root.path.parent / "another") == 0
+    assert links_network.sweep(root.path) == 1
+    assert netlink.filters(index, egress=True) == []
+
+
+def test_what_cannot_be_looked_at_is_said_and_what_is_attached_stays(
+    wire: Wire, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(XDP, 2, xdp={"interfaces": ["pf*"]}) as running:
+        with monkeypatch.context() as patched:
+            patched.setattr(interfaces, "of_node", lambda _: (_ for _ in ()).throw(PermissionError("no")))
+            running.follow({})
+            (sentence,) = running.loaded.followers.sentences()
+            assert sentence.endswith("it cannot be looked what is there: no")
+        assert wire.send_here(23) == 23 and running.hits() == 23
+        running.follow({})
+        assert running.loaded.followers.sentences() == []
+
+
 def test_two_tc_programs_both_count(wire: Wire, start: Start) -> None:
     support.needs(features.tcx)
     with (

@@ -128,6 +128,8 @@ def test_a_policy_says_where(attach: dict[str, Any], target: network_targets.Tar
         ({"xdp": {}}, "no place: it looks at interfaces of the node, or at the pods' own"),
         ({"xdp": {"interfaces": ["eth0"], "pods": True}}, "interfaces and pods at once"),
         ({"xdp": {"interfaces": ["a name of its own"]}}, "Write an interface's name, or a pattern such as eth*"),
+        ({"xdp": {"interfaces": []}}, "interfaces: empty: it would look at nothing"),
+        ({"xdp": {"pods": False}}, "only pods: true says something"),
         ({"tc": {"interfaces": ["eth0"]}}, "direction"),
         ({"cgroupSkb": {"direction": "ingress", "cgroup": "/a", "pods": True}}, "cgroup and pods at once"),
         ({"cgroupSock": {"hook": "bind"}}, "hook"),

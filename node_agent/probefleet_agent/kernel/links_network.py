@@ -8,10 +8,11 @@ there (TCX, cgroups), and where a hook takes one program only (XDP) a taken one 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsIndex
@@ -223,6 +224,24 @@ def _delete_filters(index: int, name: str, egress: bool) -> None:
     for each in netlink.filters(index, egress=egress):
         if each.name == name:
             netlink.delete_filter(index, each, egress=egress)
+
+
+def sweep(tree: Path, root: str = "", *, but: Collection[str] = ()) -> int:
+    """Delete the filters that dead agents of this tree of pins left on the node, but those of these instances."""
+    if features.tcx():
+        return 0
+    mark = f"probefleet:{tree}:"
+    deleted = 0
+    try:
+        with interfaces.entered(interfaces.of_node(root)):
+            for each, egress in itertools.product(netlink.interfaces(), (False, True)):
+                for found in netlink.filters(each.index, egress=egress):
+                    if found.name.startswith(mark) and found.name.removeprefix(mark).split(":")[0] not in but:
+                        netlink.delete_filter(each.index, found, egress=egress)
+                        deleted += 1
+    except (KernelError, OSError):
+        pass  # who may not look there could not attach there
+    return deleted
 
 
 def _socket_filter(prog_fd: SupportsIndex, attachment: Attachment, around: Surroundings) -> Spread:

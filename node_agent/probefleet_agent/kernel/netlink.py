@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import SupportsIndex
 
-from probefleet_agent.errors import KernelError
+from probefleet_agent.errors import KernelError, UnsupportedFeature
 
 _MESSAGE = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -76,6 +76,9 @@ def add_clsact(index: int) -> None:
     try:
         list(_ask(_NEWQDISC, _REQUEST | _ACK | _CREATE | _EXCLUSIVE, body, f"add clsact to interface {index}"))
     except KernelError as error:
+        if error.errno == errno.ENOENT:
+            why = "its module is missing: modprobe sch_ingress"
+            raise UnsupportedFeature("clsact (and no TCX, which needs Linux 6.6)", why=why) from error
         if error.errno != errno.EEXIST:
             raise
 
@@ -95,7 +98,13 @@ def filters(index: int, *, egress: bool) -> list[Filter]:
     """The filters of kind bpf on one way of an interface."""
     found = []
     body = _traffic(index, egress, 0, 0)
-    for kind, data in _ask(_GETFILTER, _REQUEST | _DUMP, body, f"list the filters of interface {index}"):
+    try:
+        answer = list(_ask(_GETFILTER, _REQUEST | _DUMP, body, f"list the filters of interface {index}"))
+    except KernelError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
+            return []  # without clsact there is no place for them
+        raise
+    for kind, data in answer:
         attributes = dict(_attributes(data[_TRAFFIC.size :]))
         options = dict(_attributes(attributes.get(_TCA_OPTIONS, b"")))
         if kind == _NEWFILTER and attributes.get(_TCA_KIND) == b"bpf\0" and _BPF_NAME in options:

@@ -106,7 +106,13 @@ class Spread:
 
     def follow(self, pods: Pods, now_ns: int) -> Changes:
         """Look where it should be attached now, and make it so."""
-        found = self.find(pods)
+        try:
+            found = self.find(pods)
+        except (ProbefleetError, OSError) as error:
+            # What is attached stays so until it can be looked again.
+            self.missing = (f"{self.title}: it cannot be looked what is there: {error}",)
+            self.first_error = error if isinstance(error, ProbefleetError) else ProbefleetError(self.missing[0])
+            return Changes((), ())
         there = {place.key: place for place in found.places[:MAX_PLACES]}
         gone = []
         for key in [key for key in self.held if key not in there]:
