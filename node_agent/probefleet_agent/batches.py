@@ -12,16 +12,16 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_agent import collect, execute, iterating, names, samples
+from probefleet_agent import collect, iterating, names, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Failure
 from probefleet_agent.kernel import clock, map_storage, maps, uapi
 from probefleet_agent.kernel.rings import Records, RingReader
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.loaded import ITERATOR, LOST, Loaded, MapHandle
 from probefleet_agent.perf_ring import KeptRing
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest
@@ -71,7 +71,7 @@ def add_tables(
             if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
-            if full and execute.LOST not in instance.maps:
+            if full and LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
             table.uncounted.extend([*instance.followers.sentences(), *instance.troubles])
@@ -170,7 +170,7 @@ def cgroups_in_use(loaded: Mapping[Digest, Loaded], bindings: Bindings) -> set[i
 
 def _read(instance: Loaded, handle: MapHandle) -> tuple[collect.Bytes, collect.Bytes]:
     """Keys and values of a map; of an iterator its records, twice."""
-    if handle.info.type == execute.ITERATOR:
+    if handle.info.type == ITERATOR:
         records = iterating.records(instance, handle)
         return records, records
     return maps.read(handle.fd, handle.info)

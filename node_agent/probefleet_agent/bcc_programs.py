@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import execute
+from probefleet_agent import map_fit
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import KernelError, NotObserving, ObjectError, VerifierError
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import bcc, bcc_source, btf_kernel, links, maps, syscall, verifier_log
 from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.loaded import Loaded, MapHandle
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
             there = ", ".join(each.name for each in program.maps) or "none"
             raise ObjectError(f"{instance.title}: maps names {name!r}; the program has: {there}")
     definitions = [each.definition for each in program.maps]
-    execute.check_budget(definitions, sizes, frozenset(shared), budget_bytes)
+    map_fit.check_budget(definitions, sizes, frozenset(shared), budget_bytes)
     if helpers := refused_helpers(b"".join(function.instructions for function in program.functions)):
         raise NotObserving(instance.title, helpers)
     chosen = _attachments(instance, program)
@@ -111,7 +111,7 @@ def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, 
     definition = each.definition
     layout = _layout(each)
     if shared is not None:
-        execute.check_fit(definition, layout, shared, title)
+        map_fit.check_fit(definition, layout, shared, title)
         return MapHandle(each.name, shared.fd.dup(), shared.info, shared.layout or layout, shared.probe_map_uid)
     typed = each.takes_btf
     fd = syscall.map_create(

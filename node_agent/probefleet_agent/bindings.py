@@ -16,11 +16,11 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_agent import collect, iterating, names, samples
 from probefleet_agent.decode import DecodeError
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import ITERATOR, Loaded, MapHandle
 from probefleet_agent.installed import Failure
 from probefleet_agent.kernel import clock, symbols
 from probefleet_agent.kernel.rings import RingReader
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.loaded import ITERATOR, Loaded, MapHandle
 from probefleet_agent.marks import Marks
 from probefleet_agent.perf_ring import KeptRing, PerfRing, QueueRing
 from probefleet_agent.pods import Book, PolicyUid

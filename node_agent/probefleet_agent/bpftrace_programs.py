@@ -21,9 +21,9 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import ObjectError
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import bpftrace, maps, syscall
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.loaded import Loaded, MapHandle
 from probefleet_agent.perf_ring import KeptRing
 
 KEY_BYTES, LINE_BYTES = 240, 512

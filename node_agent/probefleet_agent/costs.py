@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import Loaded, Runs
 from probefleet_agent.kernel import syscall
 from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.loaded import Loaded, Runs
 from probefleet_agent.reconcile import Digest
 
 WINDOW_NS = 1_000_000_000

@@ -14,174 +14,24 @@ import json
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from probefleet_wire import map_layout, map_types
-from probefleet_wire.bpf_object import BpfObject, MapDef
-from probefleet_wire.btf_layout import Field
+from probefleet_wire import map_layout
+from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import following, map_contents, observing, pinned_by_others
+from probefleet_agent import following, map_contents, map_fit, observing, pinned_by_others
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, NotObserving, ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins, syscall
-from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.errors import NotObserving, ObjectError, UnsupportedFeature
+from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
-from probefleet_agent.kernel.uapi import MapType
-from probefleet_agent.perf_ring import KeptRing
+from probefleet_agent.loaded import FILTER, Loaded, MapHandle, b64
 
-FILTER = "probefleet_filter"
-LOST = "probefleet_lost"
-ITERATOR = 0  # where a map's type stands
-LINE_BYTES = 256
-LINES = Layout((), 0, (Field("line", 0, LINE_BYTES, "char", type_name="char", shape=(LINE_BYTES,)),), LINE_BYTES)
 FILTER_ON = "probefleet_filter_on"
 MAX_WAYS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """What an instance's programs have run so far, as far as statistics were on."""
-
-    count: int
-    time_ns: int  # in the programs
-    hook_time_ns: int  # on the way to them, of hooks whose cost is known
-    recursion_misses: int
-
-
-@dataclass(slots=True)
-class MapHandle:
-    """One map of an instance, open."""
-
-    name: str
-    fd: Fd
-    info: maps.MapInfo
-    layout: Layout | None
-    probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
-    ring: KeptRing | None = None  # where its records are not the kernel's: lines of a process
-
-
-class Process(Protocol):
-    """A program that has a process of its own, which loads it and says what it counts: bpftrace."""
-
-    @property
-    def ended(self) -> str:
-        """Why it no longer runs; empty while it does."""
-
-    def pump(self, *, complete: bool = False) -> None:
-        """Take in what it has said; ``complete``: wait until it has said everything once more."""
-
-    def close(self) -> None:
-        """End it, and its programs."""
-
-
-@dataclass(slots=True)
-class Loaded:
-    """An instance in the kernel. Closing it lets go of the descriptors; the pins stay."""
-
-    instance: plan_pb2.Instance
-    maps: dict[str, MapHandle]
-    programs: dict[str, Fd]
-    sections: dict[str, str]
-    links: dict[int, links.Link] = field(default_factory=dict)  # by the attachment's number
-    followers: following.Followers = field(default_factory=following.Followers)
-    record_layouts: dict[str, Layout] = field(default_factory=dict)  # of iterators that write structs
-    readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
-    troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
-    chosen: list[plan_pb2.Attachment] = field(default_factory=list)
-    ways: list[str] = field(default_factory=list)
-    since_ns: int = 0  # wall clock
-    gaps: list[tuple[int, int, str]] = field(default_factory=list)
-    pinned_links: bool = True
-    plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
-    asked_ns: int = 0
-    detached: str = ""  # why, where it went over its budget
-    hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
-    unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
-    running: Process | None = None
-
-    @property
-    def digest(self) -> str:
-        """The instance's."""
-        return self.instance.digest
-
-    @property
-    def map_bytes(self) -> int:
-        """Kernel memory of its own maps (shared ones belong to their ProbeMap)."""
-        own = (handle for handle in self.maps.values() if not handle.probe_map_uid)
-        return sum(maps.memory_used_bytes(handle.fd) for handle in own)
-
-    def lost(self) -> tuple[int, int, int, int]:
-        """(failed updates, ring full, records submitted, other), cumulative; zeros where nothing counts them."""
-        handle = self.maps.get(LOST)
-        if handle is None:
-            return (0, 0, 0, 0)
-        counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
-        return (counts[0], counts[1], counts[2], counts[3])
-
-    def runs(self) -> Runs:
-        """Of all programs."""
-        infos = {name: syscall.program_info(fd) for name, fd in self.programs.items()}
-        return Runs(
-            count=sum(info.run_count for info in infos.values()),
-            time_ns=sum(info.run_time_ns for info in infos.values()),
-            hook_time_ns=round(sum(info.run_count * self.hooks_ns.get(name, 0.0) for name, info in infos.items())),
-            recursion_misses=sum(info.recursion_misses for info in infos.values()),
-        )
-
-    def verified_instructions(self) -> int:
-        """What the verifier walked through, all programs together; 0 before Linux 5.16."""
-        return sum(syscall.program_info(fd).verified_instructions for fd in self.programs.values())
-
-    def close(self) -> None:
-        """Let go of all descriptors."""
-        if self.running is not None:
-            self.running.close()
-        for link in self.links.values():
-            link.close()
-        self.followers.close()
-        for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
-            fd.close()
-
-    @property
-    def runs_each_interval(self) -> bool:
-        """Whether it has iterators or syscall programs."""
-        return any(each.WhichOneof("target") in ("iterator", "interval") for each in self.chosen)
-
-    def source(self, name: str) -> MapHandle | None:
-        """What an output reads: a map, or an iterator by its function's name."""
-        if name in self.maps:
-            return self.maps[name]
-        for number, attachment in enumerate(self.chosen):
-            link = self.links.get(number)
-            if attachment.program == name and attachment.WhichOneof("target") == "iterator" and link:
-                return MapHandle(name, link.fd, source_info(link.fd, name), self.record_layouts.get(name, LINES))
-        return None
-
-    def manifest(self) -> bytes:
-        """All that adoption needs."""
-        return json.dumps(
-            {
-                "version": 1,
-                "instance": _b64(self.instance),
-                "layouts": {name: handle.layout.to_json() for name, handle in self.maps.items() if handle.layout},
-                "shared": {name: h.probe_map_uid for name, h in self.maps.items() if h.probe_map_uid},
-                "sections": self.sections,
-                "chosen": [_b64(attachment) for attachment in self.chosen],
-                "ways": self.ways,
-                "since_ns": self.since_ns,
-                "gaps": self.gaps,
-                "pinned_links": self.pinned_links,
-                "places": self.followers.places(),
-                "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
-                "plans": {uid: _b64(plan) for uid, plan in self.plans.items()},
-                "asked_ns": self.asked_ns,
-            },
-            separators=(",", ":"),
-        ).encode()
 
 
 @dataclass(slots=True)
@@ -343,7 +193,7 @@ class Executor:
             with self.root.staging_map(spec.uid) as folder:
                 folder.pin_map("map", fd)
                 layout = handle.layout.to_json() if handle.layout else ""
-                folder.write_manifest(json.dumps({"spec": _b64(spec), "layout": layout}).encode())
+                folder.write_manifest(json.dumps({"spec": b64(spec), "layout": layout}).encode())
         except BaseException:
             fd.close()
             raise
@@ -373,7 +223,7 @@ class Executor:
         with pinned_by_others.opened(instance) as foreign:
             shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps} | foreign
             sizes = {size.map: size.max_entries for size in instance.map_sizes}
-            check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
+            map_fit.check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
             sections = {program.name: program.section for program in parsed.programs}
             chosen = self._choose(instance.attachments, sections, instance.title)
 
@@ -383,7 +233,7 @@ class Executor:
             for name, handle in shared.items():
                 definition = parsed.map(name)
                 layout = map_layout.layout_of(parsed, definition) if definition else None
-                check_fit(definition, layout, handle, instance.title)
+                map_fit.check_fit(definition, layout, handle, instance.title)
             pinned_by_others.prove_read_only(blob, instance, parsed, foreign, configure)
             with libbpf.open_object(blob, instance.title) as opened:
                 configure(opened)
@@ -511,14 +361,6 @@ def _taken(
     return loaded
 
 
-def source_info(link: Fd, name: str) -> maps.MapInfo:
-    """An iterator in the words of a map: its type is 0, which no map has."""
-    return maps.MapInfo(
-        id=syscall.link_info(link).id, type=ITERATOR, key_size=0, value_size=0, max_entries=0, flags=0, name=name,
-        btf_id=0, btf_key_type_id=0, btf_value_type_id=0,
-    )  # fmt: skip
-
-
 def _record_layouts(parsed: BpfObject, chosen: Sequence[plan_pb2.Attachment]) -> dict[str, Layout]:
     """How the structs that iterators write are read; as a key too, for a gauge groups by their fields."""
     found: dict[str, Layout] = {}
@@ -560,81 +402,8 @@ def _like_its_callers(
             return
 
 
-def check_budget(
-    definitions: Sequence[MapDef], sizes: Mapping[str, int], shared: frozenset[str], budget_bytes: int
-) -> None:
-    """Raise BudgetExceeded before anything is created, where the maps would take more than the policy allows."""
-    estimates = {
-        each.name: estimate(each, sizes.get(each.name, 0))
-        for each in definitions
-        if each.name not in shared and each.name not in (FILTER, LOST)
-    }
-    total = sum(estimates.values())
-    if budget_bytes and total > budget_bytes:
-        worst = max(estimates, key=lambda name: estimates[name])
-        raise BudgetExceeded(
-            f"its maps would take {total:,} bytes on this node, the budget is {budget_bytes:,}; the largest is {worst} "
-            f"with {estimates[worst]:,}. Give it fewer entries (maps[].maxEntries) or raise budget.mapMemory.",
-            reason="MapTooLarge",
-        )
-
-
-def estimate(definition: MapDef, max_entries: int = 0) -> int:
-    """Bytes that a map will take, from its definition."""
-    cpus = maps.possible_cpus()
-    entries = max_entries or definition.max_entries or cpus
-    sizes = map_types.Sizes(
-        definition.type, definition.key_bytes, definition.value_bytes, entries, definition.flags, definition.map_extra
-    )
-    return map_types.bytes_of(sizes, cpus=cpus)
-
-
-def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandle, title: str) -> None:
-    """Raise LayoutMismatch, with both layouts, where a program's map is not what the ProbeMap is."""
-    if definition is None:
-        raise ObjectError(f"{title} has no map that could be shared under that name")
-    info = handle.info
-    asked = (definition.type, definition.key_bytes, definition.value_bytes)
-    same_fields = wanted is None or handle.layout is None or _shape(wanted) == _shape(handle.layout)
-    if asked == (info.type, info.key_size, info.value_size) and same_fields:
-        return
-    others = handle.probe_map_uid.startswith(pinned_by_others.MARK)
-    whose = f"the map at {handle.probe_map_uid.removeprefix(pinned_by_others.MARK)}" if others else "the ProbeMap"
-    mine = describe(definition.type, definition.key_bytes, definition.value_bytes, wanted)
-    theirs = describe(info.type, info.key_size, info.value_size, handle.layout)
-    raise LayoutMismatch(
-        f"{title}: map {definition.name} does not fit {whose}. The program has {mine}; {whose} is {theirs}. "
-        "Declare the map with the same key and value."
-    )
-
-
-def describe(kind: int, key_bytes: int, value_bytes: int, layout: Layout | None) -> str:
-    """A map's type and both layouts, on one line."""
-    name = MapType(kind).name.lower() if kind in list(MapType) else f"type {kind}"
-    if layout is None:
-        return f"a {name} of {key_bytes} → {value_bytes} bytes"
-
-    def fields(part: Sequence[Field]) -> str:
-        return "; ".join(f"{f.type_name} {f.name}".strip() for f in part) or "nothing"
-
-    return f"a {name} of {key_bytes} bytes {{{fields(layout.key)}}} → {value_bytes} bytes {{{fields(layout.value)}}}"
-
-
-def _shape(layout: Layout) -> object:
-    """What has to agree: places, sizes and signs; names and typedefs may differ between dialects."""
-
-    def fields(part: Sequence[Field]) -> list[tuple[object, ...]]:
-        return [(f.offset_bytes, f.size_bytes, f.signed, f.shape) for f in part]
-
-    return fields(layout.key), layout.key_bytes, fields(layout.value), layout.value_bytes
-
-
 def _parsed(blob: bytes, title: str) -> BpfObject:
     try:
         return BpfObject.parse(blob)
     except (ElfError, BtfError) as error:
         raise ObjectError(f"{title} is not a BPF object: {error}") from error
-
-
-def _b64(message: plan_pb2.Instance | plan_pb2.Plan | plan_pb2.Attachment | plan_pb2.ProbeMap) -> str:
-    return base64.b64encode(message.SerializeToString(deterministic=True)).decode()

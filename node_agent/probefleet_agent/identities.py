@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_agent import execute
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import maps
+from probefleet_agent.loaded import FILTER, Loaded, MapHandle
 from probefleet_agent.pods import HOST, Answer, Book, CgroupId, PodUid, PolicyUid, Selected
 from probefleet_agent.reconcile import Digest
 from probefleet_agent.tracker import Tracker
@@ -94,7 +93,7 @@ class Identities:
 
     def fill_filter(self, loaded: Loaded, policies: Sequence[PolicyUid]) -> None:
         """Tell an instance's programs which cgroups are refused."""
-        handle = loaded.maps.get(execute.FILTER)
+        handle = loaded.maps.get(FILTER)
         if handle is None:
             return
         written = self._filters.setdefault(Digest(loaded.digest), _read_filter(handle))

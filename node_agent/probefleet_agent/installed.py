@@ -17,9 +17,9 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import execute, map_contents
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import pins
 from probefleet_agent.kernel.spread import Pods
+from probefleet_agent.loaded import Loaded, MapHandle
 from probefleet_agent.reconcile import Digest, MapUid
 
 #: An object's bytes after unpacking; the largest catalog object has 60 KB.

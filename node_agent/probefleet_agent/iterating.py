@@ -1,7 +1,7 @@
 """Iterators and syscall programs, once an interval: what they write becomes records, or rows of a table.
 
 The engine calls ``run`` before it reads maps, so that what these programs put into maps is there. An iterator is to the
-readers a source like a map (``execute.Loaded.source``): ``IteratorRing`` gives its lines or structs as events, and
+readers a source like a map (``loaded.Loaded.source``): ``IteratorRing`` gives its lines or structs as events, and
 ``batches`` takes the last reading as the rows of a gauge. A reading shows what is there, not what happened since.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from probefleet_agent.errors import KernelError
-from probefleet_agent.execute import Loaded, MapHandle
 from probefleet_agent.kernel import iterators
+from probefleet_agent.loaded import Loaded, MapHandle
 from probefleet_agent.perf_ring import KeptRing
 
 

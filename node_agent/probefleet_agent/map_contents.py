@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from probefleet_wire import map_types
@@ -19,9 +18,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError
 from probefleet_agent.kernel import maps, syscall
 from probefleet_agent.kernel.fds import Fd
-
-if TYPE_CHECKING:
-    from probefleet_agent.execute import Loaded, MapHandle
+from probefleet_agent.loaded import Loaded, MapHandle
 
 Entries = dict[bytes, bytes]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from probefleet_wire import map_types
 from probefleet_wire.bpf_object import BpfObject
@@ -19,9 +18,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import KernelError, NotObserving, ObjectError, UnsupportedFeature, VerifierError
 from probefleet_agent.kernel import libbpf, maps, syscall
-
-if TYPE_CHECKING:
-    from probefleet_agent.execute import MapHandle
+from probefleet_agent.loaded import MapHandle
 
 #: Instead of a ProbeMap's uid: the map is not ours.
 MARK = "pinned:"
@@ -36,8 +33,6 @@ _WRITES = ("write into map forbidden", "write access to map")
 @contextlib.contextmanager
 def opened(instance: plan_pb2.Instance) -> Iterator[dict[str, MapHandle]]:
     """The maps that the instance names, by their names in the program. Raises what a person can act on."""
-    from probefleet_agent.execute import MapHandle
-
     with contextlib.ExitStack() as held:
         found = {}
         for each in instance.pinned_maps:

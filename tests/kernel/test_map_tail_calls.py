@@ -169,8 +169,8 @@ def test_the_kernels_own_refusal_is_said_in_words() -> None:
     """Past the planner: the node's array belongs to raw tracepoint programs."""
     from probefleet_agent import map_contents
     from probefleet_agent.errors import ObjectError
-    from probefleet_agent.execute import Loaded, MapHandle
     from probefleet_agent.kernel import libbpf, maps
+    from probefleet_agent.loaded import Loaded, MapHandle
     from probefleet_wire.v1 import plan_pb2
 
     from tests.kernel.support import compile_object

@@ -1,0 +1,181 @@
+"""What an instance is once it is in the kernel: its maps, programs and links, and the bytes that it is adopted from.
+
+``execute`` makes these, ``installed`` keeps them, and whoever reads an instance is handed one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from probefleet_wire.btf_layout import Field
+from probefleet_wire.v1 import plan_pb2
+
+from probefleet_agent import following
+from probefleet_agent.decode import Layout
+from probefleet_agent.kernel import hooks, links, maps, syscall
+from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.perf_ring import KeptRing
+
+FILTER = "probefleet_filter"
+LOST = "probefleet_lost"
+ITERATOR = 0  # where a map's type stands
+LINE_BYTES = 256
+LINES = Layout((), 0, (Field("line", 0, LINE_BYTES, "char", type_name="char", shape=(LINE_BYTES,)),), LINE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What an instance's programs have run so far, as far as statistics were on."""
+
+    count: int
+    time_ns: int  # in the programs
+    hook_time_ns: int  # on the way to them, of hooks whose cost is known
+    recursion_misses: int
+
+
+@dataclass(slots=True)
+class MapHandle:
+    """One map of an instance, open."""
+
+    name: str
+    fd: Fd
+    info: maps.MapInfo
+    layout: Layout | None
+    probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
+    ring: KeptRing | None = None  # where its records are not the kernel's: lines of a process
+
+
+class Process(Protocol):
+    """A program that has a process of its own, which loads it and says what it counts: bpftrace."""
+
+    @property
+    def ended(self) -> str:
+        """Why it no longer runs; empty while it does."""
+
+    def pump(self, *, complete: bool = False) -> None:
+        """Take in what it has said; ``complete``: wait until it has said everything once more."""
+
+    def close(self) -> None:
+        """End it, and its programs."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """An instance in the kernel. Closing it lets go of the descriptors; the pins stay."""
+
+    instance: plan_pb2.Instance
+    maps: dict[str, MapHandle]
+    programs: dict[str, Fd]
+    sections: dict[str, str]
+    links: dict[int, links.Link] = field(default_factory=dict)  # by the attachment's number
+    followers: following.Followers = field(default_factory=following.Followers)
+    record_layouts: dict[str, Layout] = field(default_factory=dict)  # of iterators that write structs
+    readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
+    troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
+    chosen: list[plan_pb2.Attachment] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
+    since_ns: int = 0  # wall clock
+    gaps: list[tuple[int, int, str]] = field(default_factory=list)
+    pinned_links: bool = True
+    plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
+    asked_ns: int = 0
+    detached: str = ""  # why, where it went over its budget
+    hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
+    unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
+    running: Process | None = None
+
+    @property
+    def digest(self) -> str:
+        """The instance's."""
+        return self.instance.digest
+
+    @property
+    def map_bytes(self) -> int:
+        """Kernel memory of its own maps (shared ones belong to their ProbeMap)."""
+        own = (handle for handle in self.maps.values() if not handle.probe_map_uid)
+        return sum(maps.memory_used_bytes(handle.fd) for handle in own)
+
+    def lost(self) -> tuple[int, int, int, int]:
+        """(failed updates, ring full, records submitted, other), cumulative; zeros where nothing counts them."""
+        handle = self.maps.get(LOST)
+        if handle is None:
+            return (0, 0, 0, 0)
+        counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
+        return (counts[0], counts[1], counts[2], counts[3])
+
+    def runs(self) -> Runs:
+        """Of all programs."""
+        infos = {name: syscall.program_info(fd) for name, fd in self.programs.items()}
+        return Runs(
+            count=sum(info.run_count for info in infos.values()),
+            time_ns=sum(info.run_time_ns for info in infos.values()),
+            hook_time_ns=round(sum(info.run_count * self.hooks_ns.get(name, 0.0) for name, info in infos.items())),
+            recursion_misses=sum(info.recursion_misses for info in infos.values()),
+        )
+
+    def verified_instructions(self) -> int:
+        """What the verifier walked through, all programs together; 0 before Linux 5.16."""
+        return sum(syscall.program_info(fd).verified_instructions for fd in self.programs.values())
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        if self.running is not None:
+            self.running.close()
+        for link in self.links.values():
+            link.close()
+        self.followers.close()
+        for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
+            fd.close()
+
+    @property
+    def runs_each_interval(self) -> bool:
+        """Whether it has iterators or syscall programs."""
+        return any(each.WhichOneof("target") in ("iterator", "interval") for each in self.chosen)
+
+    def source(self, name: str) -> MapHandle | None:
+        """What an output reads: a map, or an iterator by its function's name."""
+        if name in self.maps:
+            return self.maps[name]
+        for number, attachment in enumerate(self.chosen):
+            link = self.links.get(number)
+            if attachment.program == name and attachment.WhichOneof("target") == "iterator" and link:
+                return MapHandle(name, link.fd, source_info(link.fd, name), self.record_layouts.get(name, LINES))
+        return None
+
+    def manifest(self) -> bytes:
+        """All that adoption needs."""
+        return json.dumps(
+            {
+                "version": 1,
+                "instance": b64(self.instance),
+                "layouts": {name: handle.layout.to_json() for name, handle in self.maps.items() if handle.layout},
+                "shared": {name: h.probe_map_uid for name, h in self.maps.items() if h.probe_map_uid},
+                "sections": self.sections,
+                "chosen": [b64(attachment) for attachment in self.chosen],
+                "ways": self.ways,
+                "since_ns": self.since_ns,
+                "gaps": self.gaps,
+                "pinned_links": self.pinned_links,
+                "places": self.followers.places(),
+                "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
+                "plans": {uid: b64(plan) for uid, plan in self.plans.items()},
+                "asked_ns": self.asked_ns,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+
+def source_info(link: Fd, name: str) -> maps.MapInfo:
+    """An iterator in the words of a map: its type is 0, which no map has."""
+    return maps.MapInfo(
+        id=syscall.link_info(link).id, type=ITERATOR, key_size=0, value_size=0, max_entries=0, flags=0, name=name,
+        btf_id=0, btf_key_type_id=0, btf_value_type_id=0,
+    )  # fmt: skip
+
+
+def b64(message: plan_pb2.Instance | plan_pb2.Plan | plan_pb2.Attachment | plan_pb2.ProbeMap) -> str:
+    """A message as a manifest keeps it."""
+    return base64.b64encode(message.SerializeToString(deterministic=True)).decode()
