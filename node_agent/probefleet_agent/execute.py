@@ -28,6 +28,7 @@ from probefleet_agent.decode import Layout
 from probefleet_agent.errors import NotObserving, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
+from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import FILTER, Loaded, MapHandle, b64
 
 FILTER_ON = "probefleet_filter_on"
