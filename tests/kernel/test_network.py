@@ -17,7 +17,18 @@ from pathlib import Path
 import pytest
 from probefleet_agent import execute
 from probefleet_agent.errors import KernelError, NoSuchTarget, NotObserving, ProbefleetError
-from probefleet_agent.kernel import cgroups, features, interfaces, links_network, maps, mounts, netlink, pins, syscall
+from probefleet_agent.kernel import (
+    cgroups,
+    features,
+    hooks_network,
+    interfaces,
+    links_network,
+    maps,
+    mounts,
+    netlink,
+    pins,
+    syscall,
+)
 from probefleet_agent.kernel.spread import Pods
 from probefleet_wire import verdicts
 from probefleet_wire.v1 import plan_pb2
@@ -218,6 +229,11 @@ def test_filters_that_a_killed_agent_left_are_swept_away(
     assert links_network.sweep(root.path.parent / "another") == 0
     assert links_network.sweep(root.path) == 1
     assert netlink.filters(index, egress=True) == []
+
+
+@pytest.mark.parametrize("kind", hooks_network.KINDS)
+def test_what_a_packet_costs_on_its_way_to_a_program_is_measured(kind: str) -> None:
+    assert 0 < hooks_network.measure(kind) < 100_000
 
 
 def test_what_cannot_be_looked_at_is_said_and_what_is_attached_stays(

@@ -25,7 +25,7 @@ from probefleet_wire.btf_types import BtfError
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import btf_kernel, features, links, links_perf, syscall, targets, uapi
+from probefleet_agent.kernel import btf_kernel, features, hooks_network, links, links_perf, syscall, targets, uapi
 from probefleet_agent.kernel.uapi import ProgramType
 
 #: What costs alike: "tp_btf", "tp_btf sys", "uprobe", "kretprobe", "perf_event cpu-clock", …
@@ -107,6 +107,10 @@ def _measure(wanted: HookKind) -> float:
     if wanted in ("perf_event cpu-clock", "perf_event task-clock"):
         # The least of a few, here as below: everything else on the machine can only add to it.
         return min(_interruption_ns(wanted.partition(" ")[2]) for _ in range(_ROUNDS))
+    if wanted in hooks_network.KINDS:
+        return hooks_network.measure(wanted)
+    if wanted in ("iterator", "interval"):
+        return 0.0  # the agent asks for it: the way there is its own time
     bench = _bench(wanted)
     without_ns = _best_ns(bench.work)
     with _attached(bench.attachment, bench.copies):
