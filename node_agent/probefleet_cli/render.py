@@ -29,7 +29,7 @@ def document(status: Json, *, name: str, namespace: str = "") -> Json:
     return {"apiVersion": "probefleet.io/v1alpha1", "kind": "ProbeReport", "metadata": metadata, "status": status}
 
 
-def render(status: Json, *, name: str, namespace: str = "", output: str = "table") -> str:
+def render(status: Json, *, name: str, namespace: str = "", output: str = "table", whole: bool = False) -> str:
     """The report as text that ends with a newline; ``output`` is one of ``FORMATS``."""
     if output == "json":
         return json.dumps(document(status, name=name, namespace=namespace), indent=2, ensure_ascii=False) + "\n"
@@ -38,13 +38,14 @@ def render(status: Json, *, name: str, namespace: str = "", output: str = "table
             document(status, name=name, namespace=namespace), sort_keys=False, allow_unicode=True, width=120
         )
         return str(body)
-    return "\n".join(report_lines(status, name=name)) + "\n"
+    return "\n".join(report_lines(status, name=name, whole=whole)) + "\n"
 
 
-def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0) -> list[str]:
+def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0, whole: bool = False) -> list[str]:
     """The long form of the report's summary: every row and every distribution that the status has.
 
-    Records of events are fitted into ``width`` columns; 0: they are shown whole.
+    Records of events are fitted into ``width`` columns; 0: they are shown whole. ``whole``: of all time that the report
+    covers, as a tool prints at its end, and not of the last interval.
     """
     found = [f"== {name} =="]
     found += summary.head(status)
@@ -55,15 +56,15 @@ def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0) -> 
         elif output["kind"] == "stacks":
             found += stacks_lines(output)
         else:
-            found += summary.output_lines(output, rows=rows, histograms=1)
-            found += _row_histograms(output)
+            found += summary.output_lines(output, rows=rows, histograms=1, whole=whole)
+            found += _row_histograms(output, summary.part_shown(output, whole=whole))
     return found
 
 
-def text(status: Json, *, name: str, rows: int = 50, width: int = 0) -> Text:
+def text(status: Json, *, name: str, rows: int = 50, width: int = 0, whole: bool = False) -> Text:
     """The report for rich: the same lines, with colours that help the eye. For live views and terminals."""
     styled = Text()
-    for line in report_lines(status, name=name, rows=rows, width=width):
+    for line in report_lines(status, name=name, rows=rows, width=width, whole=whole):
         styled.append(line, style=_style(line))
         if line.endswith("|") and "|" in line[:-1]:
             # Only the bar of a histogram.
@@ -73,14 +74,21 @@ def text(status: Json, *, name: str, rows: int = 50, width: int = 0) -> Text:
 
 
 def write(
-    status: Json, *, name: str, stream: TextIO, namespace: str = "", output: str = "table", wide: bool = False
+    status: Json,
+    *,
+    name: str,
+    stream: TextIO,
+    namespace: str = "",
+    output: str = "table",
+    wide: bool = False,
+    whole: bool = False,
 ) -> None:
     """Print the report: on a terminal in colour and fitted to it (unless ``wide``), elsewhere plain and whole."""
     if output == "table" and stream.isatty():
         console = Console(file=stream, highlight=False, soft_wrap=True)
-        console.print(text(status, name=name, width=0 if wide else console.width), end="")
+        console.print(text(status, name=name, width=0 if wide else console.width, whole=whole), end="")
     else:
-        stream.write(render(status, name=name, namespace=namespace, output=output))
+        stream.write(render(status, name=name, namespace=namespace, output=output, whole=whole))
 
 
 def events_lines(output: Json, *, rows: int = MAX_EVENT_ROWS, width: int = 0) -> list[str]:
@@ -130,9 +138,8 @@ def folded(counts: Mapping[str, int]) -> str:
     return "".join(f"{stack} {count}\n" for stack, count in sorted(counts.items()))
 
 
-def _row_histograms(output: Json) -> list[str]:
+def _row_histograms(output: Json, which: str) -> list[str]:
     found: list[str] = []
-    which = "window" if output["window"]["value"] else "total"
     for row in output[which]["rows"]:
         if row.get("buckets"):
             key = summary.label_text(row["key"], output["groupBy"])

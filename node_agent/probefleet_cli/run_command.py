@@ -130,7 +130,7 @@ def _has_stacks(each: preparation.Prepared) -> bool:
 
 def _shown(prepared: Sequence[preparation.Prepared], results: Sequence[result.Result]) -> list[screen.Shown]:
     return [
-        screen.Shown(each.policy.name, report.status(found), each.policy.namespace, _stacks(found))
+        screen.Shown(each.policy.name, report.status(found), each.policy.namespace, _stacks(found), whole=True)
         for each, found in zip(prepared, results, strict=True)
     ]
 

@@ -26,12 +26,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One policy's report. ``stacks`` are all folded stacks, where the source has more than the report's rows."""
+    """One policy's report. ``stacks`` are all folded stacks, where the source has more than the report's rows.
+
+    ``whole``: what is printed at the end is of the whole run, and not of its last interval.
+    """
 
     name: str
     status: Json
     namespace: str = ""
     stacks: dict[str, int] = field(default_factory=dict)
+    whole: bool = False
 
 
 class Screen:
@@ -83,7 +87,15 @@ def print_reports(reports: Sequence[Shown], *, output: str, stream: TextIO | Non
     elif len(reports) == 1 or output == "table":
         for index, each in enumerate(reports):
             stream.write("\n" if index else "")
-            render.write(each.status, name=each.name, namespace=each.namespace, stream=stream, output=output, wide=wide)
+            render.write(
+                each.status,
+                name=each.name,
+                namespace=each.namespace,
+                stream=stream,
+                output=output,
+                wide=wide,
+                whole=each.whole,
+            )
     else:
         documents = [render.document(each.status, name=each.name, namespace=each.namespace) for each in reports]
         if output == "json":

@@ -70,21 +70,27 @@ def _filling(outputs: Sequence[Json]) -> list[str]:
     ]
 
 
-def output_lines(output: Json, *, rows: int, histograms: int) -> list[str]:
-    """One output: title, distribution, largest rows; of the window, or of the total where nothing moved in it."""
+def part_shown(output: Json, *, whole: bool) -> str:
+    """Which part people see: the window, or the total where nothing moved in it or the ``whole`` run was asked for."""
+    moved = output["window"]["value"] or output["kind"] == "gauge"
+    return "window" if moved and not (whole and output["kind"] != "gauge") else "total"
+
+
+def output_lines(output: Json, *, rows: int, histograms: int, whole: bool = False) -> list[str]:
+    """One output: title, distribution, largest rows, of the part that ``part_shown`` says."""
     grouped = f" by {', '.join(output['groupBy'])}" if output["groupBy"] else ""
     kind = output["kind"]
     if kind == "events":
         return _event_lines(output, rows)
-    which = "window" if output["window"]["value"] or kind == "gauge" else "total"
+    which = part_shown(output, whole=whole)
     part = output[which]
     span = "last interval" if which == "window" else "since the beginning"
-    whole = ""
+    amount = ""
     if kind != "gauge":
-        whole = f", {_value(part['value'], output)}" + (
+        amount = f", {_value(part['value'], output)}" + (
             f" of {_value(output['total']['value'], output)}" if which == "window" else ""
         )
-    found = [f"{output['name']} ({kind}{grouped}), {span}{whole}"]
+    found = [f"{output['name']} ({kind}{grouped}), {span}{amount}"]
     if kind == "histogram":
         if part.get("percentiles"):
             found.append("  " + percentiles_text(part, output["unit"]))

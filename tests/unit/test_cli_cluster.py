@@ -19,6 +19,7 @@ POLICIES = "/apis/probefleet.io/v1alpha1/namespaces/shop/probepolicies"
 REPORTS = "/apis/probefleet.io/v1alpha1/namespaces/shop/probereports"
 PROXY = "/api/v1/namespaces/probefleet-system/services/http:probefleet-operator:http/proxy"
 QUERY = f"{PROXY}/query/v1/namespaces/shop/probepolicies/slow"
+CREATED = "2026-11-23T13:00:05Z"
 STATUS: Json = {"query": {"token": "t0ken"}}
 
 
@@ -33,6 +34,8 @@ class FakeServer:
         found = self.answers.get(f"{method} {path}", 404)
         if callable(found):
             found = found(body)
+        if method == "POST" and isinstance(found, dict):
+            found["metadata"]["creationTimestamp"] = CREATED
         if isinstance(found, str):
             return 200, found
         if isinstance(found, int):
@@ -102,6 +105,30 @@ def report(*, value: int) -> Json:
     part = {"value": value, "rows": [], "other": {"rows": 0, "value": 0}}
     output = {"name": "calls", "kind": "counter", "unit": "calls", "groupBy": [], "window": part, "total": part}
     return {"kind": "ProbeReport", "status": {**STATUS, "outputs": [output], "columns": {}}}
+
+
+@pytest.mark.parametrize(
+    ("since", "shown"),
+    [("2026-11-23T13:00:07Z", "since the beginning, 997"), ("2026-11-23T12:00:00Z", "last interval, 23 of 997")],
+)
+def test_a_run_ends_with_all_that_it_counted_or_the_last_interval_of_a_program_that_ran_before(
+    fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str], since: str, shown: str
+) -> None:
+    stored = yaml.safe_load((Path(__file__).parents[1] / "golden/report-calls.yaml").read_text())
+    output = next(each for each in stored["outputs"] if each["name"] == "calls")
+    output["window"]["value"], output["total"]["value"] = 23, 997
+    stored |= {**STATUS, "since": since}
+
+    def create(body: Json) -> Json:
+        name = body["metadata"]["name"]
+        for path in (f"{REPORTS}/{name}", f"{PROXY}/query/v1/namespaces/shop/probepolicies/{name}/report"):
+            fake.answers[f"GET {path}"] = {"kind": "ProbeReport", "status": stored}
+        fake.answers[f"DELETE {POLICIES}/{name}"] = {"kind": "Status"}
+        return body
+
+    fake.answers[f"POST {POLICIES}"] = create
+    assert call(kubeconfig, "run", "syscount", "--for", "1s") == 0
+    assert f"calls (topk by pod, key.uid), {shown}" in capsys.readouterr().out
 
 
 def test_a_run_creates_follows_prints_and_deletes(
