@@ -135,7 +135,8 @@ class Rows:
         order = np.arange(len(entry))
         last = np.full(len(self._row_of) + 1, -1)  # one place more for entry -1
         np.maximum.at(last, entry, order)
-        return (last[entry] == order) & (entry >= 0)
+        newest: npt.NDArray[np.bool_] = (last[entry] == order) & (entry >= 0)
+        return newest
 
     def _locate(
         self, keys: npt.NDArray[np.uint8], classify: Classify
