@@ -137,4 +137,3 @@ def test_a_hook_that_cannot_be_measured_makes_the_cost_unknown(folder: Path, mon
     assert not stat.cost_known
     assert stat.runs >= 23, "the rate is known all the same"
     assert stat.hook_time_ns == 0
-
