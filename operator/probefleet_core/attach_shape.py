@@ -57,6 +57,16 @@ def _uprobe_rule(value: Mapping[str, object], path: str, problems: errors.Proble
         )
 
 
+def _pods_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    if value.get("pods") and value.get("pid"):
+        problems.add(
+            f"{path}.pid",
+            "pid with pods: true",
+            why="a process is one of the node's, and pods are found by the policy's selector",
+            write="Keep one of them.",
+        )
+
+
 OFFSET = Whole(0, (1 << 53) - 1)
 LIBRARY = Text(
     max_length=128,
@@ -74,9 +84,10 @@ UPROBE = Record(
         "symbol": Text(max_length=512, min_length=1, pattern=r"[!-~]+", write="Write the function's (mangled) name."),
         "offset": OFFSET,
         "pid": PID,
+        "pods": Flag(),
     },
     unions=(FILE,),
-    rules=(_uprobe_rule,),
+    rules=(_uprobe_rule, _pods_rule),
 )
 USDT_NAME = Text(
     max_length=128,
@@ -86,9 +97,10 @@ USDT_NAME = Text(
 )
 USDT = Record(
     "a static probe of user space",
-    {"path": PATH, "library": LIBRARY, "provider": USDT_NAME, "name": USDT_NAME, "pid": PID},
+    {"path": PATH, "library": LIBRARY, "provider": USDT_NAME, "name": USDT_NAME, "pid": PID, "pods": Flag()},
     required=("provider", "name"),
     unions=(FILE,),
+    rules=(_pods_rule,),
 )
 PERF_EVENT = Record(
     "a perf event",

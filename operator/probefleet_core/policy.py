@@ -210,6 +210,7 @@ def _target(kind: str, item: _Checked) -> values.Target:
                 provider=item["provider"],
                 name=item["name"],
                 pid=item.get("pid") or 0,
+                pods=bool(item.get("pods")),
             )
         case "kprobe" | "kretprobe":
             return values.Kprobe(item["function"], item.get("offset") or 0, kind == "kretprobe")
@@ -220,6 +221,7 @@ def _target(kind: str, item: _Checked) -> values.Target:
                 offset=item.get("offset") or 0,
                 pid=item.get("pid") or 0,
                 on_return=kind == "uretprobe",
+                pods=bool(item.get("pods")),
             )
         case "perfEvent":
             return values.PerfEvent(item["event"], item.get("frequency") or 0, item.get("period") or 0)

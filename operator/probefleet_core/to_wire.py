@@ -77,10 +77,12 @@ def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Atta
             made.fentry.CopyFrom(plan_pb2.Fentry(function=function, on_return=on_return))
         case values.Lsm(hook):
             made.lsm.CopyFrom(plan_pb2.Lsm(hook=hook))
-        case values.Usdt(path, provider, name, pid):
-            made.usdt.CopyFrom(plan_pb2.Usdt(path=path, provider=provider, name=name, pid=pid))
-        case values.Uprobe(path, symbol, offset, pid, on_return):
-            made.uprobe.CopyFrom(plan_pb2.Uprobe(path=path, symbol=symbol, offset=offset, on_return=on_return, pid=pid))
+        case values.Usdt(path, provider, name, pid, pods):
+            made.usdt.CopyFrom(plan_pb2.Usdt(path=path, provider=provider, name=name, pid=pid, pods=pods))
+        case values.Uprobe(path, symbol, offset, pid, on_return, pods):
+            made.uprobe.CopyFrom(
+                plan_pb2.Uprobe(path=path, symbol=symbol, offset=offset, on_return=on_return, pid=pid, pods=pods)
+            )
         case values.PerfEvent(event, frequency, period):
             made.perf_event.CopyFrom(plan_pb2.PerfEvent(event=event, frequency_hz=frequency, period=period))
         case values.Syscall(name, on_return):
@@ -136,11 +138,11 @@ def describe(target: values.Target) -> str:
             what = function
         case values.Lsm(hook):
             what = hook
-        case values.Usdt(path, provider, name, _):
-            what = f"{path}:{provider}:{name}"
-        case values.Uprobe(path, symbol, offset, _, _):
+        case values.Usdt(path, provider, name, pods=pods):
+            what = f"{path}:{provider}:{name}" + (" in pods" if pods else "")
+        case values.Uprobe(path, symbol, offset, pods=pods):
             place = f"{symbol}+{offset}" if symbol and offset else symbol or f"0x{offset:x}"
-            what = f"{path}:{place}"
+            what = f"{path}:{place}" + (" in pods" if pods else "")
         case values.PerfEvent(event, frequency, period):
             what = f"{event} {f'{frequency} Hz' if frequency else f'every {period}'}"
         case values.Syscall(name, on_return):

@@ -182,19 +182,20 @@ class Lsm:
 
 @dataclass(frozen=True, slots=True)
 class Usdt:
-    """A probe that the author of a user program put there. ``path`` as in Uprobe; ``pid`` 0: all."""
+    """A probe that the author of a user program put there. ``path`` and ``pods`` as in Uprobe; ``pid`` 0: all."""
 
     path: str
     provider: str
     name: str
     pid: int = 0
+    pods: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Uprobe:
     """A user function's entry or return; ``symbol`` or, where that is empty, an offset in the file. ``pid`` 0: all.
 
-    ``path`` is absolute, or the name of a library.
+    ``path`` is absolute, or the name of a library. ``pods``: in the selected pods' containers, not on the node.
     """
 
     path: str
@@ -202,6 +203,7 @@ class Uprobe:
     offset: int = 0
     pid: int = 0
     on_return: bool = False
+    pods: bool = False
 
 
 @dataclass(frozen=True, slots=True)

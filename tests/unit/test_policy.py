@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from probefleet_core import c_declaration, errors, policy, quantities, shape, values
+from probefleet_core import c_declaration, errors, policy, quantities, shape, to_wire, values
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -90,7 +90,7 @@ def test_everything_is_read() -> None:
                     {"program": "a", "lsm": {"hook": "file_open"}},
                     {"program": "a", "uprobe": {"library": "libc", "symbol": "malloc"}},
                     {"program": "a", "usdt": {"path": "/bin/x", "provider": "p", "name": "n", "pid": 3}},
-                    {"program": "a", "usdt": {"library": "c", "provider": "p", "name": "n"}},
+                    {"program": "a", "usdt": {"library": "c", "provider": "p", "name": "n", "pods": True}},
                 ],
                 maps=[{"name": "m", "share": {"probeMap": "p"}}, {"name": "n", "maxEntries": 7}],
                 outputs=[
@@ -130,6 +130,7 @@ def test_everything_is_read() -> None:
         values.Uprobe("libc", "malloc"),
         values.Usdt("/bin/x", "p", "n", 3),
     ]
+    assert to_wire.describe(parsed.attach[16].target) == "usdt c:p:n in pods"
     assert parsed.maps == (values.MapUse("m", probe_map="p"), values.MapUse("n", max_entries=7))
     first = parsed.outputs[0]
     assert first.group_by == ("pod", "key.port") and first.unit == "ns" and first.limit == 5
@@ -300,6 +301,8 @@ def test_outputs_are_checked(output: Json, path: str) -> None:
         ({"lsm": {"hook": "lsm/file_open"}}, "lsm.hook"),
         ({"uprobe": {"library": "../x", "symbol": "a"}}, "uprobe.library"),
         ({"usdt": {"provider": "p", "name": "n"}}, "usdt"),
+        ({"uprobe": {"path": "/bin/x", "symbol": "f", "pods": True, "pid": 3}}, "uprobe.pid"),
+        ({"usdt": {"path": "/bin/x", "provider": "p", "name": "n", "pods": True, "pid": 3}}, "usdt.pid"),
         ({"usdt": {"path": "/bin/x", "provider": "p:q", "name": "n"}}, "usdt.provider"),
     ],
 )

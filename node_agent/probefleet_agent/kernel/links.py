@@ -17,6 +17,7 @@ from probefleet_agent.kernel import (
     links_function,
     links_network,
     links_perf,
+    links_pods,
     links_trace,
     links_trampoline,
     links_usdt,
@@ -68,6 +69,8 @@ def spread(
     """The spread that an attachment is, where its places come and go; None for kinds that are one place."""
     if kind(attachment) == "perf_event":
         return links_perf.spread(prog_fd, attachment)
+    if attachment.uprobe.pods or attachment.usdt.pods:
+        return links_pods.spread(prog_fd, attachment)
     return links_network.spread(prog_fd, attachment, around)
 
 

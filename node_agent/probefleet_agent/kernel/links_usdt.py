@@ -34,6 +34,8 @@ def _type(_attachment: Attachment, _section: str) -> tuple[int, int]:
 
 
 def _rooted(attachment: Attachment, root: str) -> Attachment:
+    if attachment.usdt.pods:
+        return attachment
     moved = Attachment()
     moved.CopyFrom(attachment)
     moved.usdt.path = user_files.locate(attachment.usdt.path, root)
@@ -43,6 +45,8 @@ def _rooted(attachment: Attachment, root: str) -> Attachment:
 def _check(attachment: Attachment, _section: str) -> None:
     if not features.uprobes():
         raise UnsupportedFeature("uprobes", "4.17", "it was built without CONFIG_UPROBES, or is too old")
+    if attachment.usdt.pods:
+        return  # each pod has a file of its own: what it lacks is said when it is there
     places, is_fixed = _places(attachment)
     if not features.cookies() and not is_fixed and not attachment.usdt.pid and any(each.arguments for each in places):
         why = "without attach cookies the arguments of a file that is loaded anywhere are known for one process only"

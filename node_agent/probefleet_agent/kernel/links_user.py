@@ -14,10 +14,14 @@ from probefleet_agent.kernel.uapi import ProgramType
 def _check_uprobe(attachment: Attachment, _section: str) -> None:
     if not features.uprobes():
         raise UnsupportedFeature("uprobes", "4.17", "it was built without CONFIG_UPROBES, or is too old")
+    if attachment.uprobe.pods:
+        return  # each pod has a file of its own: what it lacks is said when it is there
     targets.uprobe_offset(attachment.uprobe.path, attachment.uprobe.symbol, attachment.uprobe.offset)
 
 
 def _rooted(attachment: Attachment, root: str) -> Attachment:
+    if attachment.uprobe.pods:
+        return attachment
     moved = Attachment()
     moved.CopyFrom(attachment)
     moved.uprobe.path = user_files.locate(attachment.uprobe.path, root)

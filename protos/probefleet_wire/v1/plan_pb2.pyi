@@ -693,12 +693,15 @@ class Uprobe(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     ON_RETURN_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """absolute, or a library's name ("libc", "ssl") as the node's loader finds it"""
     symbol: _builtins.str
     offset: _builtins.int
     on_return: _builtins.bool
     pid: _builtins.int
+    pods: _builtins.bool
+    """the file is that of the selected pods' containers, which come and go"""
     def __init__(
         self,
         *,
@@ -707,10 +710,11 @@ class Uprobe(_message.Message):
         offset: _builtins.int = ...,
         on_return: _builtins.bool = ...,
         pid: _builtins.int = ...,
+        pods: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "on_return", b"on_return", "path", b"path", "pid", b"pid", "symbol", b"symbol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "on_return", b"on_return", "path", b"path", "pid", b"pid", "pods", b"pods", "symbol", b"symbol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,10 +730,12 @@ class Usdt(_message.Message):
     PROVIDER_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     provider: _builtins.str
     name: _builtins.str
     pid: _builtins.int
+    pods: _builtins.bool
     def __init__(
         self,
         *,
@@ -737,10 +743,11 @@ class Usdt(_message.Message):
         provider: _builtins.str = ...,
         name: _builtins.str = ...,
         pid: _builtins.int = ...,
+        pods: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "pid", b"pid", "provider", b"provider"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "pid", b"pid", "pods", b"pods", "provider", b"provider"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
