@@ -68,7 +68,7 @@ def add_tables(
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch = f"{clock.boot_id()}:{handle.info.id}"
             table.since_ns, table.lost = instance.since_ns, counts[0] + counts[3]
-            if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH):
+            if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
             if full and LOST not in instance.maps:

@@ -99,6 +99,9 @@ ON_CALL
         call_getppid(997)
         # The longest prefix that fits is counted: 1 at its making, and once a call.
         assert run.rows("calls") == {("10.0.0.0/8",): 1, ("10.1.2.0/24",): 998}
+        batch = run.measured.sample(force=True)
+        assert batch is not None
+        assert [(table.entries, table.max_entries) for table in batch.tables] == [(2, 64)], "how full it is"
 
 
 def test_an_lpm_trie_groups_by_its_prefix_by_itself() -> None:
