@@ -223,6 +223,8 @@ def _kernels(facts: Facts) -> list[api.Json]:
             row["nodes"] += 1
             row["ready"] += node.said is not None and node.said.state == READY
             row["failed"] += node.said is not None and node.said.state in BROKEN
+            if node.said is not None:  # nodes of one kernel differ in nothing that the verifier looks at
+                row["verified"] = max(row["verified"], node.said.verified_instructions)
     largest = sorted(rows.items(), key=lambda item: (-item[1]["nodes"], item[0]))[:MAX_KERNELS]
     return [
         {
@@ -231,6 +233,7 @@ def _kernels(facts: Facts) -> list[api.Json]:
             "nodes": row["nodes"],
             "ready": row["ready"],
             "failed": row["failed"],
+            **({"verifiedInstructions": row["verified"]} if row["verified"] else {}),
         }
         for kernel, row in largest
     ]

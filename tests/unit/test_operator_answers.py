@@ -84,6 +84,15 @@ def test_all_is_well() -> None:
     }
     assert body["observedGeneration"] == 2
     assert [row["ready"] for row in body["kernels"]] == [1, 1]
+    assert all("verifiedInstructions" not in row for row in body["kernels"]), "before Linux 5.16 nobody knows"
+
+
+def test_the_kernels_say_what_their_verifiers_went_through() -> None:
+    nodes = [node(0), node(1), node(2)]  # of two kernels in turn
+    for each, count in zip(nodes, (997, 23, 991), strict=True):
+        assert each.said is not None
+        each.said.verified_instructions = count
+    assert [row["verifiedInstructions"] for row in rendered(facts(*nodes))["kernels"]] == [997, 23]
 
 
 @pytest.mark.parametrize(
