@@ -63,12 +63,22 @@ def image(tmp_path: Path) -> Path:
     return root
 
 
-def same_image(image: Path) -> Path:
-    """Another root whose file is the same one, as of a layer that two containers share."""
-    root = image.parent / "two"
-    root.mkdir()
-    (root / "marks").hardlink_to(image / "marks")
-    return root
+@pytest.fixture
+def containers(image: Path) -> Iterator[tuple[Path, Path]]:
+    """Two roots over one layer, as a container runtime makes them of one image."""
+    roots = []
+    try:
+        for name in ("first", "second"):
+            root, upper, work = (image.parent / f"{name}-{part}" for part in ("root", "upper", "work"))
+            for folder in (root, upper, work):
+                folder.mkdir()
+            options = f"lowerdir={image},upperdir={upper},workdir={work}"
+            subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(root)], check=True)
+            roots.append(root)
+        yield roots[0], roots[1]
+    finally:
+        for root in roots:
+            subprocess.run(["umount", str(root)], check=True)
 
 
 def made(loaded: Loaded, target: plan_pb2.Attachment) -> Spread:
@@ -86,9 +96,10 @@ USDT = attachment("on_it", usdt={"path": "/marks", "provider": "marks", "name": 
 
 
 @pytest.mark.parametrize("target", [UPROBE, USDT], ids=["uprobe", "usdt"])
-def test_a_file_that_two_pods_share_is_probed_once(image: Path, target: plan_pb2.Attachment) -> None:
+def test_a_file_that_two_pods_share_is_probed_once(containers: tuple[Path, Path], target: plan_pb2.Attachment) -> None:
     assert links.supported(target, root="/proc/1/root") is None, "what a pod lacks is said when it is there"
-    with pods(image, same_image(image)) as (one, two), Loaded(ANY, on_it=links.program_type(target)) as loaded:
+    assert containers[0].stat().st_dev != containers[1].stat().st_dev
+    with pods(*containers) as (one, two), Loaded(ANY, on_it=links.program_type(target)) as loaded:
         spread = made(loaded, target)
         assert len(spread.follow(groups(one, two), 1).came) == 1
         assert spread.pinnable == features.perf_link() and len(spread.fds) == 1
