@@ -82,6 +82,12 @@
 #define inet_dport sk.__sk_common.skc_dport
 #define inet_num sk.__sk_common.skc_num
 
+/* include/linux/minmax.h */
+#define min(x, y) ((x) < (y) ? (x) : (y))
+#define max(x, y) ((x) > (y) ? (x) : (y))
+#define min_t(type, x, y) min((type)(x), (type)(y))
+#define max_t(type, x, y) max((type)(x), (type)(y))
+
 /* include/linux/tcp.h, include/net/inet_sock.h, include/net/inet_connection_sock.h, include/linux/udp.h */
 #define inet_sk(sk) ((struct inet_sock *)(sk))
 #define inet_csk(sk) ((struct inet_connection_sock *)(sk))
