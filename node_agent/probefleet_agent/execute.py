@@ -57,6 +57,8 @@ class Executor:
         filter_on: bool,
     ) -> Loaded:
         """Load, attach and pin. Raises ProbefleetError; then nothing of it is left."""
+        if instance.WhichOneof("program") in ("bcc", "bpftrace"):
+            observing.check_attachments(instance)
         with contextlib.ExitStack() as undo:
             if instance.WhichOneof("program") == "bcc":
                 # Imported here: it builds on this module.

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from probefleet_wire import bpf_code, network_programs
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
+from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.kernel.uapi import ProgramType
 
+_TARGETS = frozenset({"xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock"})
 _KINDS = {
     ProgramType.XDP: network_programs.XDP,
     ProgramType.SCHED_CLS: network_programs.TC,
@@ -21,6 +23,14 @@ _KINDS = {
     ProgramType.CGROUP_SOCK: network_programs.CGROUP_SOCK,
     ProgramType.SOCKET_FILTER: network_programs.SOCKET_FILTER,
 }
+
+
+def check_attachments(instance: plan_pb2.Instance) -> None:
+    """Raise NotObserving where a program that is compiled on the node would be asked about packets."""
+    for attachment in instance.attachments:
+        if attachment.WhichOneof("target") in _TARGETS:
+            why = f"{attachment.program} would decide about packets, and its verdict was not fixed before it came here"
+            raise NotObserving.because(instance.title, why)
 
 
 def check(title: str, blob: bytes, programs: Mapping[str, int]) -> None:

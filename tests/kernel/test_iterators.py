@@ -203,6 +203,60 @@ def test_tcp_sockets_are_counted_by_state_in_the_nodes_network() -> None:
         assert set(waiting.values()) == {0}
 
 
+UDP = """
+SEC("iter/udp")
+int dump(struct bpf_iter__udp *ctx)
+{
+	static const char format[] = "udp %u\\n";
+	struct udp_sock *socket = ctx->udp_sk;
+	u64 port;
+
+	if (!socket)
+		return 0;
+	port = socket->inet.sk.__sk_common.skc_num;
+	bpf_seq_printf(ctx->meta->seq, format, sizeof(format), &port, sizeof(port));
+	return 0;
+}
+"""
+MAPS = """
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 7919); __type(key, u32); __type(value, u64); }
+mine SEC(".maps");
+SEC("iter/bpf_map")
+int dump(struct bpf_iter__bpf_map *ctx)
+{
+	static const char format[] = "map of %u\\n";
+	struct bpf_map *map = ctx->map;
+	u32 zero = 0;
+	u64 entries;
+
+	bpf_map_lookup_elem(&mine, &zero);
+	if (!map || map->max_entries != 7919)
+		return 0;
+	entries = map->max_entries;
+	bpf_seq_printf(ctx->meta->seq, format, sizeof(format), &entries, sizeof(entries));
+	return 0;
+}
+"""
+
+
+def test_udp_sockets_of_the_nodes_network_are_lines(folder: Path) -> None:
+    with network.namespace() as here, interfaces.entered(here), contextlib.ExitStack() as stack:
+        network.ip("link", "set", "lo", "up")
+        ports = []
+        for _ in range(23):
+            made = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            made.bind(("127.0.0.1", 0))
+            ports.append(made.getsockname()[1])
+        measured = stack.enter_context(node(folder, UDP))
+        assert sorted(lines(measured.interval())) == sorted(f"udp {port}" for port in ports)
+
+
+def test_maps_are_lines(folder: Path) -> None:
+    output = {"name": "maps", "from": {"map": "dump"}, "events": {}}
+    with node(folder, MAPS, output) as measured:
+        assert lines(measured.interval()) == ["map of 7919"]
+
+
 def test_open_files_are_counted_by_process(child: subprocess.Popen[str]) -> None:
     with examples_runner.running("open-files.yaml", links=1) as run:
         pass

@@ -453,6 +453,14 @@ def test_a_program_whose_verdict_is_not_fixed_is_not_loaded(wire: Wire, start: S
     assert len(syscall.ids("program")) == before
 
 
+def test_what_is_compiled_on_the_node_is_not_asked_about_packets(root: pins.Root) -> None:
+    instance = plan_pb2.Instance(digest="b" * 32, title="bcc/it")
+    instance.bcc.source = "int it(struct xdp_md *ctx) { return 1; }"
+    instance.attachments.add(program="it").xdp.interfaces.append("lo")
+    with pytest.raises(NotObserving, match="its verdict was not fixed"):
+        execute.Executor(root).load(instance, blob=None, probe_maps={}, budget_bytes=0, filter_on=False)
+
+
 def test_a_program_that_writes_into_packets_is_not_loaded(wire: Wire, start: Start) -> None:
     source = """
     SEC("xdp") int it(struct xdp_md *ctx)
