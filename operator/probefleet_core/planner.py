@@ -429,7 +429,8 @@ def _summary(
     instance = f"probefleet/instances/{made.digest}"
     loaded = dict.fromkeys([*(each.attachment.program for each in parts.attached), *made.tail_programs])
     pins = [f"{instance}/prog_{name}" for name in loaded]
-    pins += [f"{instance}/map_{name}" for name, _ in sizes if name not in shared and not name.startswith(".")]
+    # bpffs takes no dot in a name.
+    pins += [f"{instance}/map_{name.replace('.', '%')}" for name, _ in sizes if name not in shared]
     pins += [f"probefleet/maps/{uid}/map" for uid in sorted({each.probe_map.uid for each in shared.values()})]
     verbs = ["create probepolicies.probefleet.io"]
     if policy.scope is values.Scope.CLUSTER:
