@@ -11,6 +11,9 @@ from probefleet_agent.kernel import interfaces
 from tests.kernel import examples_runner, network
 from tests.kernel.network import Wire, ip
 
+# An emulated machine takes minutes for what starts a command.
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:

@@ -21,6 +21,9 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from tests.kernel import examples_runner, network, support
 
+# An emulated machine takes minutes for what starts a command.
+pytestmark = pytest.mark.timeout(400)
+
 PRELUDE = """
 #include <probefleet.h>
 char LICENSE[] SEC("license") = "GPL";

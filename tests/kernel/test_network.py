@@ -37,6 +37,8 @@ from tests.kernel import network, support
 from tests.kernel.network import PORT, Wire, ip
 
 TIMES = 997
+# An emulated machine takes minutes for what starts a command.
+pytestmark = pytest.mark.timeout(400)
 
 PRELUDE = """
 #include "vmlinux.h"
