@@ -98,7 +98,9 @@ class Running:
             each.name: _Table(each, tables[each.table]) for each in bpftrace_script.maps(script) if each.table in tables
         }
         self._marks = 0
-        self._process = bpftrace.Process(bpftrace_script.instrumented(script), title)
+        self._process = bpftrace.Process(
+            bpftrace_script.instrumented(script), title, includes=bpftrace_script.includes(script)
+        )
         self._wait_for_the_first_mark(title)
 
     @property

@@ -203,7 +203,7 @@ def decoder_of(field: Field, decode: Mapping[str, str], name: str) -> str:
     for typedef in field.typedefs:
         if typedef in TYPEDEFS:
             return TYPEDEFS[typedef]
-    if field.is_char_array:
+    if field.kind == "char" and len(field.shape) <= 1:
         return "text"
     if field.enum_names:
         return "enum"
@@ -238,7 +238,7 @@ def coded(buffer: Bytes, field: Field, decoder: str, lookups: Lookups) -> Coded:
     _check_fit(field, decoder)
     values = raw(buffer, field)
     if decoder == "text":
-        if field.kind != "char":
+        if not field.is_char_array:
             at = np.ascontiguousarray(buffer[:, field.offset_bytes : field.offset_bytes + field.size_bytes])
             values = at.view(f"S{field.size_bytes}").reshape(-1)
         return _each(values, lambda value: _text(bytes(value)))

@@ -16,6 +16,7 @@ ANONYMOUS = "at"
 LINES = "printf"
 MARK, CLEARED = "\x1eprobefleet", "\x1ecleared "
 _CLEAR = re.compile(r"\b(?:clear|zero)\s*\(\s*@([A-Za-z_]?\w*)\s*\)")
+_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[<\"][^>\"\n]*[>\"]", re.MULTILINE)
 _TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _MAP = re.compile(r"@([A-Za-z_]\w*)?\s*((?:\[[^][]*(?:\[[^][]*\][^][]*)*\])?)\s*(\+\+|--|\+=|-=|=(?!=))?\s*(\w+\s*\()?")
@@ -99,11 +100,17 @@ def prints(script: str) -> bool:
     return re.search(r"\b(?:printf|time|cat|join|strftime)\s*\(", _bare(script)) is not None
 
 
+def includes(script: str) -> bool:
+    """The script includes headers of the kernel: nodes have none, and BTF has what it wants of them."""
+    return _INCLUDE.search(script) is not None
+
+
 def instrumented(script: str) -> str:
     """The script with a probe that prints all its maps once a second, and a mark behind them.
 
     Where the script clears a map it says so, on the same line: a count that is reached again would look like no change.
     """
     shown = " ".join(f"print(@{each.name});" for each in maps(script))
-    marked = _CLEAR.sub(lambda found: f'{found[0]}; printf("%s\\n", "{CLEARED}{found[1]}")', script)
+    bare = _INCLUDE.sub("", script)
+    marked = _CLEAR.sub(lambda found: f'{found[0]}; printf("%s\\n", "{CLEARED}{found[1]}")', bare)
     return f'{marked}\ninterval:s:1 {{ {shown} printf("%s\\n", "{MARK}"); }}\n'

@@ -86,3 +86,20 @@ def test_a_table_of_stacks_is_made(tmp_path: Path) -> None:
     with examples_runner.running(path, links=1) as run:
         pass
     assert sum(run.rows("stacks", "counts").values()) > 0
+
+
+def test_a_record_is_described_though_the_preprocessor_leaves_another_struct_out() -> None:
+    program = compiled("""
+#ifdef NEVER
+struct never { int a; };
+#endif
+struct sent { u32 pid; char comm[16]; };
+BPF_PERF_OUTPUT(sends);
+int f(void *ctx)
+{
+	struct sent sent = {};
+	return sends.perf_submit(ctx, &sent, sizeof(sent));
+}
+""")
+    (sends,) = program.maps
+    assert [field.name for field in sends.record] == ["pid", "comm"]

@@ -165,3 +165,13 @@ def test_rows_of_text_are_left_out_and_negative_buckets_are_the_first() -> None:
         (bpftrace_programs._KEY.pack(b"", 0), (3, 0, 0)),
         (bpftrace_programs._KEY.pack(b"", 10), (5, 0, 0)),
     ]
+
+
+def test_a_script_that_includes_the_kernels_headers_has_types_and_macros_without_them(tmp_path: Path) -> None:
+    script = f"#include <linux/sched.h>\n{TRACEPOINT} {{ if (args->policy == TASK_RUNNING) {{ @calls = count(); }} }}"
+    path = tmp_path / "script.yaml"
+    path.write_text(yaml.safe_dump(policy(script)))
+    with examples_runner.running(path, instances=1) as run:
+        make_calls(23, 0)
+        make_calls(5, 1)
+    assert run.rows("script", "calls") == {(): 23}

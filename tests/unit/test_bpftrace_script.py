@@ -49,3 +49,13 @@ def test_every_map_is_printed_between_marks() -> None:
 def test_lines_are_printed_where_the_script_says_so() -> None:
     assert bpftrace_script.prints('BEGIN { printf("x"); }')
     assert not bpftrace_script.prints('BEGIN { @a = count(); } // printf("x")')
+
+
+def test_headers_of_the_kernel_are_left_out_and_lines_keep_their_numbers() -> None:
+    script = "#!/usr/bin/bpftrace\n#include <linux/sched.h>\nkprobe:f { @ = count(); }"
+    assert bpftrace_script.includes(script) and not bpftrace_script.includes("kprobe:f { @ = count(); }")
+    assert bpftrace_script.instrumented(script).splitlines()[:3] == [
+        "#!/usr/bin/bpftrace",
+        "",
+        "kprobe:f { @ = count(); }",
+    ]

@@ -399,3 +399,10 @@ def test_distinct_values_and_where_they_are(values: list[int]) -> None:
     found, index = decode.distinct(np.array(values, np.uint64))
     assert found.tolist() == sorted(set(values))
     assert found[index].tolist() == values
+
+
+def test_a_single_char_is_a_letter() -> None:
+    field = Field(name="type", offset_bytes=1, size_bytes=1, kind="char", type_name="char")
+    entries = np.frombuffer(b"\0R\0O\0\0", np.uint8).reshape(3, 2)
+    assert decode.decoder_of(field, {}, "type") == "text"
+    assert decode.column(entries, field, "text", Machine()).tolist() == ["R", "O", ""]

@@ -174,11 +174,13 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     ]
     limits = replace(LIMITS, wall_seconds=timeout_seconds)
     flags = [*FLAGS, *([_ARCHITECTURES[platform.machine()]] if platform.machine() in _ARCHITECTURES else []), *cflags]
-    for keep in (True, False):
-        text = bcc_source.prepared(source, keep=keep)
+    leave: frozenset[int] = frozenset()
+    for attempt in range(3):
+        text = bcc_source.prepared(source, keep=attempt < 2, leave=leave)
         finished = _run(text, source, flags, tree, formats, limits)
-        # A struct that the preprocessor leaves out cannot be kept: then without descriptions of records.
-        if finished.status == 0 or bcc_source.KEEP.encode() not in finished.stderr:
+        # A struct that the preprocessor leaves out cannot be kept; the last attempt is without descriptions of records.
+        leave |= bcc_source.not_kept(finished.stderr.decode("utf-8", "replace"))
+        if finished.status == 0 or not leave:
             break
     diagnostics = clang.read_diagnostics(
         finished.stderr.decode("utf-8", "replace").replace(bcc_source.FILE, name), name, source, [f"{tree}/include/"]

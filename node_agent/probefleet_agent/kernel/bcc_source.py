@@ -160,8 +160,8 @@ def tracepoints(source: str) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys((a or c, b or d) for a, b, c, d in found))[:MAX_NAMES]
 
 
-def prepared(source: str, *, keep: bool = True) -> str:
-    """The text that is compiled; every line of the source keeps its number."""
+def prepared(source: str, *, keep: bool = True, leave: frozenset[int] = frozenset()) -> str:
+    """The text that is compiled; every line of the source keeps its number. ``leave``: objects not kept, by number."""
     bare = _COMMENT.sub(" ", source)
     printing = prints(source)
     text = _OURS.sub(lambda _: f"{_FILTER} {_PRINTS}" if printing else _FILTER, source, count=1)
@@ -170,8 +170,14 @@ def prepared(source: str, *, keep: bool = True) -> str:
     names = [f"struct {PRINT_RECORD}"] if printing else []
     names += [f"{word} {name}" for word, name in _STRUCT.findall(bare)] + _TYPEDEF.findall(bare)
     section = '__attribute__((section(".maps.probefleet_keep"), used))'
-    kept = [f"{name} {KEEP}{index} {section};" for index, name in enumerate(dict.fromkeys(names[:MAX_NAMES]))]
-    return text + "\n" + " ".join(kept) + "\n"
+    numbers = enumerate(dict.fromkeys(names[:MAX_NAMES]))
+    kept = [f"{name} {KEEP}{index} {section};" for index, name in numbers if index not in leave]
+    return text + "\n" + "\n".join(kept) + "\n"
+
+
+def not_kept(errors: str) -> frozenset[int]:
+    """Which objects the compiler complains of: their structs are left out by the preprocessor."""
+    return frozenset(int(number) for number in re.findall(rf"\b{KEEP}(\d+)\b", errors))
 
 
 def numbered(text: str) -> str:

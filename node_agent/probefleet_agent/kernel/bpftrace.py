@@ -16,14 +16,17 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from probefleet_agent.errors import ObjectError, UnsupportedFeature
+from probefleet_agent.kernel import bcc_headers
 
 #: An emulated CPU takes tens of seconds to compile a script.
 START_SECONDS = 120.0
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
+_HEADERS = ("--btf", "--include", str(Path(bcc_headers.__file__).with_name("macros.h")))
 _LOCKED_IN = (
     *("unshare", "--net"),
     *(
@@ -52,7 +55,8 @@ def version() -> str:
 class Process:
     """One running script."""
 
-    def __init__(self, script: str, title: str) -> None:
+    def __init__(self, script: str, title: str, *, includes: bool = False) -> None:
+        """``includes``: the script named headers. Types come from BTF all the same, macros from those for BCC."""
         program = shutil.which("bpftrace")
         if program is None:
             raise BpftraceUnavailable(
@@ -66,7 +70,7 @@ class Process:
         os.set_blocking(self._errors, False)
         try:
             self._process = subprocess.Popen(
-                [*_LOCKED_IN, program, "-f", "json", "-e", script],
+                [*_LOCKED_IN, program, "-f", "json", *(_HEADERS if includes else ()), "-e", script],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
