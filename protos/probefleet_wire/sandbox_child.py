@@ -7,7 +7,7 @@ need calls that it refuses. Kernel facts: Documentation/userspace-api/landlock.r
 """
 
 # pathlib would add a third to the time that the child takes to start.
-# ruff: noqa: PTH103, PTH110, PTH114, PTH115, PTH120, PTH123, PTH211
+# ruff: noqa: PTH103, PTH110, PTH114, PTH115, PTH116, PTH118, PTH120, PTH123, PTH211
 
 from __future__ import annotations
 
@@ -129,6 +129,29 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
     _check(result, f"mount {target}")
 
 
+def stay_where_nobody_may_not_go(config: dict[str, Any]) -> None:
+    """Without a namespace paths are the machine's: in a checkout below /root, say, nobody could open what is granted.
+
+    Then the child keeps its uid, without capabilities, under Landlock and the filter; its scratch is its own again.
+    """
+    if config["uid"] is None or all(_open_to_all(path) for path in (*config["read"], config["scratch"])):
+        return
+    config["uid"] = None
+    for folder, _, files in os.walk(config["scratch"]):
+        for path in (folder, *(os.path.join(folder, name) for name in files)):
+            os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+
+
+def _open_to_all(path: str) -> bool:
+    if not os.path.exists(path):
+        return True  # there is nothing to open
+    while path != "/":
+        path = os.path.dirname(path)
+        if not os.stat(path).st_mode & stat.S_IXOTH:
+            return False
+    return True
+
+
 def drop_privileges(config: dict[str, Any]) -> None:
     """Leave root for nobody, where that may be done, and every capability in any case."""
     if config["uid"] is not None:
@@ -207,6 +230,7 @@ def confine(config: dict[str, Any]) -> str:
                 f"neither Landlock (Linux 5.13, in the kernel's list of LSMs) nor a mount namespace ({error}) is to be "
                 "had here, so no compiler is started. Enable Landlock, or run as root with CAP_SYS_ADMIN."
             ) from error
+        stay_where_nobody_may_not_go(config)
     drop_privileges(config)
     if version:
         enter_landlock(config, version)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -236,3 +238,22 @@ for path in ("/etc/passwd", "/proc/self/environ"):
         assert "SandboxUnavailable: neither Landlock (Linux 5.13" in done.stderr
     else:
         assert done.stdout == "1 0\n1 0\n", done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(("mode", "stays"), [(0o755, False), (0o700, True)])
+def test_without_a_namespace_it_stays_who_it_is_where_another_user_may_not_go(mode: int, stays: bool) -> None:
+    child = runpy.run_path(str(sandbox.CHILD))
+    home, scratch = Path(tempfile.mkdtemp(dir="/tmp")), Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        tree = home / "include"
+        tree.mkdir()
+        home.chmod(mode)
+        os.chown(scratch, 65534, 65534)
+        config = {"uid": 65534, "read": [str(tree), "/nowhere/at/all"], "scratch": str(scratch)}
+        child["stay_where_nobody_may_not_go"](config)
+        assert (config["uid"] is None) == stays
+        assert scratch.stat().st_uid == (0 if stays else 65534)
+    finally:
+        shutil.rmtree(home)
+        shutil.rmtree(scratch)
