@@ -110,6 +110,13 @@ test-e2e: setup test-packages cluster-images ## end to end, on a real three-node
 	@tests/kernel/vm fetch $(VM_SUITE)
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e)
 
+.PHONY: test-foreign
+# Programs that nobody here wrote, unchanged: Debian's bpfcc-tools and bpftrace, as policies on Linux 6.12.
+test-foreign: setup test-packages ## every program of bpfcc-tools and bpftrace, as a policy on another kernel
+	@tests/kernel/vm fetch bookworm-backports
+	@$(PYTHON) -m tests.foreign.run_bcc
+	@$(PYTHON) -m tests.foreign.run_bpftrace
+
 .PHONY: cluster-up cluster-images cluster-demo cluster-down
 cluster-up: test-packages mounts
 	@$(CLUSTER) build
