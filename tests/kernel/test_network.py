@@ -163,6 +163,11 @@ class Running:
         self.executor.remove(self.loaded)
 
 
+def no_xdp() -> bool:
+    """Nothing is left on any interface: before Linux 6.9 a pin lets go of its link some milliseconds late."""
+    return not any(each.xdp_program for each in netlink.interfaces())
+
+
 Start = Callable[..., Running]
 
 
@@ -182,7 +187,7 @@ def test_xdp_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, nati
         assert running.hits() == TIMES
         assert wire.near in running.loaded.ways[0] and "xdp" in running.loaded.ways[0]
     assert wire.send_here(23) == 23
-    assert not any(each.xdp_program for each in netlink.interfaces() if each.name == wire.near), "nothing is left"
+    support.wait_until(no_xdp)
 
 
 @pytest.mark.parametrize("egress", [False, True], ids=["ingress", "egress"])
@@ -362,7 +367,7 @@ def test_an_agent_that_starts_again_goes_on_counting(wire: Wire, root: pins.Root
     assert wire.send_here(23) == 23
     assert running.hits() == TIMES + 46
     running.executor.remove(running.loaded)
-    assert not any(each.xdp_program for each in netlink.interfaces())
+    support.wait_until(no_xdp)
 
 
 POLICY = """
@@ -430,7 +435,8 @@ def test_a_policy_counts_by_port_what_an_interface_receives_and_sends(wire: Wire
     (output,) = report["status"]["outputs"]
     assert {row["key"][0]: row["value"] for row in output["total"]["rows"]} == {str(PORT): TIMES + 23}
     assert report["status"]["columns"]["lost"] == "0"
-    assert not tree.exists() and not any(each.xdp_program for each in netlink.interfaces())
+    assert not tree.exists()
+    support.wait_until(no_xdp)
 
 
 def test_a_taken_xdp_hook_is_left_to_its_owner(wire: Wire, start: Start) -> None:
