@@ -31,7 +31,6 @@ from probefleet_agent.kernel.uapi import MapType
 # The verifier writes its log here; untouched pages cost nothing.
 LOG_BYTES = 16 << 20
 MAX_SAID = 2000
-BPF_F_SLEEPABLE = 1 << 4
 _INFO = 1
 _VA_LIST_BYTES = 32  # 24 on x86_64, 32 on aarch64: both hand the callback a pointer to it
 _FAILED = re.compile(r"prog '([^']+)': (?:BPF program load failed|failed to load)")
@@ -93,8 +92,6 @@ _SIGNATURES = {
     "bpf_program__expected_attach_type": "ip",
     "bpf_program__set_expected_attach_type": "ipi",
     "bpf_program__set_attach_target": "ipis",
-    "bpf_program__flags": "up",
-    "bpf_program__set_flags": "ipu",
     "bpf_program__autoload": "bp",
     "bpf_program__set_autoload": "ipb",
     "bpf_program__set_log_buf": "ippz",
@@ -141,6 +138,14 @@ def open_object(data: bytes, name: str) -> Iterator[Object]:
         opened.close()
 
 
+def _awake(data: bytes) -> bytes:
+    """``SEC("lsm.s/…")`` written as ``SEC("?lsm//…")``: LSM programs run as fexit of a function that may not sleep (see
+    ``links_trampoline``), and libbpf lets nobody take back what ``.s`` says. The name stands in the ELF's strings and
+    in BTF's, behind a zero or as the tail of ``.rel…``; it keeps its length.
+    """
+    return data.replace(b"\0lsm.s/", b"\0?lsm//").replace(b"\0.rellsm.s/", b"\0.rel?lsm//")
+
+
 class Object:
     """One opened object: settings before ``load``, descriptors after it."""
 
@@ -148,7 +153,7 @@ class Object:
         self.name = name
         self.said: list[str] = []
         self._data = data
-        self._buffer = ctypes.create_string_buffer(data, max(len(data), 1))
+        self._buffer = ctypes.create_string_buffer(_awake(data), max(len(data), 1))
         self._log: mmap.mmap | None = None
         self._loaded = False
         text = ctypes.c_char_p(re.sub(r"\W", "_", name)[:15].encode())
@@ -261,10 +266,6 @@ class Object:
     def set_type(self, program: str, prog_type: int, attach_type: int = 0) -> None:
         """Another kind than SEC() says: `links.program_type` tells which a target needs."""
         pointer = self._program(program)
-        if self.section(program).removeprefix("?").partition("/")[0] == "lsm.s":
-            # Run as fexit (see links_trampoline), which may not sleep there: the verifier says so if it has to.
-            flags = library().bpf_program__flags(pointer) & ~BPF_F_SLEEPABLE
-            self._check(library().bpf_program__set_flags(pointer, flags), f"set the type of {program}")
         self._check(library().bpf_program__set_type(pointer, prog_type), f"set the type of {program}")
         self._check(library().bpf_program__set_expected_attach_type(pointer, attach_type), f"set the type of {program}")
 
