@@ -322,6 +322,8 @@ def test_pods_are_found_by_their_cgroups_and_counted_in_their_own_network(wire: 
             assert running.hits() == TIMES
             assert f"{wire.far} of pod 0a-pod" in running.loaded.ways[0]
             running.follow({}, 2)
+            with interfaces.entered(wire.there):
+                support.wait_until(no_xdp)
             assert wire.send_there(23) == 23
             assert running.hits() == TIMES, "a pod that is not selected any more is not counted"
     finally:
