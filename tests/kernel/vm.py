@@ -151,9 +151,9 @@ class _Guest:
 
     def __init__(self, command: Sequence[str], streams: Mapping[str, _Stream]) -> None:
         self._streams = streams
-        # A session of its own: Ctrl-C reaches us alone, and we end the guest.
+        # A session of its own: Ctrl-C reaches us alone, and we end the guest; where we are killed, the kernel does.
         self._process = subprocess.Popen(
-            command,
+            ("setpriv", "--pdeathsig", "KILL", *command),
             stdin=subprocess.DEVNULL,
             stdout=streams["console"].write_fd,
             stderr=streams["console"].write_fd,
