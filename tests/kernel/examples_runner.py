@@ -19,7 +19,7 @@ from typing import Any
 BPFFS = Path("/sys/fs/bpf")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # In an emulated machine Python alone takes seconds to start, and BCC 15 s to compile.
-SECONDS = 180
+SECONDS = 600
 
 
 class Run:
