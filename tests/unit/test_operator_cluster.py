@@ -32,7 +32,10 @@ async def running(coroutine: Any) -> AsyncIterator[asyncio.Task[Any]]:
     try:
         yield task
     finally:
-        task.cancel()
+        # Again and again: aiohttp can lose a cancellation that meets a request's timeout, and here those take 20 ms.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=0.05)
         await asyncio.gather(task, return_exceptions=True)
 
 
