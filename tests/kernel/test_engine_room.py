@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probefleet_agent import execute, identities
+from probefleet_agent import batches, identities
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import maps, mounts, pins
 from probefleet_agent.pods import CgroupId
@@ -137,7 +137,7 @@ def test_a_full_map_is_said_to_be_full_where_its_losses_are_not_counted(
         for cgroup in (web, cart):
             run.run("execs", 23, cgroup=cgroup)
         if not counts_losses:
-            monkeypatch.setattr(execute, "LOST", "another")
+            monkeypatch.setattr(batches, "LOST", "another")
         batch = engine.collect(time.time_ns(), force=True)
         assert batch is not None
         (table,) = batch.tables
