@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probefleet_agent import batches, identities
+from probefleet_agent import batches, identities, loaded
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import maps, mounts, pins
 from probefleet_agent.pods import CgroupId
@@ -107,8 +107,8 @@ def test_a_forgotten_cgroup_leaves_the_filter_also_after_a_restart(folder: Path)
 
 
 def refused(engine: Engine) -> set[int]:
-    (loaded,) = engine._installed.loaded.values()
-    handle = loaded.maps["probefleet_filter"]
+    (instance,) = engine._installed.loaded.values()
+    handle = instance.maps["probefleet_filter"]
     keys, _ = maps.read(handle.fd, handle.info)
     return {CgroupId(key) for key in np.ascontiguousarray(keys).view(np.uint64).reshape(-1).tolist()}
 
@@ -137,7 +137,8 @@ def test_a_full_map_is_said_to_be_full_where_its_losses_are_not_counted(
         for cgroup in (web, cart):
             run.run("execs", 23, cgroup=cgroup)
         if not counts_losses:
-            monkeypatch.setattr(batches, "LOST", "another")
+            for reader in (batches, loaded):
+                monkeypatch.setattr(reader, "LOST", "another")
         batch = engine.collect(time.time_ns(), force=True)
         assert batch is not None
         (table,) = batch.tables
