@@ -95,7 +95,10 @@ class Book:
     def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
         """Take in the selections of a push."""
         self.selections = dict(selections)
-        self.known_pods = frozenset(known_pods)
+        # An operator that is new does not know pods of before. Who was named once, and not selected, stays refused for
+        # as long as something here speaks of it.
+        remembered = self.known_pods & {identity.pod for identity in self.identities.values()}
+        self.known_pods = frozenset(known_pods) | remembered
         for policy in list(self._ever):
             if policy not in self.selections:
                 del self._ever[policy]

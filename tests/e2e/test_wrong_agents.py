@@ -15,7 +15,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc
@@ -61,7 +61,14 @@ def counting(installed: str) -> Iterator[str]:
 
 @pytest.fixture
 def port(counting: str) -> Iterator[int]:
-    """The operator's gRPC port, on this machine; anew for each, since kubectl gives up when a connection breaks."""
+    """The operator's gRPC port, on this machine."""
+    with forwarded() as found:
+        yield found
+
+
+@contextmanager
+def forwarded() -> Iterator[int]:
+    """That port; anew for each that breaks a connection, since kubectl gives up then."""
     command = ["kubectl", "port-forward", "-n", kube.SYSTEM, "service/probefleet-operator", ":8443"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
         assert forward.stdout is not None
@@ -146,13 +153,15 @@ async def test_another_nodes_name(port: int) -> None:
     check_event("node1", words)
 
 
-def test_garbage_on_the_port(port: int) -> None:
+@pytest.mark.usefixtures("counting")
+def test_garbage_on_the_port() -> None:
     garbage = bytes(range(256)) * 256
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+    with forwarded() as port, socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(garbage)
     context = ssl.create_default_context(cadata=authority().decode())
     context.set_alpn_protocols(["h2"])
     with (
+        forwarded() as port,
         socket.create_connection(("127.0.0.1", port), timeout=20) as raw,
         context.wrap_socket(raw, server_hostname=SERVER_NAME) as secure,
     ):

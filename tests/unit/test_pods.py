@@ -118,6 +118,14 @@ def test_a_pod_that_is_gone_goes_on_counting(book: Book) -> None:
     assert book.answer(MINE, POD) == Answer.SELECTED
 
 
+def test_a_pod_that_is_gone_and_was_not_selected_stays_refused_while_something_speaks_of_it(book: Book) -> None:
+    book.select({MINE: Selected(False, frozenset({UID}))}, [])
+    assert book.answer(MINE, OTHER_POD) == Answer.REFUSED
+    book.forget([OTHER_POD])
+    book.select({MINE: Selected(False, frozenset({UID}))}, [])
+    assert OTHER not in book.known_pods
+
+
 def test_a_policy_that_comes_back_remembers_nothing(book: Book) -> None:
     book.select({}, [UID, OTHER])
     assert book.answer(MINE, POD) == Answer.UNKNOWN
