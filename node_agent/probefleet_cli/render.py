@@ -140,7 +140,10 @@ def folded(counts: Mapping[str, int]) -> str:
 
 def _row_histograms(output: Json, which: str) -> list[str]:
     found: list[str] = []
-    for row in output[which]["rows"]:
+    part = output[which]
+    if len(part["rows"]) == 1 and part["rows"][0]["value"] == part["value"]:
+        return found  # it would say the same once more
+    for row in part["rows"]:
         if row.get("buckets"):
             key = summary.label_text(row["key"], output["groupBy"])
             found += ["", f"  {key}: {summary.percentiles_text(row, output['unit'])}"]

@@ -75,6 +75,17 @@ def test_a_histogram_is_drawn_as_bcc_draws_it() -> None:
     assert summary.unit_title("bytes") == "bytes"
 
 
+def test_the_distribution_of_an_only_row_is_not_drawn_twice() -> None:
+    shown = status("slow-connects")
+    output = next(each for each in shown["outputs"] if each["name"] == "latency")
+    (row, *others) = output["total"]["rows"]
+    assert others
+    several = "\n".join(render.report_lines(shown, name="slow", whole=True))
+    output["total"] |= {"rows": [row], "value": row["value"]}
+    one = "\n".join(render.report_lines(shown, name="slow", whole=True))
+    assert (several.count(" distribution"), one.count(" distribution")) == (len(others) + 2, 1)
+
+
 def test_an_event_in_one_line_leaves_out_what_is_empty() -> None:
     assert render.event_line({"time": "t", "comm": "ls", "args": "", "pid": 0}) == "time=t  comm=ls  pid=0"
 
