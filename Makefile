@@ -91,8 +91,10 @@ test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel
 	@$(CLUSTER) build
 	@$(MAKE) check
 	@$(MAKE) test-kernel
-	@$(MAKE) test-vm
-	@$(MAKE) test-e2e
+	@# The machine emulates one kernel while it waits for the cluster's nodes.
+	@$(MAKE) test-vm >build/test-vm.log 2>&1 & vm=$$!; \
+	$(MAKE) test-e2e && e2e=0 || e2e=1; wait $$vm && vm=0 || vm=1; \
+	echo "== test-vm"; cat build/test-vm.log; exit $$((e2e | vm))
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## the same in a virtual machine with kprobes
