@@ -110,6 +110,9 @@ def load(node: NodeLayout, archive: Path) -> None:
     command = ["ctr", "--address", str(node.socket), "--namespace", "k8s.io"]
     command += ["image", "import", str(archive)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode and result.stderr.rstrip().endswith("does not exist: not found"):
+        # containerd collected a layer's parent between two layers, as nothing referred to it yet.
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise ClusterError(f"{node.name} cannot import {archive}: {result.stderr.strip()}")
     stamp.parent.mkdir(exist_ok=True)
