@@ -38,7 +38,7 @@ while time.monotonic() < until:
     for _ in range(1000):
         call(0)
     subprocess.run(["/bin/true"])
-    time.sleep(0.005)
+    time.sleep(0.005)  # a workload at a pace, not a wait
 """
 
 
@@ -69,6 +69,7 @@ def main(seconds: float = 60.0) -> None:
                         sent += len(stream_pb2.FromAgent(batch=batch).SerializeToString())
                         engine.acknowledge(batch.sequence)
                         resident.append(_resident_mib())
+                    # At the pace of a session, which ticks as well.
                     time.sleep(0 if engine.behind else session.TICK_SECONDS)
                 took, cpu = time.monotonic() - began, _cpu_seconds() - cpu_began
         finally:

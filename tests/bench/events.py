@@ -67,7 +67,7 @@ while (now := time.monotonic()) < began + seconds:
     for _ in range(int((now - began) * rate) - made):
         call(0)
     made = int((now - began) * rate)
-    time.sleep(0.001)
+    time.sleep(0.001)  # calls come at a rate: this is the rate's step
 print(made)
 """
 
@@ -122,7 +122,7 @@ def main(rate: float = 1e6, seconds: float = 30.0) -> int:
                 while producer.poll() is None:
                     records, now_lost, now_dropped = take(engine)
                     came, lost, dropped = came + records, max(lost, now_lost), max(dropped, now_dropped)
-                    if not engine.behind:
+                    if not engine.behind:  # at the pace of a session, which ticks as well
                         time.sleep(session.TICK_SECONDS)
                 took, cpu = time.monotonic() - began, time.process_time() - cpu_began
                 made = int(producer.communicate()[0]) * BURST

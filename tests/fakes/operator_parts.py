@@ -91,6 +91,7 @@ class FakePlans:
     plans: list[placement.Candidate] = field(default_factory=list)
     idle: bool = True
     refreshed: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # set each time
 
     def add(self, uid: str, digest: str = "d1", *, ttl_ms: int = 0, created_ns: int = 0) -> None:
         """A policy for all nodes, planned."""
@@ -114,6 +115,7 @@ class FakePlans:
 
     def refresh(self) -> None:
         self.refreshed += 1
+        self.asked.set()
 
 
 @dataclass

@@ -76,7 +76,7 @@ def threads(_: Path) -> None:
         for _ in range(20):
             turn.wait()
             sum(range(2000))
-        time.sleep(0.01)
+        time.sleep(0.01)  # part of the workload: programs watch threads sleep
 
     started = [threading.Thread(target=work) for _ in range(4)]
     for each in started:
@@ -109,7 +109,7 @@ def network(folder: Path) -> None:
         lost.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             lost.connect(("10.0.2.77", 81))  # nobody has that address: the SYN is sent again after a second
-        time.sleep(1.2)
+        time.sleep(1.2)  # until the kernel has sent it again, of which only a probe would hear
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "socket"))
     (folder / "socket").unlink()

@@ -145,7 +145,7 @@ class Running:
         self.blob = data if verdict is None else verdicts.fixed(data, {"it": verdict})
         self.instance = plan_pb2.Instance(
             digest=hashlib.sha256(self.blob + str(target).encode()).hexdigest()[:32], title=f"c/{section}",
-            attachments=[plan_pb2.Attachment(program="it", **{section: target})],  # type: ignore[arg-type]
+            attachments=[plan_pb2.Attachment(program="it", **{section: target})],
         )  # fmt: skip
         self.executor = execute.Executor(root, cgroup_root="/")
         self.loaded = self.executor.load(self.instance, blob=self.blob, probe_maps={}, budget_bytes=0, filter_on=False)
@@ -217,7 +217,7 @@ def test_tc_by_clsact_counts_each_packet_and_goes_without_a_trace(
         links_network.spread(
             running.loaded.programs["it"], running.instance.attachments[0],
             links_network.Surroundings(mark=filter_.name.removesuffix(":it")),
-        ).follow({}, 0)  # type: ignore[union-attr]  # fmt: skip
+        ).follow({}, 0)  # fmt: skip
         assert len(netlink.filters(index, egress=False)) == 1
     assert netlink.filters(index, egress=False) == []
 

@@ -132,7 +132,7 @@ class Stage:
             if time.monotonic() > deadline:
                 logs = "".join(path.read_text()[-3000:] for path in self.folder.glob("*.log"))
                 raise SystemExit(f"never: {what}\n{logs}")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # as `kubectl get` in a loop: not every question has an event
 
     async def removed(self, *policies: str) -> None:
         """Delete policies and wait until every agent says that it runs nothing."""

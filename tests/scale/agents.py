@@ -98,7 +98,7 @@ class Agent:
             due += INTERVAL_SECONDS if due <= now else 0
             if due > until:
                 return batches
-            await asyncio.sleep(due - now)
+            await asyncio.sleep(due - now)  # nodes sample by the clock
             self.sequence += 1
             batch = stream_pb2.Batch(sequence=self.sequence, time_ns=time.time_ns())
             for plan in self.plans.values():

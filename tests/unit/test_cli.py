@@ -174,7 +174,7 @@ def test_set_needs_a_catalog_probe(tmp_path: Path) -> None:
 
 
 def planned(**instance: object) -> planner.Planned:
-    made = plan_pb2.Plan(instance=plan_pb2.Instance(**instance))  # type: ignore[arg-type]
+    made = plan_pb2.Plan(instance=plan_pb2.Instance(**instance))
     return planner.Planned(made, {}, (), planner.Summary((), (), 0, (), ()))
 
 

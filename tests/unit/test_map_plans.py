@@ -212,4 +212,4 @@ def test_prefixes_are_shown_as_people_write_them(data: str, shown: str) -> None:
         machine, wall_minus_ktime_ns = "x86_64", 0
 
     assert decode.decoder_of(field, {}, "key") == "prefix"
-    assert decode.column(raw, field, "prefix", Nobody()).tolist() == [shown]  # type: ignore[arg-type]
+    assert decode.column(raw, field, "prefix", Nobody()).tolist() == [shown]

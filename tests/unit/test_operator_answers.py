@@ -145,7 +145,7 @@ def test_held_nodes_are_told_with_the_failure_that_holds_them() -> None:
 def test_a_status_longer_than_any_screen_is_cut_where_it_comes_in() -> None:
     async def main() -> None:
         hello = stream_pb2.Hello(node="n")
-        opened = session.Session(hello, None, number=1, term=1, blob_of=lambda _: None)  # type: ignore[arg-type]
+        opened = session.Session(hello, None, number=1, term=1, blob_of=lambda _: None)
         long = stream_pb2.PolicyStatus(policy_uid="u", reason="r" * 9999, message="m" * 9999, log_tail="l" * 9999)
         opened.take_status(stream_pb2.Status(policies=[long]))
         assert opened.running is not None
@@ -158,7 +158,7 @@ def test_a_status_longer_than_any_screen_is_cut_where_it_comes_in() -> None:
 def test_a_node_that_has_applied_a_higher_term_is_a_failure_that_says_what_to_do() -> None:
     async def main() -> None:
         hello = stream_pb2.Hello(node="n", applied_term=9, applied_version=3)
-        opened = session.Session(hello, None, number=1, term=7, blob_of=lambda _: None)  # type: ignore[arg-type]
+        opened = session.Session(hello, None, number=1, term=7, blob_of=lambda _: None)
         said = opened.said_of(values.PolicyUid("u"))
         assert opened.ahead and said is not None
         assert (said.state, said.reason) == (FAILED, "NewerOperator")
@@ -171,7 +171,7 @@ def test_a_node_that_has_applied_a_higher_term_is_a_failure_that_says_what_to_do
 
 def test_a_node_that_gets_ahead_during_its_session_is_noticed() -> None:
     async def main() -> None:
-        opened = session.Session(stream_pb2.Hello(node="n"), None, number=1, term=7, blob_of=lambda _: None)  # type: ignore[arg-type]
+        opened = session.Session(stream_pb2.Hello(node="n"), None, number=1, term=7, blob_of=lambda _: None)
         opened.take_status(stream_pb2.Status(term=7, version=1))
         assert not opened.ahead and opened.said_of(values.PolicyUid("u")) is None
         opened.take_status(stream_pb2.Status(term=8, version=1))
@@ -185,7 +185,7 @@ def test_a_node_that_gets_ahead_during_its_session_is_noticed() -> None:
 
 def merged(rows: int, *, kind: int = plan_pb2.Output.COUNTER, width: int = 1) -> result.Result:
     """A real aggregate's result with that many rows."""
-    output = plan_pb2.Output(name="calls", map="calls", kind=kind, group_by=["key.port"], unit="calls")  # type: ignore[arg-type]
+    output = plan_pb2.Output(name="calls", map="calls", kind=kind, group_by=["key.port"], unit="calls")
     known = aggregate.Aggregate(
         aggregate.PolicyFacts(
             uid="u", namespace="shop", name="calls", generation=1, interval_ms=1000, outputs=(output,)

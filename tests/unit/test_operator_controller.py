@@ -27,15 +27,17 @@ class Setup:
         if complete:
             self.complete()
         self.decisions = 0
+        self._news = asyncio.Event()
         self.control = controller.Controller(self.store, term=TERM)
-        self.control.connect(self.inventory, self.plans, on_decided=self._decided)  # type: ignore[arg-type]
+        self.control.connect(self.inventory, self.plans, on_decided=self._decided)
 
     def complete(self) -> None:
         for kind in ("ProbePolicy", "ProbeMap"):
-            self.store.relisted(kind, [], known_before=[])  # type: ignore[arg-type]
+            self.store.relisted(kind, [], known_before=[])
 
     def _decided(self) -> None:
         self.decisions += 1
+        self._news.set()
 
     async def round(self) -> None:
         """Something changed; return when that has been decided."""
@@ -43,7 +45,8 @@ class Setup:
         self.control.mark()
         async with asyncio.timeout(5):
             while self.decisions == before:
-                await asyncio.sleep(0.005)
+                self._news.clear()
+                await self._news.wait()
 
 
 @asynccontextmanager
@@ -91,8 +94,9 @@ async def test_nothing_is_pushed_before_all_lists_are_complete() -> None:
         setup.control.session_opened(opened)
         async with asyncio.timeout(5):
             while setup.plans.refreshed < 2:  # it has looked, and not decided
+                setup.plans.asked.clear()
                 setup.control.mark()
-                await asyncio.sleep(0.005)
+                await setup.plans.asked.wait()
         assert not setup.decisions and waits(opened) and not setup.control.complete
         setup.complete()
         await setup.round()

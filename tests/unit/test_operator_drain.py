@@ -27,9 +27,9 @@ def leader(*, complete: bool = True) -> controller.Controller:
     store = objects.ObjectStore()
     if complete:
         for kind in ("ProbePolicy", "ProbeMap"):
-            store.relisted(kind, [], known_before=[])  # type: ignore[arg-type]
+            store.relisted(kind, [], known_before=[])
     made = controller.Controller(store, term=7)
-    made.connect(FakeInventory(), FakePlans(), on_decided=lambda: None)  # type: ignore[arg-type]
+    made.connect(FakeInventory(), FakePlans(), on_decided=lambda: None)
     return made
 
 

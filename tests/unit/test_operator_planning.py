@@ -25,10 +25,11 @@ class Setup:
     def __init__(self, probes: catalog.Catalog) -> None:
         self.store, self.tools, self.blobs = objects.ObjectStore(), FakeToolchain(), toolchain.Blobs()
         self.changes = 0
+        self._news = asyncio.Event()
         self.pushed: set[str] = set()
         self.plans = planning.Planning(
             self.store,
-            self.tools,  # type: ignore[arg-type]
+            self.tools,
             self.blobs,
             probes,
             on_change=self._changed,
@@ -38,6 +39,12 @@ class Setup:
 
     def _changed(self) -> None:
         self.changes += 1
+        self._news.set()
+
+    async def change(self) -> None:
+        """Wait for the next one."""
+        self._news.clear()
+        await self._news.wait()
 
     def put(self, *raws: dict[str, Any]) -> None:
         for raw in raws:
@@ -55,7 +62,7 @@ class Setup:
                 self.plans.refresh()
                 if self.plans.idle and len(self.plans.maps) == len(self.store.all("ProbeMap")):
                     return
-                await asyncio.sleep(0.01)
+                await self.change()
 
     def entry(self, name: str) -> planning.Entry:
         return self.plans.entries[values.PolicyUid(name)]
@@ -145,7 +152,7 @@ async def test_what_may_pass_is_tried_again(probes: catalog.Catalog) -> None:
         setup.tools.objects["own.bpf.c"] = c_object()
         async with asyncio.timeout(5):
             while setup.entry("own").refusal is not None:
-                await asyncio.sleep(0.01)
+                await setup.change()
         assert setup.plan("own") is not None
 
 
@@ -184,7 +191,7 @@ async def test_a_policy_waits_for_the_maps_of_its_namespace_and_for_no_others(pr
         setup.put(raw_map("shared"), raw_policy("here"), raw_policy("there", namespace="far"))
         async with asyncio.timeout(20):
             while setup.entry("there").pending:
-                await asyncio.sleep(0.01)
+                await setup.change()
         setup.plans.refresh()
         assert setup.entry("here").pending and not setup.plans.idle
         setup.tools.hold.set()
