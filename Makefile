@@ -48,10 +48,12 @@ test-packages: | build
 	$(call apt_install,$(TEST_PACKAGES))
 
 # Debian's own python3: python3-bpfcc comes from Debian and is seen through --system-site-packages.
+# --no-deps: the lock names every package. pip 23 else takes `coverage[toml]`, which pytest-cov wants, for a package of its
+# own, picks the newest one, and finds no hash for it.
 $(VENV)/.done: requirements.lock pyproject.toml | packages
 	@echo "making the virtual environment $(VENV)"
 	@/usr/bin/python3 -m venv --system-site-packages $(VENV)
-	@$(PYTHON) -m pip install --quiet --require-hashes --requirement requirements.lock
+	@$(PYTHON) -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock
 	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
