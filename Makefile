@@ -98,7 +98,7 @@ test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel
 	$(MAKE) test-e2e && e2e=0 || e2e=1; wait $$vm && vm=0 || vm=1; \
 	echo "== test-vm"; cat build/test-vm.log; exit $$((e2e | vm))
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
-	$(call tests,$(PYTEST) tests/kernel --ignore=tests/kernel/vm_only)
+	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## the same in a virtual machine with kprobes
 	@tests/kernel/vm fetch $(VM_SUITE)
 	@$(MAKE) -s -C tests/workloads

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import mounts, pins
 
 from tests.kernel import support
@@ -49,6 +50,17 @@ def root(tmp_path: Path) -> Iterator[pins.Root]:
     finally:
         tree.purge()
         subprocess.run(["umount", str(tmp_path / "bpffs")], check=True)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of bpffs for an engine of the test's own; what the engine left there is removed after it."""
+    path = mounts.mount_bpffs() / f"probefleet-test-{os.getpid()}"
+    path.mkdir(exist_ok=True)
+    yield path
+    with Engine.open(bpffs=path) as engine:
+        engine.remove_everything()
+    path.rmdir()
 
 
 @pytest.fixture

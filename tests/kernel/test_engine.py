@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 from probefleet_agent.engine import Engine
-from probefleet_agent.kernel import mounts
 from probefleet_wire import resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -18,17 +16,6 @@ from tests.kernel.support import compile_object
 
 pytestmark = pytest.mark.kernel
 DIGEST = "e" * 32
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A tree of pins of the test's own."""
-    path = mounts.mount_bpffs() / "probefleet-test-engine"
-    path.mkdir(exist_ok=True)
-    yield path
-    with Engine.open(bpffs=path) as engine:
-        engine.remove_everything()
-    path.rmdir()
 
 
 def push(version: int) -> stream_pb2.Push:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from probefleet_agent import costs
 from probefleet_agent.engine import Engine
-from probefleet_agent.kernel import features, hooks, mounts
+from probefleet_agent.kernel import features, hooks
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from tests.kernel import support
@@ -20,17 +19,6 @@ pytestmark = pytest.mark.kernel
 #: No way into a program takes longer, on any machine that anybody runs.
 MOST_NS = 50_000
 CHEAP = ("raw_tracepoint", "raw_tracepoint sys", "tp_btf", "tp_btf sys", "tracepoint", "tracepoint sys")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A tree of pins of the test's own."""
-    path = mounts.mount_bpffs() / "probefleet-test-cost"
-    path.mkdir(exist_ok=True)
-    yield path
-    with Engine.open(bpffs=path) as engine:
-        engine.remove_everything()
-    path.rmdir()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from probefleet_agent import batches, identities, loaded
 from probefleet_agent.engine import Engine
-from probefleet_agent.kernel import maps, mounts, pins
+from probefleet_agent.kernel import maps, pins
 from probefleet_agent.pods import CgroupId
 from probefleet_wire.v1 import stream_pb2
 
@@ -22,17 +21,6 @@ FULL = "execs is full, and the program does not count what finds no room"
 HOUR_NS = identities.GONE_NS
 #: More than half of the tracker's 16,384; ids that no kernel has given out.
 STRANGERS = range(1 << 60, (1 << 60) + 9001)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A tree of pins of the test's own."""
-    path = mounts.mount_bpffs() / "probefleet-test-room"
-    path.mkdir(exist_ok=True)
-    yield path
-    with Engine.open(bpffs=path) as engine:
-        engine.remove_everything()
-    path.rmdir()
 
 
 def counting_push() -> stream_pb2.Push:
