@@ -8,7 +8,7 @@
  */
 #include "workload.h"
 
-#include <stdio.h>
+#include <stddef.h>
 
 __attribute__((noinline, used)) int probefleet_target(int argument)
 {
@@ -16,31 +16,12 @@ __attribute__((noinline, used)) int probefleet_target(int argument)
 	return 2 * argument + 1;
 }
 
-/* Where a function of this program lies in the program's file. */
-static unsigned long file_offset(const void *function)
-{
-	unsigned long address = (unsigned long)function, start, end, offset;
-	FILE *maps = fopen("/proc/self/maps", "re");
-	char line[512];
-
-	if (!maps)
-		workload_fail_errno("/proc/self/maps");
-	while (fgets(line, sizeof(line), maps)) {
-		if (sscanf(line, "%lx-%lx %*s %lx", &start, &end, &offset) == 3 && address >= start &&
-		    address < end) {
-			fclose(maps);
-			return address - start + offset;
-		}
-	}
-	workload_fail("the function is in no mapping");
-}
-
 int main(int argc, char **argv)
 {
 	char **operands = workload_arguments(argc, argv, "COUNT", NULL, 1, 1);
 	long count = workload_number(operands[0], 0), sum = 0;
 
-	workload_ready(" offset=%lu", file_offset((const void *)probefleet_target));
+	workload_ready(" offset=%lu", workload_file_offset((const void *)probefleet_target));
 	for (long i = 0; i < count; i++) {
 		sum += probefleet_target((int)i);
 		workload_pause();

@@ -7,47 +7,18 @@
  *	marks:two(number, text)		two arguments, behind its semaphore
  *
  * number counts from 1; it is negative for every 23rd call. text is "even" or "odd".
- * The notes are those of <sys/sdt.h>, written out: that header is in no package that the tests need otherwise.
  */
+#include "static_probe.h"
 #include "workload.h"
 
 #include <stddef.h>
-
-#define STRING_(text) #text
-#define STRING(text) STRING_(text)
-
-/* A nop, and a note that says where it is and where its arguments are: "SIZE@OPERAND", negative for signed. */
-#define PROBE(name, semaphore, arguments, ...)                                                                         \
-	__asm__ volatile("990:	nop\n"                                                                                  \
-			 "	.pushsection .note.stapsdt,\"\",\"note\"\n"                                                 \
-			 "	.balign 4\n"                                                                                \
-			 "	.4byte 992f-991f, 994f-993f, 3\n"                                                           \
-			 "991:	.asciz \"stapsdt\"\n"                                                                   \
-			 "992:	.balign 4\n"                                                                            \
-			 "993:	.8byte 990b\n"                                                                          \
-			 "	.8byte _.stapsdt.base\n"                                                                    \
-			 "	.8byte " semaphore "\n"                                                                \
-			 "	.asciz \"marks\"\n"                                                                         \
-			 "	.asciz \"" STRING(                                                                     \
-				 name) "\"\n"                                                                          \
-				       "	.asciz \"" arguments "\"\n"                                              \
-				       "994:	.balign 4\n"                                                              \
-				       "	.popsection\n"                                                                \
-				       "	.ifndef _.stapsdt.base\n"                                                     \
-				       "	.pushsection .stapsdt.base,\"aG\",\"progbits\",.stapsdt.base,comdat\n"        \
-				       "	.weak _.stapsdt.base\n"                                                       \
-				       "	.hidden _.stapsdt.base\n"                                                     \
-				       "_.stapsdt.base: .space 1\n"                                                    \
-				       "	.size _.stapsdt.base, 1\n"                                                    \
-				       "	.popsection\n"                                                                \
-				       "	.endif\n" ::__VA_ARGS__)
 
 __attribute__((section(".probes"))) volatile unsigned short marks_two_semaphore;
 static long heard;
 
 __attribute__((noinline)) void one(int number)
 {
-	PROBE(one, "0", "-4@%[number]", [number] "nor"(number));
+	STATIC_PROBE("marks", "one", "0", "-4@%[number]", [number] "nor"(number));
 }
 
 __attribute__((noinline)) void two(long number, const char *text)
@@ -55,7 +26,8 @@ __attribute__((noinline)) void two(long number, const char *text)
 	if (!marks_two_semaphore)
 		return;
 	heard++;
-	PROBE(two, "marks_two_semaphore", "-8@%[number] 8@%[text]", [number] "nor"(number), [text] "nor"(text));
+	STATIC_PROBE("marks", "two", "marks_two_semaphore", "-8@%[number] 8@%[text]", [number] "nor"(number),
+		     [text] "nor"(text));
 }
 
 int main(int argc, char **argv)

@@ -148,3 +148,21 @@ void workload_done(const char *facts, ...)
 	if (held)
 		byte_from_stdin();
 }
+
+unsigned long workload_file_offset(const void *function)
+{
+	unsigned long address = (unsigned long)function, start, end, offset;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[512];
+
+	if (!maps)
+		workload_fail_errno("/proc/self/maps");
+	while (fgets(line, sizeof(line), maps)) {
+		if (sscanf(line, "%lx-%lx %*s %lx", &start, &end, &offset) == 3 && address >= start &&
+		    address < end) {
+			fclose(maps);
+			return address - start + offset;
+		}
+	}
+	workload_fail("the function is in no mapping");
+}

@@ -46,6 +46,12 @@ void workload_pause(void);
 /* Reports and holds after the events. `facts` as above, without the leading space. */
 void workload_done(const char *facts, ...) __attribute__((format(printf, 1, 2)));
 
+/*
+ * Where a function of this program lies in the program's file, by this process's own mappings: not by the symbol table,
+ * which a tool under test would read.
+ */
+unsigned long workload_file_offset(const void *function);
+
 /* A whole number of at least `least`, decimal or 0x; anything else ends the program. */
 long workload_number(const char *text, long least);
 
