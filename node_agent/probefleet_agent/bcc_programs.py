@@ -23,10 +23,14 @@ from probefleet_agent.loaded import Loaded, MapHandle
 
 
 def load(
-    instance: plan_pb2.Instance, probe_maps: Mapping[str, MapHandle], budget_bytes: int, files_root: str = ""
+    instance: plan_pb2.Instance,
+    probe_maps: Mapping[str, MapHandle],
+    budget_bytes: int,
+    files_root: str = "",
+    known: bcc.Known | None = None,
 ) -> Loaded:
     """Compile and load; not yet attached. Raises ProbefleetError; then nothing of it is left."""
-    program = bcc.compile(instance.bcc.source, name=instance.bcc.file_name)
+    program = bcc.compile(instance.bcc.source, name=instance.bcc.file_name, known=known)
     shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
     sizes = {size.map: size.max_entries for size in instance.map_sizes}
     for name in (*shared, *sizes):

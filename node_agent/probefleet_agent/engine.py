@@ -224,6 +224,7 @@ class Engine:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         batch.agent_cpu_ns = int((usage.ru_utime + usage.ru_stime) * 1e9)
         batch.agent_rss_bytes = _resident_bytes()
+        batch.compile_hits, batch.compile_misses = self._installed.compiled.hits, self._installed.compiled.misses
         batch.sequence = self._stream.number(commits)
         return batch
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from probefleet_wire import map_layout
+from probefleet_wire import kept, map_layout
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import Elf, ElfError
@@ -26,13 +26,15 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_agent import following, map_contents, map_fit, observing, pinned_by_others
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import NotObserving, ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import hooks, libbpf, links, links_network, maps, pins
+from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import FILTER, Loaded, MapHandle, b64
 
 FILTER_ON = "probefleet_filter_on"
 MAX_WAYS = 64
+#: Of what BCC made; the agent is to stay small.
+MAX_COMPILED_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
@@ -46,6 +48,8 @@ class Executor:
     cgroup_root: str = "/"
     #: What hooks cost here; measured before the first program is attached to one of its kind.
     hooks: hooks.Hooks = field(default_factory=hooks.Hooks)
+    #: What BCC made: a policy that comes again, or another one of the same source, need not wait for the compiler.
+    compiled: bcc.Known = field(default_factory=lambda: kept.Kept(MAX_COMPILED_BYTES))
 
     def load(
         self,
@@ -64,7 +68,7 @@ class Executor:
                 # Imported here: it builds on this module.
                 from probefleet_agent import bcc_programs
 
-                loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root)
+                loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root, self.compiled)
             elif instance.WhichOneof("program") == "bpftrace":
                 from probefleet_agent import bpftrace_programs
 

@@ -17,7 +17,7 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import execute, map_contents
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import pins
+from probefleet_agent.kernel import bcc, pins
 from probefleet_agent.kernel.spread import Pods
 from probefleet_agent.loaded import Loaded, MapHandle
 from probefleet_agent.reconcile import Digest, MapUid
@@ -61,6 +61,11 @@ class Installed:
         self._unadopted: set[Digest] = set()
         self._unadopted_maps: set[MapUid] = set()
         self._blobs: dict[str, bytes] = {}
+
+    @property
+    def compiled(self) -> bcc.Known:
+        """What BCC made, and how often that was known already."""
+        return self._executor.compiled
 
     def adopt(self, *, stopped_ns: int) -> None:
         """Take over what an earlier process pinned; what nobody has asked for in an hour is removed."""
@@ -120,7 +125,10 @@ class Installed:
             return
         self.loaded[digest] = loaded
         took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
-        log.info("loaded", digest=digest, title=instance.title, ways=loaded.ways, took_ms=took_ms)
+        words: dict[str, object] = {"ways": loaded.ways, "took_ms": took_ms}
+        if instance.WhichOneof("program") == "bcc":
+            words |= {"compile_hits": self.compiled.hits, "compile_misses": self.compiled.misses}
+        log.info("loaded", digest=digest, title=instance.title, **words)
 
     def rewrite(self, loaded: Loaded, wanted: plan_pb2.Instance) -> Failure | None:
         """Make its maps hold what the policy writes now; why not, where that fails and they hold what they held."""

@@ -120,7 +120,8 @@ class Operator:
         control = controller.Controller(self._store, term=term)
         self._controller = control
         inventory_ = inventory.Inventory(client, on_node=control.node_changed, on_pod=control.pod_changed)
-        tools = toolchain.Toolchain(client, toolchain.clang((options.catalog or catalog.folder()) / "include"))
+        headers = (options.catalog or catalog.folder()) / "include"
+        tools = toolchain.Toolchain(client, toolchain.clang(headers), toolchain.tree_digest(headers))
         plans = planning.Planning(
             self._store,
             tools,

@@ -70,9 +70,11 @@ class LeadershipLost(OperatorError):
 class ToolchainError(OperatorError):
     """A program could not be made from its source."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, lasting: bool = True) -> None:
+        """`lasting`: the same source will fail again, so that the answer may be kept."""
         super().__init__(message)
         self.reason = reason
+        self.lasting = lasting
 
 
 class ToolchainUnavailable(ToolchainError):

@@ -36,6 +36,20 @@ RECONCILE_SECONDS = Histogram(
 COMPILE_SECONDS = Histogram(
     "probefleet_compile_seconds", "Time of one compilation.", buckets=(0.1, 0.3, 1, 3, 10, 30, 60)
 )
+COMPILE_CACHE = Counter(
+    "probefleet_compile_cache_requests",
+    "Sources that were to be compiled here, by whether what came of them was known (hit) or not (miss).",
+    ["result"],
+)
+COMPILE_CACHE_BYTES = Gauge("probefleet_compile_cache_bytes", "Objects and mistakes that are kept.")
+AGENT_COMPILE_CACHE = Gauge(
+    "probefleet_agent_compile_cache_requests",
+    "BCC programs that connected agents were to compile since they started, likewise.",
+    ["result"],
+)
+for _result in ("hit", "miss"):  # 0 is a measurement too
+    COMPILE_CACHE.labels(_result)
+    AGENT_COMPILE_CACHE.labels(_result)
 POLICIES = Gauge("probefleet_policies", "ProbePolicies, by whether they could be planned.", ["planned"])
 API_WRITES = Counter("probefleet_api_writes", "Writes to the API server.", ["kind", "result"])
 LOOP_LAG_SECONDS = Gauge("probefleet_loop_lag_seconds", "How late the main loop woke up at the last look.")

@@ -33,6 +33,7 @@ class Results:
         self._control, self._plans, self._names, self._recorder = control, plans, names, recorder
         self._aggregates: dict[values.PolicyUid, aggregate.Aggregate] = {}
         self._known_nodes: set[values.NodeName] = set()
+        self._compiled: dict[values.NodeName, tuple[int, int]] = {}  # hits and misses of the agents that are connected
         self._news = asyncio.Event()
         # Set by documents.py: a policy's samples, or what nodes say of it, have changed.
         self.on_samples: Callable[[values.PolicyUid], None] = _nobody
@@ -46,6 +47,8 @@ class Results:
 
     def session_closed(self, closed: session.Session, reason: str) -> None:
         """A node's agent has gone; what it measured stays."""
+        if self._compiled.pop(closed.node, None):
+            self._count_compiled()
         self._control.session_closed(closed, reason)
 
     def status_received(self, sender: session.Session, said: stream_pb2.Status) -> None:
@@ -82,6 +85,10 @@ class Results:
                 raise errors.StreamOutdated(f"begin a new stream: {problem}") from None
             self.on_samples(uid)
         metrics.BATCHES.inc()
+        compiled = batch.compile_hits, batch.compile_misses
+        if any(compiled) and compiled != self._compiled.get(sender.node):
+            self._compiled[sender.node] = compiled
+            self._count_compiled()
         self._news.set()
 
     async def wait_news(self, seconds: float) -> None:
@@ -113,6 +120,10 @@ class Results:
             for merged in self._aggregates.values():
                 merged.forget(left)
         self._known_nodes = nodes
+
+    def _count_compiled(self) -> None:
+        for index, result in enumerate(("hit", "miss")):
+            metrics.AGENT_COMPILE_CACHE.labels(result).set(sum(each[index] for each in self._compiled.values()))
 
     def aggregate_of(self, uid: values.PolicyUid) -> aggregate.Aggregate | None:
         """The aggregate of a policy; None where it never had a plan."""

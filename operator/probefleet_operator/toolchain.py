@@ -2,7 +2,8 @@
 
 planning.py asks with a source or a reference and gets ELF bytes, or a ToolchainError that says what the user wrote
 wrong. Compilers run in probefleet_wire.clang's sandboxed child, never in this process, which holds the CA's key; here
-is only the waiting: a bounded number at a time, in worker threads, each source once.
+is only the waiting: a bounded number at a time, in worker threads, each source once. What came of a source is kept by
+the digest of all that it depends on, mistakes included; /metrics says how often that helped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import structlog
 import zstandard
 from probefleet_core import values
 from probefleet_wire import clang as wire_clang
-from probefleet_wire import sandbox
+from probefleet_wire import kept, sandbox
 
 from probefleet_operator import api, errors, metrics
 
@@ -40,32 +40,47 @@ def clang(headers: Path) -> Compile:
         try:
             return wire_clang.compile_core(source, name=file_name, include_dirs=[headers]).object
         except wire_clang.CompileError as problem:
-            raise errors.ToolchainError("CompileFailed", str(problem)) from problem
+            raise errors.ToolchainError("CompileFailed", str(problem), lasting=problem.lasting) from problem
         except (wire_clang.ClangError, sandbox.SandboxUnavailable, OSError) as problem:
             raise errors.ToolchainUnavailable("CompilerUnavailable", str(problem)) from problem
 
     return compile_source
 
 
-class Toolchain:
-    """Compilations and ConfigMap reads with a cache by digest of the source, failures of the source included."""
+def tree_digest(folder: Path) -> bytes:
+    """What every object depends on beside its source: the headers, the kernel's types (vmlinux.h) among them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = (part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes()))
+    return bytes.fromhex(kept.digest(parts))
 
-    def __init__(self, client: api.Api, compile_source: Compile) -> None:
-        self._client, self._compile = client, compile_source
+
+class Toolchain:
+    """Compilations and ConfigMap reads. `headers` is `tree_digest` of what `compile_source` includes."""
+
+    def __init__(
+        self,
+        client: api.Api,
+        compile_source: Compile,
+        headers: bytes = b"",
+        *,
+        max_kept_bytes: int = MAX_KEPT_BYTES,
+    ) -> None:
+        self._client, self._compile, self._headers = client, compile_source, headers
         self._slots = asyncio.Semaphore(CONCURRENT_COMPILATIONS)
-        self._kept: OrderedDict[str, bytes | errors.ToolchainError] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept: kept.Kept[bytes | errors.ToolchainError] = kept.Kept(max_kept_bytes)
         self._running: dict[str, asyncio.Task[bytes]] = {}
 
     async def compiled(self, source: str, file_name: str) -> bytes:
         """The object of C source; raises ToolchainError."""
-        digest = hashlib.sha256(f"{file_name}\0{source}".encode()).hexdigest()
-        if (kept := self._kept.get(digest)) is not None:
-            self._kept.move_to_end(digest)
-            if isinstance(kept, errors.ToolchainError):
-                raise kept
-            return kept
-        task = self._running.get(digest)
+        # The file's name too: it stands in the object's line info, and in what the compiler says.
+        digest = kept.digest([file_name.encode(), source.encode(), self._headers])
+        known, task = self._kept.get(digest), self._running.get(digest)
+        metrics.COMPILE_CACHE.labels("hit" if known is not None or task is not None else "miss").inc()
+        if isinstance(known, errors.ToolchainError):
+            # Another one each time: an exception that is raised again grows a trace with every task that meets it.
+            raise errors.ToolchainError(known.reason, str(known))
+        if known is not None:
+            return known
         if task is None:
             task = asyncio.create_task(self._compile_once(digest, source, file_name), name=f"compile-{digest[:12]}")
             self._running[digest] = task
@@ -109,7 +124,8 @@ class Toolchain:
             except errors.ToolchainUnavailable:
                 raise
             except errors.ToolchainError as problem:
-                self._keep(digest, problem)
+                if problem.lasting:
+                    self._keep(digest, problem)
                 raise
             finally:
                 metrics.COMPILE_SECONDS.observe(time.monotonic() - began)
@@ -121,11 +137,8 @@ class Toolchain:
             return elf
 
     def _keep(self, digest: str, result: bytes | errors.ToolchainError) -> None:
-        self._kept[digest] = result
-        self._kept_bytes += _weight(result)
-        while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._kept_bytes -= _weight(dropped)
+        self._kept.put(digest, result, _weight(result))
+        metrics.COMPILE_CACHE_BYTES.set(self._kept.size_bytes)
 
 
 def _weight(result: bytes | errors.ToolchainError) -> int:

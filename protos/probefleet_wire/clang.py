@@ -75,10 +75,14 @@ class Diagnostic:
 
 
 class CompileError(ValueError):
-    """The source does not compile. ``str()`` is what to show the user: bounded, with carets; ``diagnostics`` all."""
+    """The source does not compile. ``str()`` is what to show the user: bounded, with carets; ``diagnostics`` all.
 
-    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+    ``lasting``: the same source will be refused again. Not so where time ran out, which a machine with less to do has.
+    """
+
+    def __init__(self, diagnostics: Sequence[Diagnostic], *, lasting: bool = True) -> None:
         self.diagnostics = tuple(diagnostics)
+        self.lasting = lasting
         super().__init__(_trimmed(self.diagnostics))
 
 
@@ -140,7 +144,7 @@ def compile_core(
     if finished.limit:
         errors.append(_general(file_name, limit_words(finished, limits)))
     if errors:
-        raise CompileError(errors)
+        raise CompileError(errors, lasting=finished.limit != "wall")
     try:
         # Two thirds and more of it are for debuggers; every node gets it.
         data = elf_strip.without_debug(data) if data else data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from probefleet_agent.errors import NoSuchTarget, VerifierError
 from probefleet_agent.kernel import bcc, links, syscall, verifier_log
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType, ProgramType
+from probefleet_wire import kept
 from probefleet_wire.v1 import plan_pb2
 
 HEADERS = Path(f"/tmp/probefleet-test-headers-{os.getuid()}")
@@ -334,3 +336,28 @@ def test_the_parent_stays_small() -> None:
     program = compiled(EXECS + "// again\n")
     assert resident() - before < 5 << 10  # KiB
     assert program.peak_bytes > 50 << 20  # LLVM was somewhere else
+
+
+def test_what_came_of_a_source_is_kept_by_all_that_it_depends_on() -> None:
+    known: bcc.Known = kept.Kept(8 << 20)
+    first = compiled(EXECS, known=known)
+    begun = time.monotonic()
+    assert compiled(EXECS, known=known) is first
+    took_seconds = time.monotonic() - begun
+    assert (known.hits, known.misses) == (1, 1)
+    assert took_seconds < first.seconds / 2, "no compiler was started"
+    other = bcc.compile(EXECS, name="other.c", headers_root=HEADERS, known=known)
+    assert other is not first and (known.hits, known.misses) == (1, 2)
+    for _ in range(2):
+        with pytest.raises(bcc.CompileFailed, match=r"execs.c:1:\d+: error"):
+            compiled("int f(void *ctx) { return nobody; }", known=known)
+    assert (known.hits, known.misses) == (2, 3)
+    assert first.size_bytes < known.size_bytes < 1 << 20
+
+
+def test_a_source_that_took_too_long_may_compile_at_another_time() -> None:
+    known: bcc.Known = kept.Kept(8 << 20)
+    with pytest.raises(bcc.CompileFailed, match="took more than"):
+        compiled(EXECS, known=known, timeout_seconds=0.05)
+    assert compiled(EXECS, known=known).functions
+    assert (known.hits, known.misses) == (0, 2)

@@ -97,3 +97,31 @@ SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
     with Engine.open(bpffs=folder) as engine:
         (gap,) = collected(engine).tables[0].gaps
         assert gap.start_ns < gap.end_ns and gap.why.startswith("perf buffers end with the agent's process")
+
+
+BCC = """
+BPF_HASH(by_uid, u32, u64);
+TRACEPOINT_PROBE(syscalls, sys_enter_execve) { u32 uid = bpf_get_current_uid_gid(); by_uid.increment(uid); return 0; }
+"""
+
+
+def bcc_push(version: int, *entries: int, source: str = BCC) -> stream_pb2.Push:
+    """A policy for each size of the map, all of one source."""
+    pushed = stream_pb2.Push(term=1, version=version)
+    for size in entries:
+        plan = pushed.plans.add(policy_uid=f"p{size}", generation=version, scope=plan_pb2.SCOPE_CLUSTER)
+        plan.instance.digest, plan.instance.title = f"{size:032x}", "bcc/execs"
+        plan.instance.bcc.source, plan.instance.bcc.file_name = source, "execs.c"
+        plan.instance.map_sizes.add(map="by_uid", max_entries=size)
+        pushed.selections.add(policy_uid=plan.policy_uid, everything=True)
+    return pushed
+
+
+def test_a_policy_that_comes_again_and_another_of_its_source_wait_for_no_compiler(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        for version, sizes in enumerate(([23], [], [23], [23, 997]), 1):
+            engine.apply(bcc_push(version, *sizes))
+            assert {each.message for each in engine.status().policies} <= {""}
+            assert len(engine.status().policies) == len(sizes)
+        batch = collected(engine)
+    assert (batch.compile_misses, batch.compile_hits) == (1, 2)

@@ -6,6 +6,9 @@ maps: each reference to one in the instructions is noted, and ``BccFunction.link
 so that BCC's programs go through the same ``bpf(2)`` gate, budget, pins and sharing as all others.
 
 Layouts come from the BTF that BCC itself makes, so a typedef (``user_id_t``) still says what a field means.
+
+A result depends on nothing but the source, its name, the kernel's types and the tracepoints that it names; the caller
+may keep it by that (``Known``), mistakes included.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from probefleet_wire import clang, sandbox
+from probefleet_wire import clang, kept, sandbox
 from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
@@ -70,6 +73,7 @@ class CompileFailed(ProbefleetError):
     reason = "CompileFailed"
 
     def __init__(self, error: clang.CompileError) -> None:
+        self.error = error
         self.diagnostics = error.diagnostics
         super().__init__(str(error))
 
@@ -141,6 +145,15 @@ class BccProgram:
     seconds: float
     peak_bytes: int
 
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in memory: instructions, and BTF as bytes and read."""
+        code = sum(len(each.instructions) + len(each.line_records[0]) for each in self.functions)
+        return code + 4 * len(self.btf_bytes) + 4096
+
+
+Known = kept.Kept[BccProgram | clang.CompileError]
+
 
 def compile(  # noqa: A001 (bcc.compile reads as it should)
     source: str,
@@ -151,10 +164,12 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     vmlinux: Path = VMLINUX,
     headers_root: Path = bcc_headers.ROOT,
     tracepoint_format: Callable[[str, str], str] | None = None,
+    known: Known | None = None,
 ) -> BccProgram:
     """Compile a policy's BCC program against this node's kernel. Blocks for about a second (13 s under emulation).
 
     ``tracepoint_format(category, name)`` returns the text of a tracepoint's ``format`` file, from tracefs by default.
+    ``known`` is asked before the compiler is, and gets what came of it.
     Raises ``CompileFailed`` (the user's C), ``NoSuchTarget`` (a tracepoint), ``BccUnavailable`` and
     ``sandbox.SandboxUnavailable`` (this node).
     """
@@ -174,6 +189,28 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     ]
     limits = replace(LIMITS, wall_seconds=timeout_seconds)
     flags = [*FLAGS, *([_ARCHITECTURES[platform.machine()]] if platform.machine() in _ARCHITECTURES else []), *cflags]
+    if known is None:
+        return _compile(source, name, flags, tree, formats, limits)
+    # The tree's name is the digest of the kernel's BTF, and of what we make headers of.
+    key = kept.digest(part.encode() for part in (source, name, tree.name, *flags, *formats))
+    found = known.get(key)
+    if isinstance(found, clang.CompileError):
+        raise CompileFailed(found)
+    if found is not None:
+        return found
+    try:
+        made = _compile(source, name, flags, tree, formats, limits)
+    except CompileFailed as problem:
+        if problem.error.lasting:
+            known.put(key, problem.error, len(str(problem)))
+        raise
+    known.put(key, made, made.size_bytes)
+    return made
+
+
+def _compile(
+    source: str, name: str, flags: Sequence[str], tree: Path, formats: Sequence[str], limits: sandbox.Limits
+) -> BccProgram:
     leave: frozenset[int] = frozenset()
     for attempt in range(3):
         text = bcc_source.prepared(source, keep=attempt < 2, leave=leave)
@@ -187,12 +224,12 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     )
     errors = [each for each in diagnostics if each.kind == "error"]
     if finished.limit:
-        raise _failed(name, clang.limit_words(finished, limits))
+        raise _failed(name, clang.limit_words(finished, limits), lasting=finished.limit != "wall")
     if errors:
         raise CompileFailed(clang.CompileError(errors))
     if finished.status != 0 or b"\0" not in finished.stdout:
         tail = finished.stderr[-600:].decode("utf-8", "replace").strip()
-        raise _failed(name, f"BCC ended with status {finished.status}: {tail or 'it said nothing'}")
+        raise _failed(name, f"BCC ended with status {finished.status}: {tail or 'it said nothing'}", lasting=False)
     told = json.loads(finished.stdout.partition(b"\0")[2])
     try:
         return _program(told, diagnostics, finished, name, bcc_source.written(source))
@@ -249,8 +286,8 @@ def _format(category: str, name: str) -> str:
     return (root / "events" / category / name / "format").read_text()
 
 
-def _failed(name: str, text: str) -> CompileFailed:
-    return CompileFailed(clang.CompileError([clang.Diagnostic(name, 0, 0, "error", text)]))
+def _failed(name: str, text: str, *, lasting: bool = True) -> CompileFailed:
+    return CompileFailed(clang.CompileError([clang.Diagnostic(name, 0, 0, "error", text)], lasting=lasting))
 
 
 def _program(

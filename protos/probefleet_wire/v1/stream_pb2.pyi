@@ -389,6 +389,8 @@ class Batch(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     AGENT_CPU_NS_FIELD_NUMBER: _builtins.int
     AGENT_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    COMPILE_HITS_FIELD_NUMBER: _builtins.int
+    COMPILE_MISSES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1, within this stream"""
     time_ns: _builtins.int
@@ -396,6 +398,9 @@ class Batch(_message.Message):
     agent_cpu_ns: _builtins.int
     """of the agent's process, since its start"""
     agent_rss_bytes: _builtins.int
+    compile_hits: _builtins.int
+    """BCC programs that were to be compiled since the agent's process began: those that were known, and those that were not."""
+    compile_misses: _builtins.int
     @_builtins.property
     def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Table]: ...
     @_builtins.property
@@ -412,10 +417,12 @@ class Batch(_message.Message):
         instances: _abc.Iterable[Global___InstanceStat] | None = ...,
         agent_cpu_ns: _builtins.int = ...,
         agent_rss_bytes: _builtins.int = ...,
+        compile_hits: _builtins.int = ...,
+        compile_misses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_ns", b"agent_cpu_ns", "agent_rss_bytes", b"agent_rss_bytes", "events", b"events", "instances", b"instances", "sequence", b"sequence", "tables", b"tables", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_ns", b"agent_cpu_ns", "agent_rss_bytes", b"agent_rss_bytes", "compile_hits", b"compile_hits", "compile_misses", b"compile_misses", "events", b"events", "instances", b"instances", "sequence", b"sequence", "tables", b"tables", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
