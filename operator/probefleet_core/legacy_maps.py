@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 
 from probefleet_wire import map_types
 from probefleet_wire.btf import HEADER, MAGIC, Btf
-from probefleet_wire.btf_types import Kind, Struct
+from probefleet_wire.btf_types import Kind, Struct, Var
 from probefleet_wire.elf import SHT_PROGBITS, STT_FUNC, STT_SECTION, Elf
 from probefleet_wire.map_types import MapType
 
 LEGACY, CURRENT = "maps", ".maps"
-_DEF, _SAMPLES_DEF, _IPROUTE_DEF = 20, 28, 36
+#: Struct bpf_map_def of libbpf; the one of the kernel's samples (an inner map's index and a NUMA node behind it) and
+#: iproute2's first one (an id and pinning behind it), of the same size; iproute2's of today (an inner map's id too).
+_DEF, _SAMPLES_OR_IPROUTE_DEF, _IPROUTE_DEF = 20, 28, 36
 _KV_PAIR = "____btf_map_"
 _PINNED_BY_NAME = 1  # LIBBPF_PIN_BY_NAME
 _EHDR_SHOFF, _EHDR_SHNUM = 40, 60
@@ -73,6 +75,7 @@ def definitions(elf: Elf) -> tuple[LegacyMap, ...]:
         (each for each in elf.symbols if each.section == section.index and each.type not in (STT_SECTION, STT_FUNC)),
         key=lambda each: each.value,
     )
+    types = _member_names(elf)
     found = []
     for symbol, end in zip(symbols, [*(each.value for each in symbols[1:]), section.size_bytes], strict=True):
         size = symbol.size_bytes or end - symbol.value
@@ -82,15 +85,40 @@ def definitions(elf: Elf) -> tuple[LegacyMap, ...]:
                 f'{symbol.name} in SEC("maps") has {len(data)} bytes; a struct bpf_map_def has {_DEF}',
                 f'struct {{ … }} {symbol.name} SEC(".maps");',
             )
-        found.append(_definition(symbol.name, symbol.value, data))
+        found.append(_definition(symbol.name, symbol.value, data, types.get(symbol.name, ())))
     return tuple(found)
 
 
-def _definition(name: str, offset: int, data: bytes) -> LegacyMap:
+def _member_names(elf: Elf) -> dict[str, tuple[str, ...]]:
+    """Definition → what its struct's members are called, where BTF tells."""
+    section = elf.section(".BTF")
+    btf = Btf.parse(section.data) if section else None
+    there = btf.datasec(LEGACY) if btf else None
+    names = {}
+    for each in there.variables if btf and there else ():
+        variable = btf.type(each.type)
+        record = btf.type(btf.resolve(variable.type)) if isinstance(variable, Var) else None
+        if isinstance(variable, Var) and isinstance(record, Struct):
+            names[variable.name] = tuple(member.name for member in record.members)
+    return names
+
+
+def _is_iproute(made: LegacyMap, members: tuple[str, ...]) -> bool:
+    """Are the last two of seven numbers an id and pinning? Else they are an inner map's index and a NUMA node."""
+    if members:
+        return members[-1] == "pinning"
+    # An index means something for a map of maps only, and a node only with its flag.
+    return made.type not in map_types.OUTER and not made.flags & map_types.Flag.NUMA_NODE
+
+
+def _definition(name: str, offset: int, data: bytes, members: tuple[str, ...]) -> LegacyMap:
     numbers = struct.unpack(f"<{len(data) // 4}I", data)
     made = LegacyMap(name, offset, len(data), *numbers[:5])
     inner = 0
-    if len(data) == _SAMPLES_DEF:
+    if len(data) == _SAMPLES_OR_IPROUTE_DEF and _is_iproute(made, members):
+        number, pinning = numbers[5:]
+        made = replace(made, id=number, pinning=pinning)
+    elif len(data) == _SAMPLES_OR_IPROUTE_DEF:
         inner, numa_node = numbers[5:]
         made = replace(made, numa_node=numa_node)
     elif len(data) == _IPROUTE_DEF:

@@ -33,13 +33,17 @@ char LICENSE[] SEC("license") = "GPL";
 """
 
 
+def compile_in(folder: Path, source: str, *options: str) -> bytes:
+    assert shutil.which("clang"), "clang is missing: apt install clang"
+    (folder / "old.c").write_text(source)
+    command = ["clang", "-target", "bpf", *options, "-O2", "-c", "old.c", "-o", "old.o"]
+    subprocess.run(command, cwd=folder, check=True)
+    return Path(folder / "old.o").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    assert shutil.which("clang"), "clang is missing: apt install clang"
-    folder = tmp_path_factory.mktemp("legacy")
-    (folder / "old.c").write_text(SOURCE)
-    subprocess.run(["clang", "-target", "bpf", "-g", "-O2", "-c", "old.c", "-o", "old.o"], cwd=folder, check=True)
-    return Path(folder / "old.o").read_bytes()
+    return compile_in(tmp_path_factory.mktemp("legacy"), SOURCE, "-g")
 
 
 def test_definitions_become_those_of_btf(compiled: bytes) -> None:
@@ -60,6 +64,34 @@ def test_the_form_to_write_is_c(compiled: bytes) -> None:
         '__uint(map_flags, 1); } counts SEC(".maps");'
     )
     assert "__type(key, u8[20])" in wide.btf_form
+
+
+#: Seven numbers each: the last two mean something else.
+SEVEN = """
+typedef unsigned int u32;
+#define SEC(name) __attribute__((section(name), used))
+struct bpf_elf_map { u32 type, size_key, size_value, max_elem, flags, id, pinning; };
+struct bpf_map_def { u32 type, key_size, value_size, max_entries, map_flags, inner_map_idx, numa_node; };
+struct bpf_elf_map SEC("maps") of_iproute = { 1, 4, 8, 64, 0, 5, 2 };
+struct bpf_map_def SEC("maps") of_samples = { 1, 4, 8, 64, 4, 0, 1 };
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+@pytest.mark.parametrize("options", [["-g"], []], ids=["with BTF", "without"])
+def test_the_two_definitions_of_seven_numbers_are_told_apart(tmp_path: Path, options: list[str]) -> None:
+    made = compile_in(tmp_path, SEVEN, *options)
+    of_iproute, of_samples = legacy_maps.definitions(Elf.parse(made))
+    assert (of_iproute.id, of_iproute.pinning, of_iproute.numa_node) == (5, 2, 0)
+    assert (of_samples.id, of_samples.pinning, of_samples.numa_node) == (0, 0, 1)
+    pinning = [(each.name, each.pinning) for each in BpfObject.parse(legacy_maps.translate(made)).maps]
+    assert pinning == [("of_iproute", 1), ("of_samples", 0)]
+
+
+def test_names_of_members_count_more_than_their_values(tmp_path: Path) -> None:
+    source = SEVEN.replace("of_samples = { 1, 4, 8, 64, 4, 0, 1 }", "of_samples = { 1, 4, 8, 64, 0, 0, 1 }")
+    _, of_samples = legacy_maps.definitions(Elf.parse(compile_in(tmp_path, source, "-g")))
+    assert (of_samples.pinning, of_samples.numa_node) == (0, 1)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
