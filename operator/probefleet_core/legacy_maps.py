@@ -92,10 +92,12 @@ def definitions(elf: Elf) -> tuple[LegacyMap, ...]:
 def _member_names(elf: Elf) -> dict[str, tuple[str, ...]]:
     """Definition → what its struct's members are called, where BTF tells."""
     section = elf.section(".BTF")
-    btf = Btf.parse(section.data) if section else None
-    there = btf.datasec(LEGACY) if btf else None
+    if section is None:
+        return {}
+    btf = Btf.parse(section.data)
+    there = btf.datasec(LEGACY)
     names = {}
-    for each in there.variables if btf and there else ():
+    for each in there.variables if there else ():
         variable = btf.type(each.type)
         record = btf.type(btf.resolve(variable.type)) if isinstance(variable, Var) else None
         if isinstance(variable, Var) and isinstance(record, Struct):
