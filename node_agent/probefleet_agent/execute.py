@@ -23,9 +23,9 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import following, map_contents, map_fit, observing, pinned_by_others
+from probefleet_agent import following, map_contents, map_fit, observing, pinned_by_others, ways
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import NotObserving, ObjectError, UnsupportedFeature
+from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
@@ -255,29 +255,14 @@ class Executor:
         self, attachments: Sequence[plan_pb2.Attachment], sections: Mapping[str, str], title: str
     ) -> list[plan_pb2.Attachment]:
         """Those that this kernel can attach; of alternatives the first way all of whose members it has."""
-        chosen: list[plan_pb2.Attachment] = []
-        decided: set[str] = set()
-        failures: dict[str, list[str]] = {}
+        refusals: list[ways.Refusal] = []
         for attachment in attachments:
             if attachment.program not in sections:
                 there = ", ".join(sections) or "none"
                 raise ObjectError(f"{title}: attach names program {attachment.program!r}; the object has: {there}")
-            if attachment.alternative in decided:
-                continue
             section = sections[attachment.program]
-            refusal = links.supported(attachment, program_section=section, root=self.files_root)
-            if refusal is None:
-                chosen.append(attachment)
-                if attachment.alternative:
-                    decided.add(attachment.alternative)
-            elif not attachment.alternative:
-                raise refusal
-            else:
-                failures.setdefault(attachment.alternative, []).append(f"{attachment.program}: {refusal}")
-        for group, words in failures.items():
-            if group not in decided:
-                raise UnsupportedFeature(f"any way to {group} of {title}", why="; ".join(words))
-        return chosen
+            refusals.append(links.supported(attachment, program_section=section, root=self.files_root))
+        return ways.choose(attachments, refusals, title)
 
     def _measure_hooks(self, loaded: Loaded) -> None:
         """What each program's hooks cost a run: the dearest's, where it has several."""

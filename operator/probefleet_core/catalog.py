@@ -12,7 +12,7 @@ import enum
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -46,11 +46,16 @@ class Identity(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A program and its default target. Those of one ``alternative`` are ways to the same end, the best first."""
+    """A program and its default target. Those of one ``alternative`` are ways to the same end, the best first.
+
+    Several programs can be one ``way``; ``optional`` ones are left out where the kernel has no such place.
+    """
 
     program: str
     target: values.Target
     alternative: str = ""
+    way: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class Probe:
         parameter = self.parameter(self.frequency_parameter)
         frequency = parameter.number(settings[parameter.name])
         return tuple(
-            Attachment(each.program, values.PerfEvent(each.target.event, frequency_hz=frequency), each.alternative)
+            replace(each, target=values.PerfEvent(each.target.event, frequency_hz=frequency))
             if isinstance(each.target, values.PerfEvent)
             else each
             for each in self.programs
@@ -209,6 +214,12 @@ class _Fields:
         value = self._left.pop(key, default)
         if value is not None and not isinstance(value, int):
             raise CatalogError(f"{self.where}.{key}: expected a number, found {value!r}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._left.pop(key, False)
+        if not isinstance(value, bool):
+            raise CatalogError(f"{self.where}.{key}: expected true or false, found {value!r}")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -315,7 +326,11 @@ def _programs(top: _Fields, there: set[str]) -> tuple[tuple[Attachment, ...], st
         program, target = fields.text("program"), fields.fields("target")
         if program not in there:
             raise CatalogError(f"{fields.where}: the object has no program {program!r}")
-        attachments.append(Attachment(program, _target(target), fields.text("alternative", "")))
+        alternative, way = fields.text("alternative", ""), fields.text("way", "")
+        if way and not alternative:
+            raise CatalogError(f"{fields.where}.way: a way leads to an alternative; alternative is missing")
+        optional = fields.flag("optional")
+        attachments.append(Attachment(program, _target(target), alternative, way, optional))
         frequency = frequency or (target.text("frequency", "") if target.has("frequency") else "")
         target.end()
         fields.end()
@@ -334,10 +349,15 @@ def _target(fields: _Fields) -> values.Target:
         return values.Kprobe(fields.text("kprobe"))
     if fields.has("kretprobe"):
         return values.Kprobe(fields.text("kretprobe"), on_return=True)
+    if fields.has("fentry"):
+        return values.Fentry(fields.text("fentry"))
+    if fields.has("fexit"):
+        return values.Fentry(fields.text("fexit"), on_return=True)
     if fields.has("perfEvent"):
         # Its frequency comes from the parameter that `frequency` names (Probe.attachments).
         return values.PerfEvent(fields.text("perfEvent"))
-    raise CatalogError(f"{fields.where}: one of tracepoint, rawTracepoint, btfTracepoint, kprobe, perfEvent is missing")
+    known = "tracepoint, rawTracepoint, btfTracepoint, kprobe, kretprobe, fentry, fexit, perfEvent"
+    raise CatalogError(f"{fields.where}: one of {known} is missing")
 
 
 def _map(fields: _Fields, compiled: BpfObject) -> Map:

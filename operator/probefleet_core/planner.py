@@ -337,7 +337,10 @@ def _assemble(
     instance = plan_pb2.Instance(
         owner=policy.uid if written else "",
         tail_programs=written.tail_programs,
-        attachments=[to_wire.attachment(each.attachment, each.alternative) for each in parts.attached],
+        attachments=[
+            to_wire.attachment(each.attachment, each.alternative, way=each.way, optional=each.optional)
+            for each in parts.attached
+        ],
         parameters=[plan_pb2.Parameter(variable=name, value=value) for name, value in sorted(parts.parameters.items())],
         shared_maps=[
             plan_pb2.SharedMap(map=name, probe_map_uid=compiled.probe_map.uid)
@@ -419,6 +422,7 @@ def _summary(
     programs = [
         f"{each.attachment.program}: {to_wire.describe(each.attachment.target)}"
         + (f" (one way to {each.alternative})" if each.alternative else "")
+        + (" (where there is one)" if each.optional else "")
         for each in parts.attached
     ]
     slots: dict[str, str] = {}

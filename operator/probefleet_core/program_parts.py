@@ -46,10 +46,12 @@ class CompiledProbeMap:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """An attachment and the group of ways that it belongs to."""
+    """An attachment, the group of ways that it belongs to, and the way that it is a part of."""
 
     attachment: values.Attachment
     alternative: str = ""
+    way: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def of_catalog(request: Request, program: values.CatalogProgram, problems: error
         elf=probe.elf,
         parsed=parsed,
         attached=tuple(
-            Attached(values.Attachment(each.program, each.target), each.alternative) for each in probe.attachments(good)
+            Attached(values.Attachment(each.program, each.target), each.alternative, each.way, each.optional)
+            for each in probe.attachments(good)
         ),
         outputs=_resolved(asked, parsed, problems) if asked else defaults,
         parameters=probe.variables(good),

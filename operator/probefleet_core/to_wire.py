@@ -53,9 +53,11 @@ def output(value: values.Output) -> plan_pb2.Output:
     return made
 
 
-def attachment(value: values.Attachment, alternative: str = "") -> plan_pb2.Attachment:
+def attachment(
+    value: values.Attachment, alternative: str = "", *, way: str = "", optional: bool = False
+) -> plan_pb2.Attachment:
     """One attachment."""
-    made = plan_pb2.Attachment(program=value.program, alternative=alternative)
+    made = plan_pb2.Attachment(program=value.program, alternative=alternative, way=way, optional=optional)
     if isinstance(value.target, network_targets.TARGETS):
         network_targets.put(made, value.target)
         return made

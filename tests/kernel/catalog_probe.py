@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from probefleet_agent import ways as agents_ways
 from probefleet_agent.kernel import libbpf, links, maps, rings
 from probefleet_core import catalog, values
 from probefleet_wire.bpf_object import BpfObject
@@ -34,7 +35,12 @@ def the_catalog() -> catalog.Catalog:
 
 def wire(attachment: catalog.Attachment) -> plan_pb2.Attachment:
     """As the plan would say it."""
-    made = plan_pb2.Attachment(program=attachment.program, alternative=attachment.alternative)
+    made = plan_pb2.Attachment(
+        program=attachment.program,
+        alternative=attachment.alternative,
+        way=attachment.way,
+        optional=attachment.optional,
+    )
     match attachment.target:
         case values.Tracepoint(category, name):
             made.tracepoint.category, made.tracepoint.name = category, name
@@ -44,6 +50,8 @@ def wire(attachment: catalog.Attachment) -> plan_pb2.Attachment:
             made.tp_btf.name = name
         case values.Kprobe(function, offset, on_return):
             made.kprobe.function, made.kprobe.offset, made.kprobe.on_return = function, offset, on_return
+        case values.Fentry(function, on_return):
+            made.fentry.function, made.fentry.on_return = function, on_return
         case values.PerfEvent(event, frequency_hz, period):
             made.perf_event.event, made.perf_event.frequency_hz = event, frequency_hz
             made.perf_event.period = period
@@ -53,12 +61,13 @@ def wire(attachment: catalog.Attachment) -> plan_pb2.Attachment:
 
 
 def ways(probe: catalog.Probe, prefer: str = "") -> tuple[catalog.Attachment, ...]:
-    """One attachment of each alternative: the first that this kernel has, or the first whose program ends so."""
-    chosen: dict[str, catalog.Attachment] = {}
-    for attachment in sorted(probe.attachments(), key=lambda each: bool(prefer) and not each.program.endswith(prefer)):
-        if links.supported(wire(attachment)) is None:
-            chosen.setdefault(attachment.alternative or attachment.program, attachment)
-    return tuple(chosen.values())
+    """Of each alternative the first way that this kernel has, or that whose programs end so, or which is called so."""
+    preferred = sorted(
+        probe.attachments(), key=lambda each: bool(prefer) and prefer != each.way and not each.program.endswith(prefer)
+    )
+    asked = [wire(each) for each in preferred]
+    chosen = {each.program for each in agents_ways.choose(asked, [links.supported(each) for each in asked], probe.name)}
+    return tuple(each for each in preferred if each.program in chosen)
 
 
 class Running:

@@ -84,7 +84,8 @@ def running(*files: Path | str, links: int = 0, instances: int = 0, arguments: S
             assert time.monotonic() < deadline, f"{run.attached()} of {links} programs attached"
             time.sleep(0.02)
         yield run
-        run.end()
+        if not run.reports:
+            run.end()
         assert not run.pins.exists(), "nothing is left"
     finally:
         if process.poll() is None:

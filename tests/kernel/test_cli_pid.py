@@ -198,6 +198,19 @@ def test_tcplife_counts_who_connected_and_who_closed_what_it_accepted() -> None:
     assert total(accepted, "connections") == 120
 
 
+def test_tcptop_counts_who_sends_and_receives() -> None:
+    with server() as (serving, port), run.start("connects", 97, port, LOCAL, "--bytes", 23) as wanted:
+        with (
+            run.start("connects", 101, port, LOCAL, "--bytes", 23) as other,
+            measured("tcptop", wanted.pid) as of_client,
+            measured("tcptop", serving.pid) as of_server,
+        ):
+            both(wanted, other)
+            client, accepted = of_client(), of_server()
+    assert total(client, "sent") == total(client, "received") == 97 * 23
+    assert total(accepted, "sent") == total(accepted, "received") == 198 * 23
+
+
 def test_biolatency_counts_who_asked_for_the_block() -> None:
     with (
         run.loop_device() as device,

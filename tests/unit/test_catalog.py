@@ -15,7 +15,7 @@ from probefleet_wire import syscalls
 from probefleet_wire.bpf_object import BpfObject
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("biolatency", "execsnoop", "opensnoop", "profile", "runqlat", "syscount", "tcpconnlat", "tcplife")
+NAMES = ("biolatency", "execsnoop", "opensnoop", "profile", "runqlat", "syscount", "tcpconnlat", "tcplife", "tcptop")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,30 @@ def test_bounds_with_one_side_say_the_one() -> None:
 def test_alternatives_are_ways_to_the_same_end_the_typed_one_first(loaded: catalog.Catalog) -> None:
     ways = [each for each in probe(loaded, "syscount").programs if each.alternative == "enter"]
     assert [each.target for each in ways] == [values.BtfTracepoint("sys_enter"), values.RawTracepoint("sys_enter")]
+
+
+def test_programs_of_one_way_go_together_and_some_are_optional(loaded: catalog.Catalog) -> None:
+    programs = probe(loaded, "tcptop").programs
+    assert [each.way for each in programs if each.alternative == "traffic"][:4] == [
+        "typed tracepoints",
+        "typed tracepoints",
+        "raw tracepoints",
+        "raw tracepoints",
+    ]
+    (spliced,) = [each for each in programs if each.program == "spliced"]
+    assert (spliced.target, spliced.optional) == (values.Fentry("tcp_splice_read", on_return=True), True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (", alternative: traffic, way: functions}", ", way: functions}", "alternative is missing"),
+        ("optional: true", "optional: 1", "expected true or false"),
+    ],
+)
+def test_a_wrong_way_is_named(loaded: catalog.Catalog, old: str, new: str, says: str) -> None:
+    with pytest.raises(catalog.CatalogError, match=re.escape(says)):
+        changed(loaded, "tcptop", old, new)
 
 
 # A folder that contradicts itself or its object

@@ -455,9 +455,15 @@ class Attachment(_message.Message):
     LSM_FIELD_NUMBER: _builtins.int
     USDT_FIELD_NUMBER: _builtins.int
     ALTERNATIVE_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    OPTIONAL_FIELD_NUMBER: _builtins.int
     program: _builtins.str
     """the function's name in the object"""
     alternative: _builtins.str
+    way: _builtins.str
+    """those of one way to an alternative go together; empty: the program is a way of its own"""
+    optional: _builtins.bool
+    """left out where the kernel has no such place"""
     @_builtins.property
     def tracepoint(self) -> Global___Tracepoint: ...
     @_builtins.property
@@ -519,10 +525,12 @@ class Attachment(_message.Message):
         lsm: Global___Lsm | None = ...,
         usdt: Global___Usdt | None = ...,
         alternative: _builtins.str = ...,
+        way: _builtins.str = ...,
+        optional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "interval", b"interval", "iterator", b"iterator", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "interval", b"interval", "iterator", b"iterator", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "xdp", b"xdp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative", b"alternative", "cgroup_skb", b"cgroup_skb", "cgroup_sock", b"cgroup_sock", "fentry", b"fentry", "interval", b"interval", "iterator", b"iterator", "kprobe", b"kprobe", "kprobe_pattern", b"kprobe_pattern", "lsm", b"lsm", "optional", b"optional", "perf_event", b"perf_event", "program", b"program", "raw_tracepoint", b"raw_tracepoint", "socket_filter", b"socket_filter", "syscall", b"syscall", "target", b"target", "tc", b"tc", "tp_btf", b"tp_btf", "tracepoint", b"tracepoint", "uprobe", b"uprobe", "usdt", b"usdt", "way", b"way", "xdp", b"xdp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["tracepoint", "raw_tracepoint", "tp_btf", "kprobe", "uprobe", "perf_event", "syscall", "xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock", "iterator", "interval", "fentry", "kprobe_pattern", "lsm", "usdt"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015

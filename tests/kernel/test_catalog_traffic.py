@@ -1,0 +1,138 @@
+"""tcptop and tcpretrans: bytes while they flow and segments that had to be sent again, by the socket's pod and its peer."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.catalog_probe import Rows, Running, the_catalog, ways
+from tests.kernel.test_catalog_sockets import address, server_in
+from tests.workloads import run
+
+LOCAL = "127.0.0.1"
+TCP_INFO_BYTES = 232
+WAYS = ["typed tracepoints", "raw tracepoints", "functions"]
+
+
+@pytest.fixture
+def web() -> Iterator[Path]:
+    with run.in_cgroup("web") as cgroup:
+        yield cgroup
+
+
+def needs_way(probe: str, way: str) -> None:
+    """Skip where this kernel lacks it: Linux 6.1 has no tracepoint, this machine no fexit."""
+    found = the_catalog().get(probe)
+    assert found is not None
+    if way not in {each.way for each in ways(found, way)}:
+        pytest.skip(f"this kernel cannot count {probe} by {way}")
+
+
+def sums(rows: tuple[Rows, Rows]) -> dict[tuple[str, int, bool], tuple[int, int]]:
+    """(peer, port, accepted) → (sent, received)."""
+    return {
+        (address(key["peer"]), int(key["port"]), bool(key["accepted"])): (
+            int(value["sent_bytes"]),
+            int(value["received_bytes"]),
+        )
+        for key, value in zip(*rows, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def connection(host: str = LOCAL) -> Iterator[tuple[socket.socket, socket.socket, int]]:
+    """(client, server's end, the server's port) of a connection of this process with itself."""
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listening:
+        port = int(listening.getsockname()[1])
+        with socket.create_connection((host, port)) as client:
+            accepted, _ = listening.accept()
+            with accepted:
+                yield client, accepted, port
+
+
+def ledger(end: socket.socket) -> tuple[int, int]:
+    """(sent, received) by the kernel's own account: tcpi_bytes_sent less tcpi_bytes_retrans, tcpi_bytes_received."""
+    info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    (received,) = struct.unpack_from("=Q", info, 128)
+    sent, again = struct.unpack_from("=QQ", info, 200)
+    return sent - again, received
+
+
+def of_port(probe: Running, port: int) -> dict[tuple[str, int, bool], tuple[int, int]]:
+    return {key: value for key, value in sums(probe.rows("traffic")).items() if key[1] == port}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("to", [LOCAL, "::1"])
+def test_both_ends_of_23_connections_have_their_bytes(web: Path, way: str, to: str) -> None:
+    needs_way("tcptop", way)
+    total = 23 * 65537
+    with run.in_cgroup("cart") as cart, server_in(cart, to) as port, Running("tcptop", prefer=way) as probe:
+        assert run.run("connects", 23, port, to, "--bytes", 65537, cgroup=web)["connects"] == 23
+        assert sums(probe.rows("traffic", cgroup=run.cgroup_id(web))) == {(to, port, False): (total, total)}
+        assert sums(probe.rows("traffic", cgroup=run.cgroup_id(cart))) == {(to, port, True): (total, total)}
+        assert probe.lost() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_connection_that_was_open_before_and_stays_open_is_counted(way: str) -> None:
+    needs_way("tcptop", way)
+    with connection() as (client, server, port):
+        before = ledger(client), ledger(server)
+        with Running("tcptop", prefer=way) as probe:
+            client.sendall(bytes(997))
+            assert len(server.recv(997, socket.MSG_WAITALL)) == 997
+            server.sendall(bytes(23))
+            # What is only looked at is not received.
+            assert len(client.recv(23, socket.MSG_PEEK | socket.MSG_WAITALL)) == 23
+            assert len(client.recv(23, socket.MSG_WAITALL)) == 23
+            assert of_port(probe, port) == {(LOCAL, port, False): (997, 23), (LOCAL, port, True): (23, 997)}
+        after = ledger(client), ledger(server)
+    made = [(now[0] - then[0], now[1] - then[1]) for then, now in zip(before, after, strict=True)]
+    assert made == [(997, 23), (23, 997)], "the kernel's own account"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_sendfile_sends_is_sent(way: str) -> None:
+    needs_way("tcptop", way)
+    with tempfile.TemporaryFile() as file, connection() as (client, server, port):
+        file.write(bytes(65537))
+        file.flush()
+        with Running("tcptop", prefer=way) as probe:
+            sent = 0
+            while sent < 65537:
+                sent += os.sendfile(client.fileno(), file.fileno(), sent, 65537 - sent)
+                server.recv(sent, socket.MSG_DONTWAIT)
+            assert of_port(probe, port)[LOCAL, port, False] == (65537, 0)
+
+
+def test_a_refused_pods_traffic_is_not_counted(web: Path) -> None:
+    with run.echo_server() as port, Running("tcptop", filter_on="1") as probe:
+        probe.refuse(run.cgroup_id(web))
+        run.run("connects", 23, port, "--bytes", 997, cgroup=web)
+        assert len(probe.rows("traffic", cgroup=run.cgroup_id(web))[0]) == 0
+
+
+def test_processes_are_told_apart_where_it_is_asked_for(web: Path) -> None:
+    with run.echo_server() as port, Running("tcptop", processes="true") as probe:
+        with run.start("connects", 1, port, "--bytes", 23, cgroup=web) as workload:
+            workload.go()
+            workload.done()
+            keys, _ = probe.rows("traffic", cgroup=run.cgroup_id(web))
+            assert keys["process"].tolist() == [workload.pid]
+
+
+def test_calls_that_find_no_room_in_the_map_are_lost(web: Path) -> None:
+    with run.echo_server() as one, run.echo_server() as other, Running("tcptop", sizes={"traffic": 1}) as probe:
+        run.run("connects", 1, one, "--bytes", 23, cgroup=web)
+        run.run("connects", 5, other, "--bytes", 23, cgroup=web)
+        assert probe.lost()[0] >= 10, "five sends and five receipts at least, of one side"

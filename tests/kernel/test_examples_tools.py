@@ -1,0 +1,52 @@
+"""The tools that the articles show, as policies: each run as a user runs it, each counting a workload exactly.
+
+What the probes of the catalog count, and how, is in `test_catalog_*.py`; here is the whole way, file to report.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.kernel import examples_runner
+from tests.workloads import run as workloads
+
+LOCAL = "127.0.0.1"
+HOST = "(host)"
+
+
+def test_tcptop_has_the_bytes_of_both_ends_by_peer_and_port() -> None:
+    with examples_runner.running("tcptop.yaml", links=2) as run, workloads.echo_server() as port:
+        workloads.run("connects", 23, port, "--bytes", 997)
+    for output in ("sent", "received"):
+        rows = {key: value for key, value in run.rows("tcptop", output).items() if str(port) in key}
+        assert rows == {
+            (HOST, LOCAL, str(port), "false"): 23 * 997,
+            (HOST, LOCAL, str(port), "true"): 23 * 997,
+        }
+
+
+def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
+    path = tmp_path / "opened"
+    path.touch()
+    with workloads.start("opens", 23, path, "--missing", 5) as workload:
+        with examples_runner.running("opens.yaml", links=3, arguments=["--pid", str(workload.pid)]) as run:
+            workload.go()
+            assert workload.done()["opens"] == 23
+    assert run.rows("opens", "opens") == {(HOST, "OK"): 23, (HOST, "ENOENT"): 5}
+    assert [each["file"] for each in run.records("opens", "events")] == [str(path)] * 23 + [f"{path}.missing"] * 5
+
+
+def test_tcplife_has_every_connection_that_ended() -> None:
+    with examples_runner.running("tcplife.yaml", links=1) as run, workloads.echo_server() as port:
+        workloads.run("connects", 23, port, "--bytes", 997)
+    for output, value in (("connections", 23), ("sent", 23 * 997), ("received", 23 * 997)):
+        rows = {key: value for key, value in run.rows("tcplife", output).items() if str(port) in key}
+        assert rows == {(HOST, str(port), "false"): value, (HOST, str(port), "true"): value}
+
+
+def test_biolatency_has_every_request_of_a_device() -> None:
+    with workloads.loop_device() as device, examples_runner.running("biolatency.yaml", links=3) as run:
+        workloads.run("blockio", 997, device, "--writes", 23)
+        run.end()
+    rows = {key: value for key, value in run.rows("biolatency", "latency").items() if key[0] == device.name}
+    assert rows == {(device.name, "read"): 997, (device.name, "write"): 23}
