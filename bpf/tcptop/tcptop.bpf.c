@@ -3,7 +3,7 @@
  * tcptop: who sends and receives how much by TCP, while it happens: bytes by pod, peer and port of the service.
  *
  * Counted are the bytes that programs hand over and get, when the call returns. Linux 6.3 says them itself
- * (6e6eda44b939, "sock: add tracepoint for send recv length"); before, functions that all calls go through do.
+ * ("sock: add tracepoint for send recv length"); before, functions that all calls go through do.
  */
 #include "probefleet.h"
 
@@ -130,7 +130,7 @@ int BPF_PROG(received_ipv6, struct socket *socket, struct msghdr *message, size_
 	return received(socket->sk, result, flags);
 }
 
-/* sendfile() and splice() before 6.5, by both families: dc97391e6610, "sock: Remove ->sendpage*() in favour of ..." */
+/* sendfile() and splice() before 6.5, by both families. */
 SEC("fexit/inet_sendpage")
 int BPF_PROG(sent_page, struct socket *socket, struct page *page, int offset, size_t size, int flags, s64 result)
 {

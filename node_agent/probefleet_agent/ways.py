@@ -1,8 +1,8 @@
 """Which programs of an instance are attached on this kernel. Pure: attachments, and why each cannot be, in; some out.
 
-``execute`` asks before it loads. Attachments of one ``alternative`` are ways to the same end, of which the first is taken
-whose members the kernel all has. A way is one program, unless several say the same ``way``. What is ``optional`` is left
-out where the kernel has no such place: probe.yaml says so only where nothing is then missing, or its README what.
+``execute`` asks before it loads. Attachments of one ``alternative`` are ways to the same end, of which the first is
+taken whose members the kernel all has. A way is one program, unless several say the same ``way``. What is ``optional``
+is left out where the kernel has no such place: where nothing is then missing, or the probe's README says what.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``run --pid``: a plan restricted to one process in the kernel, exactly or not at all.
 
 ``preparation`` hands over each plan that the planner made. A process can be told apart where the program itself asks
-``probefleet_selected_process()`` with the process that its events belong to (all probes of the catalog do; in a wake-up
+``probefleet_selected_process()`` with the process that its events belong to (probes of the catalog do; in a wake-up
 that is the woken task's, not the current one), and at uprobes, where the kernel does it. Everything else is refused:
 who runs when a program runs is not always whose event it is, and only the program's author knows.
 """
@@ -18,6 +18,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_cli.failures import BadInput
 
 VARIABLE, FUNCTION, MACRO = "probefleet_tgid", "probefleet_selected_process", "PROBEFLEET_TGID"
+CATALOG = "catalog/"
 #: The inode of the first pid namespace: PROC_PID_INIT_INO, include/linux/proc_ns.h. Programs see its numbers only.
 FIRST_NAMESPACE = "pid:[4026531836]"
 
@@ -51,6 +52,12 @@ def restrict(planned: planner.Planned, pid: int, where: str) -> None:
         else:
             instance.parameters.append(plan_pb2.Parameter(variable=VARIABLE, value=struct.pack("<I", pid)))
         return
+    if instance.title.startswith(CATALOG):
+        name = instance.title.removeprefix(CATALOG)
+        raise BadInput(
+            f"{where}: --pid {pid}: what {name} counts is no process's doing, and the kernel does not say "
+            f"whose it was. `probefleet catalog {name}` says what it goes by. Leave --pid out"
+        )
     attached = instance.attachments
     if not attached or not all(each.WhichOneof("target") == "uprobe" for each in attached):
         raise BadInput(

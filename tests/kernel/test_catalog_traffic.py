@@ -1,18 +1,23 @@
-"""tcptop and tcpretrans: bytes while they flow and segments that had to be sent again, by the socket's pod and its peer."""
+"""tcptop and tcpretrans: bytes while they flow, and segments that had to be sent again, by the socket's pod."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
+import select
 import socket
 import struct
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from probefleet_agent.kernel import interfaces
 
+from tests.kernel import lossy
 from tests.kernel.catalog_probe import Rows, Running, the_catalog, ways
 from tests.kernel.test_catalog_sockets import address, server_in
 from tests.workloads import run
@@ -136,3 +141,131 @@ def test_calls_that_find_no_room_in_the_map_are_lost(web: Path) -> None:
         run.run("connects", 1, one, "--bytes", 23, cgroup=web)
         run.run("connects", 5, other, "--bytes", 23, cgroup=web)
         assert probe.lost()[0] >= 10, "five sends and five receipts at least, of one side"
+
+
+# tcpretrans
+
+SYN_SENT, SYN_RECV, ESTABLISHED = 2, 3, 1
+
+
+def again(rows: tuple[Rows, Rows]) -> dict[tuple[str, int, bool, int], tuple[int, int]]:
+    """(peer, port, accepted, state) → (segments, bytes)."""
+    return {
+        (address(key["peer"]), int(key["port"]), bool(key["accepted"]), int(key["state"])): (
+            int(value["segments"]),
+            int(value["bytes"]),
+        )
+        for key, value in zip(*rows, strict=True)
+    }
+
+
+def total_again(ends: Sequence[socket.socket]) -> tuple[int, int]:
+    """(segments, bytes) that these sockets sent again: tcpi_total_retrans, tcpi_bytes_retrans."""
+    infos = [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES) for each in ends]
+    return (
+        sum(struct.unpack_from("=I", each, 100)[0] for each in infos),
+        sum(struct.unpack_from("=Q", each, 208)[0] for each in infos),
+    )
+
+
+@contextlib.contextmanager
+def belonging_to(cgroup: Path) -> Iterator[None]:
+    """Sockets that are made here belong to the cgroup, also when this process has left it."""
+    mount = run.cgroup2_mount()
+    own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    run.place(os.getpid(), cgroup)
+    try:
+        yield
+    finally:
+        run.place(os.getpid(), mount / own.strip("/"))
+
+
+@pytest.mark.parametrize("way", ["btf", "raw"])
+@pytest.mark.parametrize("to", [lossy.FAR, lossy.FAR_6])
+def test_23_syns_that_nobody_hears_are_sent_again_once_each(web: Path, way: str, to: str) -> None:
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(lossy.wire())
+        probe = stack.enter_context(Running("tcpretrans", prefer=way))
+        wire.lose()
+        with belonging_to(web):
+            ends = [stack.enter_context(lossy.connecting(to, 4711)) for _ in range(23)]
+        for each in ends:
+            # Writable: it has given up.
+            assert select.select([], [each], [], run.PHASE_SECONDS)[1] == [each]
+            assert each.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ETIMEDOUT
+        me = run.cgroup_id(web)
+        assert again(probe.rows("retransmitted", cgroup=me)) == {(to, 4711, False, SYN_SENT): (23, 0)}
+        assert wire.sent_again() == 23
+        records = probe.records(cgroup=me)
+        assert len(records) == 23
+        assert {address(each) for each in records["remote"]} == {to}
+        assert set(records["remote_port"]) == {4711} and len(set(records["local_port"])) == 23
+        assert probe.lost()[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("way", ["btf", "raw"])
+@pytest.mark.parametrize("to", [lossy.FAR, lossy.FAR_6])
+def test_segments_and_bytes_are_those_of_the_kernels_own_account(web: Path, way: str, to: str) -> None:
+    """Seven connections lose what they send, until the network is there again and everything arrives."""
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(lossy.wire())
+        listening = stack.enter_context(wire.server(to))
+        port = listening.getsockname()[1]
+        with belonging_to(web):
+            ends = [stack.enter_context(socket.create_connection((to, port))) for _ in range(7)]
+        others = [stack.enter_context(listening.accept()[0]) for _ in ends]
+        probe = stack.enter_context(Running("tcpretrans", prefer=way))
+        wire.lose()
+        for each in ends:
+            # Less than the first window holds: so it is sent, in several segments.
+            each.sendall(bytes(9973))
+        deadline = time.monotonic() + run.PHASE_SECONDS
+        # A ring's descriptor says when there is more to read; here the sockets' own account is what is waited for.
+        while total_again(ends)[0] < 23:
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.05)
+        wire.lose(False)
+        for each in others:
+            # Blocking: MSG_WAITALL of a socket with a timeout takes what is there.
+            each.setblocking(True)
+            assert len(each.recv(9973, socket.MSG_WAITALL)) == 9973
+        segments, amount = total_again(ends)
+        me = run.cgroup_id(web)
+        assert again(probe.rows("retransmitted", cgroup=me)) == {(to, port, False, ESTABLISHED): (segments, amount)}
+        assert wire.sent_again() == segments >= 23
+        records = probe.records(cgroup=me)
+        assert (records["segments"].sum(), records["bytes"].sum()) == (segments, amount)
+
+
+def test_syn_acks_that_are_sent_again_are_the_listeners(web: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(lossy.wire())
+        wire.set("tcp_synack_retries", 1)
+        with belonging_to(web):
+            listening = stack.enter_context(socket.create_server((lossy.NEAR, 0), backlog=1024))
+        port = listening.getsockname()[1]
+        probe = stack.enter_context(Running("tcpretrans"))
+        wire.lose()
+        with interfaces.entered(wire.there):
+            for _ in range(23):
+                # The SYN is all that it says.
+                lossy.connecting(lossy.NEAR, port).close()
+        deadline = time.monotonic() + run.PHASE_SECONDS
+        while wire.sent_again() < 23:
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.05)
+        me = run.cgroup_id(web)
+        assert again(probe.rows("retransmitted", cgroup=me)) == {(lossy.FAR, port, True, SYN_RECV): (23, 0)}
+        assert set(probe.records(cgroup=me)["local_port"]) == {port}
+
+
+def test_a_refused_pods_segments_are_not_counted(web: Path) -> None:
+    with lossy.wire() as wire, Running("tcpretrans", filter_on="1") as probe:
+        probe.refuse(run.cgroup_id(web))
+        wire.lose()
+        with belonging_to(web):
+            made = lossy.connecting(lossy.FAR, 4711)
+        with made:
+            assert select.select([], [made], [], run.PHASE_SECONDS)[1] == [made]
+        assert wire.sent_again() == 1
+        assert len(probe.rows("retransmitted", cgroup=run.cgroup_id(web))[0]) == 0

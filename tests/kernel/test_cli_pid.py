@@ -243,6 +243,11 @@ def test_one_that_does_not_ask_is_refused_with_what_to_write(program: str, tmp_p
     assert said == "" and "probefleet_selected_process(bpf_get_current_pid_tgid() >> 32)" in errors
 
 
+def test_tcpretrans_says_that_no_process_sends_again() -> None:
+    said, errors = finish(start("run", "tcpretrans", "--pid", os.getpid()), status=2)
+    assert said == "" and "what tcpretrans counts is no process's doing" in errors
+
+
 def test_a_process_that_is_not_there_is_refused() -> None:
     _, errors = finish(start("run", "syscount", "--pid", 2**22 + 1), status=2)
     assert "there is no process with this number" in errors

@@ -5,9 +5,10 @@ What the probes of the catalog count, and how, is in `test_catalog_*.py`; here i
 
 from __future__ import annotations
 
+import select
 from pathlib import Path
 
-from tests.kernel import examples_runner
+from tests.kernel import examples_runner, lossy
 from tests.workloads import run as workloads
 
 LOCAL = "127.0.0.1"
@@ -23,6 +24,20 @@ def test_tcptop_has_the_bytes_of_both_ends_by_peer_and_port() -> None:
             (HOST, LOCAL, str(port), "false"): 23 * 997,
             (HOST, LOCAL, str(port), "true"): 23 * 997,
         }
+
+
+def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
+    with lossy.wire() as wire, examples_runner.running("tcpretrans.yaml", links=2) as run:
+        wire.lose()
+        ends = [lossy.connecting(lossy.FAR, 4711) for _ in range(23)]
+        for each in ends:
+            with each:
+                assert select.select([], [each], [], workloads.PHASE_SECONDS)[1] == [each]
+        assert wire.sent_again() == 23
+    rows = {key: value for key, value in run.rows("tcpretrans", "segments").items() if key[1] == lossy.FAR}
+    assert rows == {(HOST, lossy.FAR, "4711", "syn_sent"): 23}
+    records = [each for each in run.records("tcpretrans", "events") if each["remote"] == lossy.FAR]
+    assert [each["state"] for each in records] == ["syn_sent"] * 23
 
 
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:

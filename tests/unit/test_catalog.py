@@ -15,7 +15,18 @@ from probefleet_wire import syscalls
 from probefleet_wire.bpf_object import BpfObject
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("biolatency", "execsnoop", "opensnoop", "profile", "runqlat", "syscount", "tcpconnlat", "tcplife", "tcptop")
+NAMES = (
+    "biolatency",
+    "execsnoop",
+    "opensnoop",
+    "profile",
+    "runqlat",
+    "syscount",
+    "tcpconnlat",
+    "tcplife",
+    "tcpretrans",
+    "tcptop",
+)
 
 
 @pytest.fixture(scope="module")
