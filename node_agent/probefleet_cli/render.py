@@ -12,6 +12,7 @@ from typing import Any, Final, TextIO, TypeAlias
 
 import yaml
 from probefleet_core import summary
+from probefleet_core.format import weight
 from rich.console import Console
 from rich.text import Text
 
@@ -112,12 +113,13 @@ def event_line(record: Mapping[str, object]) -> str:
 
 def stacks_lines(output: Json, *, limit: int = 10) -> list[str]:
     """The stacks that were seen most, each from its leaf down, as perf prints them."""
-    part = output["total"]
-    found = [f"{output['name']} (stacks), since the beginning, {part['value']:,} samples"]
+    part, unit = output["total"], output.get("unit", "")
+    found = [f"{output['name']} (stacks), since the beginning, {weight(part['value'], unit)}"]
     for row in part["rows"][:limit]:
         *groups, stack = row["key"] or [""]
         share = f"{row['value'] / part['value']:.1%}" if part["value"] else ""
-        found += ["", f"  {row['value']:,} ({share}) {' '.join(groups)}".rstrip()]
+        amount = weight(row["value"], unit).removesuffix(" samples").removesuffix(" sample")
+        found += ["", f"  {amount} ({share}) {' '.join(groups)}".rstrip()]
         found += [f"    {frame}" for frame in reversed(stack.split(";"))]
     if not part["rows"]:
         found.append("  nothing yet")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.sax.saxutils import escape
 
+from probefleet_core.format import weight
+
 WIDTH: Final = 1200
 ROW: Final = 17
 FONT: Final = 12
@@ -34,20 +36,23 @@ class Frame:
     callees: dict[str, Frame] = field(default_factory=dict)
 
 
-def render_svg(stacks: Mapping[str, int], *, title: str = "Flame graph") -> str:
-    """The flame graph of folded stacks (``caller;…;leaf`` → samples), callers below. Same input, same output."""
+def render_svg(stacks: Mapping[str, int], *, title: str = "Flame graph", unit: str = "") -> str:
+    """The flame graph of folded stacks (``caller;…;leaf`` → samples, or another unit), callers below.
+
+    Same input, same output.
+    """
     root = tree(stacks)
     body: list[str] = []
     whole = max(root.count, 1)
-    deepest = _draw(root, "all", x=0.0, depth=0, whole=whole, body=body, height=_depth(root, whole))
+    deepest = _draw(root, "all", x=0.0, depth=0, whole=whole, body=body, height=_depth(root, whole), unit=unit)
     height = TOP + (deepest + 1) * ROW + 10
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         f'font-family="monospace" font-size="{FONT}">\n'
         f'<rect width="100%" height="100%" fill="#fdfaf3"/>\n'
         f'<text x="{WIDTH / 2:.0f}" y="24" text-anchor="middle" font-size="16">{_clean(title)}</text>\n'
-        f'<text x="{WIDTH - 4}" y="24" text-anchor="end" fill="#555">{root.count:,} samples; the kernel is blue; '
-        f"hover for a function's share</text>\n"
+        f'<text x="{WIDTH - 4}" y="24" text-anchor="end" fill="#555">{weight(root.count, unit)}; the kernel is '
+        f"blue; hover for a function's share</text>\n"
     )
     return head + "".join(body) + "</svg>\n"
 
@@ -75,7 +80,7 @@ def _depth(frame: Frame, whole: int) -> int:
     return max((1 + _depth(callee, whole) for callee in shown), default=0)
 
 
-def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: list[str], height: int) -> int:
+def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: list[str], height: int, unit: str) -> int:
     width = frame.count / whole * WIDTH
     if width < MIN_PIXELS:
         return height
@@ -87,12 +92,12 @@ def _draw(frame: Frame, name: str, *, x: float, depth: int, whole: int, body: li
         shown = name if len(name) <= room else name[: room - 1] + "…"
         label = f'<text x="{x + 3:.1f}" y="{y + FONT}">{_clean(shown)}</text>'
     body.append(
-        f"<g><title>{_clean(name)}: {frame.count:,} sample{'' if frame.count == 1 else 's'}, {share:.2%}</title>"
+        f"<g><title>{_clean(name)}: {weight(frame.count, unit)}, {share:.2%}</title>"
         f'<rect x="{x:.1f}" y="{y}" width="{max(width - 0.5, 0.1):.1f}" height="{ROW - 1}" rx="2" '
         f'fill="{_colour(name)}"/>{label}</g>\n'
     )
     for callee_name, callee in sorted(frame.callees.items()):
-        _draw(callee, callee_name, x=x, depth=depth + 1, whole=whole, body=body, height=height)
+        _draw(callee, callee_name, x=x, depth=depth + 1, whole=whole, body=body, height=height, unit=unit)
         x += callee.count / whole * WIDTH
     return height
 

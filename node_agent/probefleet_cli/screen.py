@@ -108,19 +108,22 @@ def print_reports(reports: Sequence[Shown], *, output: str, stream: TextIO | Non
 
 def _stacks(reports: Sequence[Shown], output: str) -> str:
     merged: dict[str, int] = {}
-    found = False
+    units: dict[str, str] = {}
     for each in reports:
         for part in each.status.get("outputs") or ():
             if part["kind"] == "stacks":
-                found = True
+                units.setdefault(part.get("unit") or "samples", each.name)
                 for stack, count in (each.stacks or render.stacks(part)).items():
                     merged[stack] = merged.get(stack, 0) + count
-    if not found:
+    if not units:
         raise BadInput(
             f"--output {output} is for outputs of kind stacks, and there is none. Try: probefleet run profile"
         )
+    if len(units) > 1:
+        said = " and ".join(f"{unit} ({name})" for unit, name in units.items())
+        raise BadInput(f"--output {output}: {said} cannot be added up. Run one at a time")
     return (
         render.folded(merged)
         if output == "folded"
-        else render_svg.render_svg(merged, title=", ".join(each.name for each in reports))
+        else render_svg.render_svg(merged, title=", ".join(each.name for each in reports), unit=next(iter(units)))
     )

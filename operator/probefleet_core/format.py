@@ -90,6 +90,13 @@ def quantity(number: float, unit: str) -> str:
     return f"{number:.1f}" if abs(number) < 10 else count(round(number))
 
 
+def weight(number: int, unit: str) -> str:
+    """What a stack weighs: samples, unless its output has another unit."""
+    if unit in ("", "samples"):
+        return f"{number:,} sample{'' if number == 1 else 's'}"
+    return quantity(number, unit) if unit in _TIME_UNITS or unit in _BYTE_UNITS else f"{number:,} {unit}"
+
+
 def timestamp(time_ns: int) -> str:
     """RFC 3339, to the second, as Kubernetes writes times."""
     return datetime.datetime.fromtimestamp(time_ns // 10**9, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

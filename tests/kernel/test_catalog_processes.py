@@ -237,3 +237,77 @@ def test_the_frequency_of_profile_is_where_it_is_attached() -> None:
     assert probe is not None
     (attachment,) = probe.attachments([("frequency", "23")])
     assert getattr(attachment.target, "frequency_hz", 0) == 23
+
+
+# offcputime
+
+
+def sleeps(probe: Running, cgroup: Path) -> tuple[int, int]:
+    """(sleeps that ended, nanoseconds of them) of a cgroup."""
+    _, found = probe.rows("sleeps", cgroup=run.cgroup_id(cgroup))
+    return int(found["times"].sum()), int(found["nanoseconds"].sum())
+
+
+def kernel_names(probe: Running, stack: int) -> list[str]:
+    """The functions of a kernel stack, the leaf first."""
+    info = maps.info(probe.maps["stacks"])
+    found, there = maps.lookup_many(probe.maps["stacks"], info, np.array([[stack]], "<i4").view(np.uint8))
+    assert there.all()
+    addresses = np.ascontiguousarray(found).view("<u8").reshape(-1)
+    return symbols.Symbolizer().kernel(addresses[addresses != 0])
+
+
+@pytest.mark.parametrize("preempted", ["false", "true"])
+def test_997_sleeps_have_their_time_and_their_stack(web: Path, preempted: str) -> None:
+    """The ledger's switches are the sleeps, with the last one, which has not ended."""
+
+    def attempt() -> tuple[int, int]:
+        with run.start("calls", "rare", 997, "--pause", 500, cgroup=web) as workload:
+            with Running("offcputime", preempted=preempted) as probe:
+                began = time.monotonic_ns()
+                ledger, before = workload.switches(), workload.schedule()
+                workload.go()
+                workload.done()
+                made = workload.switches() - ledger
+                elapsed = time.monotonic_ns() - began
+                ran_ns = workload.schedule().ran_ns - before.ran_ns
+                times, nanoseconds = sleeps(probe, web)
+                keys, found = probe.rows("sleeps", cgroup=run.cgroup_id(web))
+                assert set(keys["pid"]) == {workload.pid}
+                assert 997 * 500_000 <= nanoseconds <= elapsed
+                if preempted == "true":
+                    # Off the CPU and on it are all of the time, but for what went by before and after.
+                    assert 0.9 * elapsed <= nanoseconds + ran_ns <= 1.01 * elapsed
+                if probe.lost()[3] == 0:
+                    asleep = [
+                        int(value["nanoseconds"])
+                        for key, value in zip(keys, found, strict=True)
+                        if any("nanosleep" in each for each in kernel_names(probe, int(key["kernel_stack"])))
+                    ]
+                    assert sum(asleep) >= 997 * 500_000
+                assert probe.lost()[:2] == [0, 0]
+            return times, (made.woken if preempted == "false" else made.queued) - 1
+
+    until_nothing_was_hidden(attempt)
+
+
+def test_sleeps_shorter_than_the_minimum_are_left_out(web: Path) -> None:
+    with run.start("calls", "rare", 23, "--pause", 100, cgroup=web) as workload:
+        with Running("offcputime", minimum="1m") as probe:
+            workload.go()
+            workload.done()
+            assert sleeps(probe, web) == (0, 0)
+
+
+def test_a_refused_pods_sleeps_are_not_counted(web: Path) -> None:
+    with Running("offcputime", filter_on="1") as probe:
+        probe.refuse(run.cgroup_id(web))
+        run.run("calls", "rare", 23, "--pause", 100, cgroup=web)
+        assert sleeps(probe, web) == (0, 0)
+
+
+def test_threads_that_ended_are_not_away() -> None:
+    with Running("offcputime") as probe:
+        run.run("execs", 997)
+        alive = sum(1 for _ in Path("/proc").glob("[0-9]*/task/*"))
+        assert len(probe.rows("away")[0]) < alive + 100

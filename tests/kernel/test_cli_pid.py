@@ -158,6 +158,21 @@ def test_profile_samples_one_process() -> None:
     assert all("spin" in json.dumps(row) for row in stacks if row["key"] != ["(other)"]), stacks
 
 
+def test_offcputime_counts_the_sleeps_of_one_process() -> None:
+    def attempt() -> tuple[int, int]:
+        with (
+            run.start("calls", "rare", 97, "--pause", 500) as wanted,
+            run.start("calls", "rare", 23, "--pause", 500) as other,
+            measured("offcputime", wanted.pid) as report,
+        ):
+            before = wanted.switches()
+            both(wanted, other)
+            # All but the last, which has not ended.
+            return total(report(), "sleeps"), (wanted.switches() - before).woken - 1
+
+    until_nothing_was_hidden(attempt)
+
+
 @contextlib.contextmanager
 def server() -> Iterator[tuple[run.Workload, int]]:
     with run.start("connects", "--serve", 0) as serving:

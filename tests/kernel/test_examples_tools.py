@@ -9,6 +9,7 @@ import select
 from pathlib import Path
 
 from tests.kernel import examples_runner, lossy
+from tests.kernel.test_catalog_processes import until_nothing_was_hidden
 from tests.workloads import run as workloads
 
 LOCAL = "127.0.0.1"
@@ -38,6 +39,21 @@ def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
     assert rows == {(HOST, lossy.FAR, "4711", "syn_sent"): 23}
     records = [each for each in run.records("tcpretrans", "events") if each["remote"] == lossy.FAR]
     assert [each["state"] for each in records] == ["syn_sent"] * 23
+
+
+def test_offcputime_has_every_long_sleep_of_a_process() -> None:
+    def attempt() -> tuple[int, int]:
+        with workloads.start("calls", "rare", 23, "--pause", 3000) as workload:
+            with examples_runner.running("offcputime.yaml", links=1, arguments=["--pid", str(workload.pid)]) as run:
+                workload.go()
+                workload.done()
+        stacks = run.output("offcputime", "stacks")
+        assert stacks["unit"] == "ns" and stacks["total"]["value"] >= 23 * 3_000_000
+        assert any("nanosleep" in row["key"][-1] for row in stacks["total"]["rows"])
+        # With the wait for the word to go.
+        return run.rows("offcputime", "sleeps").get((HOST,), 0), 23
+
+    until_nothing_was_hidden(attempt)
 
 
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:

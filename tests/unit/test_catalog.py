@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = (
     "biolatency",
     "execsnoop",
+    "offcputime",
     "opensnoop",
     "profile",
     "runqlat",

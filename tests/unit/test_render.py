@@ -107,6 +107,24 @@ def test_a_flame_graph_is_a_picture_of_the_shares() -> None:
     assert "compute<int, char>: 22 samples, 22.00%" in frames
 
 
+def test_stacks_weigh_what_their_output_says() -> None:
+    text = render_svg.render_svg({"main;sleep": 2_500_000_000}, unit="ns")
+    assert "sleep: 2.5s, 100.00%" in text and "sample" not in text
+    output = {
+        "name": "waits",
+        "unit": "ns",
+        "groupBy": [],
+        "total": {"value": 2_500_000, "rows": [{"key": ["main;sleep"], "value": 2_500_000}]},
+    }
+    assert render.stacks_lines(output)[:3] == [
+        "waits (stacks), since the beginning, 2.5ms",
+        "",
+        "  2.5ms (100.0%)",
+    ]
+    output["unit"] = ""
+    assert render.stacks_lines(output)[0].endswith("2,500,000 samples")
+
+
 def test_frames_too_narrow_to_see_are_left_out() -> None:
     text = render_svg.render_svg({"wide": 1_000_000, "narrow;child": 1})
     assert "wide" in text

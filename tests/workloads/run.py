@@ -54,6 +54,15 @@ class Switches:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a process's first thread had of the CPUs (Documentation/scheduler/sched-stats.rst)."""
+
+    ran_ns: int
+    waited_ns: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Requests:
     """What a block device completed."""
 
@@ -140,6 +149,10 @@ class Workload:
                 raise WorkloadError(f"{self._described()} does not go to sleep")
             time.sleep(0.001)
         return ledger
+
+    def schedule(self) -> Schedule:
+        """Its time on a CPU and its waits for one, and how often it ran, of /proc/PID/schedstat."""
+        return Schedule(*map(int, Path("/proc", str(self.pid), "schedstat").read_text().split()))
 
     def __enter__(self) -> Workload:
         return self
