@@ -1,18 +1,18 @@
-"""What map types cost on this node, in order, and what each takes of an XDP program: ``python tests/bench/map_types.py``.
+"""What map types cost on this node, and what an XDP program: ``python tests/bench/map_types.py``, as root.
 
-As root. First ``examples/map-types.yaml`` runs as a user runs it, for some seconds, while two processes make its second
-program count on two CPUs at once. Its rows are printed in this node's order, each with its place in the article's.
+First ``examples/map-types.yaml`` runs as a user runs it, for some seconds, while a process on each CPU makes its
+second program count. Its rows are printed in this node's order, each with its place in the article's.
 
-Then an XDP program that reads a packet's addresses and drops or passes it is run by the kernel (BPF_PROG_TEST_RUN) 200,000
-times a round: without a map, and with one lookup in a map of each type, 4,096 entries, a key that differs from
-packet to packet. The least of some rounds counts, each round going through all programs. Three figures:
+Then an XDP program that reads a packet's addresses and drops or passes it is run by the kernel (BPF_PROG_TEST_RUN),
+so and so often a round: without a map, and with one lookup in a map of each type, 4,096 entries, a key that differs
+from packet to packet. The least of some rounds counts, each round going through all programs. Three figures:
 
     program     the program alone
     dropped     with the driver's part: frames taken and given back by the page pool (BPF_F_TEST_XDP_LIVE_FRAMES)
     passed      and through the stack's front door, where a frame for somebody else ends
 
-The share is how many packets a second fewer there are with the lookup. The article found up to 20 % for LPM and 10 % for
-LRU, of a data plane that did more for each packet than this program does: so its shares are at most those of ``passed``.
+The share is how many packets a second fewer there are with the lookup. The article found up to 20 % for LPM and 10 %
+for LRU, of a data plane that did more for each packet than this program does.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ FRAME = bytes.fromhex("0200000000020200000000010800") + bytes.fromhex("450000140
 
 
 def ns_a_packet(program: int, *, flags: int) -> float:
-    """Run it REPEAT times on the frame. CPU time of this thread, in which it runs: others may want the CPU meanwhile."""
+    """Run it REPEAT times on the frame; the CPU time of this thread, in which it runs: others may want the CPU too."""
     frame = ctypes.create_string_buffer(FRAME, len(FRAME))
     attr = uapi.TestRun(
         prog_fd=program, data_size_in=len(FRAME), data_in=syscall.address(frame), repeat=REPEAT, flags=flags

@@ -1,5 +1,6 @@
-"""The example that measures what map types cost: each type and operation has its row, every key was found, and what is so
-on any machine is so here. Figures are printed by `tests/bench/map_types.py`.
+"""The example that measures what map types cost: each type and operation has its row, every key was found.
+
+And what is so on any machine is so here; the figures are printed by `tests/bench/map_types.py`.
 """
 
 from __future__ import annotations
