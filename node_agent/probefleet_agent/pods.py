@@ -23,9 +23,9 @@ HOST = PodUid("")
 UNKNOWN = PodUid("?")
 
 # cgroupfs: …/kubepods/burstable/pod<uid>/<container>; systemd: …-pod<uid with _>.slice/cri-containerd-<container>.scope
-_POD = re.compile(
-    r"(?:^|/)(?:[a-z0-9-]+-)?pod(?P<uid>[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?(?:/(?P<rest>.*))?$"
-)
+# The uid of a static pod is its manifest's MD5, without dashes (kubelet, pkg/kubelet/config/common.go).
+_UID = r"[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32}"
+_POD = re.compile(rf"(?:^|/)(?:[a-z0-9-]+-)?pod(?P<uid>{_UID})(?:\.slice)?(?:/(?P<rest>.*))?$")
 _CONTAINER = re.compile(r"^(?:[a-z-]+-)?(?P<id>[0-9a-f]{64})(?:\.scope)?(?:/|$)")
 
 

@@ -50,6 +50,16 @@ def test_a_container_is_read_off_its_cgroup_and_those_below(path: str, container
 
 @pytest.mark.parametrize(
     "path",
+    ["/kubepods/burstable/pod{uid}", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{uid}.slice"],
+)
+def test_a_static_pods_uid_is_its_manifests_hash(path: str) -> None:
+    static = "7d1c5a0e7d6c4b0e9c8f1f4f53d2c1ab"
+    assert pods.identify(f"{path.format(uid=static)}/{CONTAINER}") == Identity(PodUid(static), CONTAINER)
+    assert pods.identify(path.format(uid=static + "00")) == Identity(HOST, "")
+
+
+@pytest.mark.parametrize(
+    "path",
     ["/", "", "/kubepods", "/kubepods.slice/kubepods-burstable.slice", "/system.slice/kubelet.service", "/podman/pod1"],
 )
 def test_what_is_in_no_pod_is_the_host(path: str) -> None:
