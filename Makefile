@@ -68,7 +68,7 @@ setup: packages venv bpf mounts ## install and build what `probefleet run` needs
 
 protos: venv ## generate the wire's code from protos/
 	PATH=$(abspath $(VENV))/bin:$$PATH $(PYTHON) -m grpc_tools.protoc --proto_path=protos --python_out=protos \
-		--mypy_out=quiet:protos --grpc_python_out=protos protos/probefleet_wire/v1/*.proto
+		--mypy_out=quiet:protos --grpc_python_out=protos protos/probefleet_wire/*/*.proto
 	rm -f protos/probefleet_wire/v1/plan_pb2_grpc.py
 lock: ## lock the versions of all Python packages (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --group dev --generate-hashes -q pyproject.toml \

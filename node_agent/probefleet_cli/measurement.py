@@ -21,7 +21,7 @@ from probefleet_core import aggregate, report, result
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_cli import local_pods, preparation, workspace
-from probefleet_cli.failures import BadInput, Failure, KernelRefuses
+from probefleet_cli.failures import Failure, KernelRefuses
 
 SESSION = 1
 LOG_LINES = 6
@@ -49,6 +49,26 @@ class Engine(Protocol):
         """Detach and unpin."""
 
 
+class Pods(Protocol):
+    """What is used of pod_watch.Watch."""
+
+    pods: local_pods.LocalPods
+    """Everything known by now; another object when there is news."""
+
+    def look(self) -> None:
+        """Look now."""
+
+
+@dataclass(slots=True)
+class Nobody:
+    """No pods, for who only wants to know whether a policy loads."""
+
+    pods: local_pods.LocalPods = field(default_factory=local_pods.LocalPods)
+
+    def look(self) -> None:
+        """There is nothing to see."""
+
+
 Opener = Callable[[Path, str], contextlib.AbstractContextManager[Engine]]
 """(folder in bpffs, cgroup root) → an engine."""
 
@@ -71,12 +91,16 @@ class Measurement:
 
     engine: Engine
     prepared: Sequence[preparation.Prepared]
-    pods: local_pods.LocalPods
+    watch: Pods
+    namespace: str | None = None
+    pods: local_pods.LocalPods = field(default_factory=local_pods.LocalPods)
     aggregates: list[aggregate.Aggregate] = field(default_factory=list)
-    sequence: int = 0
+    _version: int = 0
+    _told: object = None
 
     def __post_init__(self) -> None:
         self.aggregates = [aggregate.Aggregate(result.PolicyFacts.of(each.planned.plan)) for each in self.prepared]
+        self._take_in_pods()
 
     def statuses(self) -> list[stream_pb2.PolicyStatus]:
         """What the engine says of each policy; PENDING of one that it does not speak of."""
@@ -88,6 +112,7 @@ class Measurement:
 
     def sample(self, *, force: bool = False) -> stream_pb2.Batch | None:
         """Read what is due and merge it; the batch, where there was anything."""
+        self._take_in_pods()
         batch = self.engine.collect(time.time_ns(), force=force)
         if batch is not None:
             received_ns = time.time_ns()
@@ -98,6 +123,7 @@ class Measurement:
 
     def sample_rest(self) -> None:
         """The last reading: all maps once, and rings until they are empty or a bound is reached."""
+        self.watch.look()  # whose they are, as of now
         for _ in range(MAX_LAST_READINGS):
             batch = self.sample(force=True)
             if batch is None or not batch.events:
@@ -105,7 +131,6 @@ class Measurement:
 
     def results(self) -> list[result.Result]:
         """Each policy's result of now."""
-        self._learn_pods()
         now_ns, here = time.time_ns(), frozenset({node_name()})
         return [each.result(now_ns, selected_nodes=here, names=self.pods.name_of) for each in self.aggregates]
 
@@ -113,34 +138,43 @@ class Measurement:
         """Each policy's ProbeReport status, as a cluster would write it."""
         return [report.status(each) for each in self.results()]
 
-    def _learn_pods(self) -> None:
-        # A pod that is gone keeps the name that it had.
-        self.pods = local_pods.LocalPods({**self.pods.names, **local_pods.find().names})
+    def chosen(self) -> list[tuple[str, ...] | None]:
+        """For each policy the pods that it has counted, by uid; None where it counts everybody."""
+        return [preparation.selected(each.policy, self.pods, self.namespace) for each in self.prepared]
+
+    def _take_in_pods(self) -> None:
+        """What is new about pods: names for reports, and the engine is told where it changes who counts."""
+        if self.watch.pods is self.pods and self._version:
+            return
+        self.pods = self.watch.pods
+        chosen = self.chosen()
+        tell = (chosen, self.pods.names.keys() if any(each is not None for each in chosen) else None)
+        if self._version and tell == self._told:
+            return
+        self._told, self._version = tell, self._version + 1
+        made = preparation.push(self.prepared, pods=self.pods, namespace=self.namespace, version=self._version)
+        self.engine.apply(made)
 
 
 @contextlib.contextmanager
 def measure(
     prepared: Sequence[preparation.Prepared],
     *,
+    watch: Pods | None = None,
     bpffs: Path = mounts.BPFFS,
     cgroup_root: str = "/",
     namespace: str | None = None,
     opener: Opener = open_engine,
 ) -> Iterator[Measurement]:
-    """Load, attach and count; leaving it detaches and removes everything. Failure where the machine forbids it."""
-    pods = local_pods.find()
-    if namespace and not pods.of_namespace(namespace):
-        there = ", ".join(pods.namespaces) or "none at all"
-        raise BadInput(
-            f"-n {namespace}: no pod of this namespace is on this machine ({local_pods.PODS} has pods of: {there}). "
-            "Leave -n out to measure everything here, or run: kubectl probefleet run"
-        )
+    """Load, attach and count; leaving it detaches and removes everything. Failure where the machine forbids it.
+
+    ``watch`` says who is here (None: nobody asks); ``namespace`` is of whose pods each policy is, whatever it says itself.
+    """
     try:
         mounts.mount_tracefs()
         with workspace.open_private(bpffs) as folder, opener(folder, cgroup_root) as engine:
             try:
-                engine.apply(preparation.push(prepared, pods=pods, namespace=namespace, version=1))
-                yield Measurement(engine, prepared, pods)
+                yield Measurement(engine, prepared, watch or Nobody(), namespace)
             finally:
                 engine.remove_everything()
     except agent_errors.ProbefleetError as error:

@@ -44,6 +44,24 @@ def complete_what(context: click.Context, parameter: click.Parameter, word: str)
     return [*complete_probe(context, parameter, word), CompletionItem(word, type="file")]
 
 
+def complete_namespace(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
+    """Namespaces that have a pod on this machine, for the shell."""
+    from probefleet_cli import local_pods
+
+    return [CompletionItem(name) for name in local_pods.find().namespaces if name.startswith(word)]
+
+
+def runtime(command: Command) -> Command:
+    """``--runtime-endpoint``."""
+    return click.option(
+        "--runtime-endpoint",
+        metavar="SOCKET",
+        envvar="CONTAINER_RUNTIME_ENDPOINT",
+        help="The container runtime's CRI socket, which knows pods and labels; without, well-known ones are tried "
+        "(containerd, k3s, CRI-O, cri-dockerd). Also CONTAINER_RUNTIME_ENDPOINT.",
+    )(command)
+
+
 def machine(command: Command) -> Command:
     """``--bpffs`` and ``--cgroup-root``."""
     command = click.option(

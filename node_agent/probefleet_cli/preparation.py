@@ -18,11 +18,12 @@ from probefleet_core import planner, policy, values
 from probefleet_wire import clang, sandbox
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_cli import failures, local_pods, one_process
+from probefleet_cli import failures, local_pods, one_process, selectors
 from probefleet_cli.failures import BadInput, Failure
 from probefleet_cli.sources import Source
 
 TERM = 1
+EVERYBODY = selectors.Choice()
 Compile = Callable[[str, str], bytes]
 """(source, file name) → ELF; raises Failure."""
 
@@ -53,18 +54,22 @@ def prepare(
     catalog: catalog_module.Catalog,
     namespace: str = "default",
     pid: int = 0,
+    choice: selectors.Choice = EVERYBODY,
     node_count: int = 1,
     compile_source: Compile = compile_source,
 ) -> list[Prepared]:
-    """The plans of all policies; BadInput names every problem of every source."""
+    """The plans of all policies; BadInput names every problem of every source. ``choice`` narrows them all, and is
+    refused where a program cannot tell pods apart.
+    """
     problems: list[str] = []
     maps = _probe_maps(sources, namespace, compile_source, problems)
     found: list[Prepared] = []
     for source in sources:
         if source.kind != "ProbePolicy":
             continue
+        where = f"{source.where}, {choice.words}" if choice else source.where
         try:
-            parsed = policy.parse_policy(source.manifest, namespace=namespace)
+            parsed = choice.narrow(policy.parse_policy(source.manifest, namespace=namespace))
             planned = planner.plan(
                 parsed,
                 catalog=catalog,
@@ -77,7 +82,7 @@ def prepare(
                 one_process.restrict(planned, pid, source.where)
             found.append(Prepared(source.where, parsed, planned))
         except core_errors.Refused as refusal:
-            problems.append(str(failures.refused(source.where, refusal)))
+            problems.append(str(failures.refused(where, refusal)))
         except BadInput as error:
             problems.append(f"{source.where}: {error}" if source.where not in str(error) else str(error))
     if problems:
@@ -90,21 +95,15 @@ def prepare(
 def push(
     prepared: Sequence[Prepared], *, pods: local_pods.LocalPods, namespace: str | None, version: int
 ) -> stream_pb2.Push:
-    """This machine's whole desired state.
-
-    Scope Cluster sees everything, unless ``namespace`` narrows it; scope Namespace sees the pods of the policy's own
-    namespace that are on this machine.
-    """
+    """This machine's whole desired state."""
     made = stream_pb2.Push(term=TERM, version=version, known_pod_uids=sorted(pods.names))
     maps: dict[str, None] = {}
     blobs: dict[str, bytes] = {}
     for each in prepared:
         made.plans.append(each.planned.plan)
-        whose = namespace or ("" if each.policy.scope is values.Scope.CLUSTER else each.policy.namespace)
+        chosen = selected(each.policy, pods, namespace)
         made.selections.append(
-            stream_pb2.Selection(
-                policy_uid=each.policy.uid, everything=not whose, pod_uids=pods.of_namespace(whose) if whose else ()
-            )
+            stream_pb2.Selection(policy_uid=each.policy.uid, everything=chosen is None, pod_uids=chosen or ())
         )
         for probe_map in each.planned.probe_maps:
             if probe_map.uid not in maps:
@@ -115,6 +114,18 @@ def push(
     for sha256, data in sorted(blobs.items()):
         made.blobs.append(stream_pb2.Blob(sha256=sha256, zstd=compressor.compress(data)))
     return made
+
+
+def selected(policy: values.ProbePolicy, pods: local_pods.LocalPods, namespace: str | None) -> tuple[str, ...] | None:
+    """Uids of the pods on this machine whose events a policy wants; None: everyone's, the host's too.
+
+    Scope Cluster sees everything, unless ``namespace`` or labels narrow it; scope Namespace sees the pods of
+    ``namespace``, else of the policy's own.
+    """
+    whose = namespace or ("" if policy.scope is values.Scope.CLUSTER else policy.namespace)
+    if not whose and policy.pods is None:
+        return None
+    return pods.chosen(whose, policy.pods)
 
 
 def _probe_maps(

@@ -1,7 +1,8 @@
 """``probefleet run``: a ProbePolicy on this machine, without Kubernetes.
 
 words ─▶ sources ─▶ preparation ─▶ measurement ─▶ screen. The command's own part is time: it samples until --for is over
-or someone presses Ctrl-C, and then reads once more, so that the report at the end has everything.
+or someone presses Ctrl-C, and then reads once more, so that the report at the end has everything. Which pods are here
+``pod_watch`` says; where nobody can tell, or none came that was asked for, ``local_choice`` has the words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import click
 from probefleet_core import report, result
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_cli import interruption, measurement, one_process, options, preparation, screen, sources
+from probefleet_cli import (
+    interruption,
+    measurement,
+    one_process,
+    options,
+    preparation,
+    screen,
+    selectors,
+    sources,
+)
 from probefleet_cli.failures import BadInput, KernelRefuses
 
 #: How often the engine is asked whether something is due; rings are emptied as often.
@@ -24,11 +34,23 @@ TICK_SECONDS = 0.1
 
 @click.command(short_help="Measure on this machine.")
 @click.argument("what", nargs=-1, required=True, metavar="NAME|FILE...", shell_complete=options.complete_what)
-@click.option("-n", "--namespace", metavar="NAME", help="Count only pods of this namespace that are on this machine.")
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAME",
+    shell_complete=options.complete_namespace,
+    help="Count only pods of this namespace that are on this machine.",
+)
+@click.option(
+    "-l",
+    "--selector",
+    metavar="LABELS",
+    help="Count only pods with these labels, as kubectl's -l: app=web,tier!=db,'env in (a,b)',!old.",
+)
+@options.runtime
 @click.option(
     "--pid", type=click.IntRange(min=1), metavar="PID", help="Count only this process. All probes by name can."
 )
-@click.option("-l", "--selector", hidden=True)
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time (30s, 5m). Without: Ctrl-C.")
 @click.option("--interval", metavar="TIME", help="How often values are read (1s to 1h). Probes by name: 1s.")
 @options.settings
@@ -41,6 +63,7 @@ def run(
     namespace: str | None,
     pid: int | None,
     selector: str | None,
+    runtime_endpoint: str | None,
     duration: float | None,
     interval: str | None,
     settings: tuple[str, ...],
@@ -56,13 +79,9 @@ def run(
     \b
       probefleet run runqlat --for 30s
       probefleet run syscount --set syscalls=openat,read --output json --for 5s
-      probefleet run policy.yaml map.yaml -n shop
+      probefleet run policy.yaml map.yaml -n shop -l app=web
     """
-    if selector is not None:
-        raise BadInput(
-            f"-l {selector}: this machine knows pods by namespace and name, but not their labels: these are on the API "
-            "server. Write -n NAMESPACE instead, or run it on the cluster: kubectl probefleet run NAME -l …"
-        )
+    choice = selectors.Choice.of(namespace, selector)
     if pid is not None:
         one_process.check(pid)
     catalog = sources.load_catalog()
@@ -74,29 +93,44 @@ def run(
         default_interval=interval or "1s",
     )
     screen.progress("preparing …")
-    prepared = preparation.prepare(given, catalog=catalog, namespace=namespace or "default", pid=pid or 0)
+    prepared = preparation.prepare(
+        given, catalog=catalog, namespace=namespace or "default", pid=pid or 0, choice=choice
+    )
     if output in ("folded", "svg") and not any(_has_stacks(each) for each in prepared):
         raise BadInput(
             f"--output {output} is for outputs of kind stacks, and there is none. Try: probefleet run profile"
         )
     screen.progress("loading …")
-    with (
-        interruption.Interruption() as stop,
-        measurement.measure(prepared, bpffs=bpffs, cgroup_root=cgroup_root, namespace=namespace) as measured,
-    ):
-        refusals = _refusals(measured)
-        if len(refusals) == len(prepared):
-            raise KernelRefuses("\n".join(refusals))
-        for text in refusals:
-            click.secho(text, err=True, fg="red")
-        screen.progress("counting …" + ("" if duration else " Ctrl-C ends it and prints the report"))
-        _watch(measured, stop, duration, output)
-        measured.sample_rest()
-        late = [text for text in _refusals(measured) if text not in refusals]
-        results = measured.results()
+    from probefleet_cli import local_choice, pod_watch  # here: who has only the plugin has no gRPC
+
+    with interruption.Interruption() as stop, pod_watch.following(runtime_endpoint) as watch:
+        if nobody := local_choice.check(prepared, watch, choice):
+            _warn(nobody)
+        with measurement.measure(
+            prepared, watch=watch, bpffs=bpffs, cgroup_root=cgroup_root, namespace=namespace
+        ) as measured:
+            refusals = _refusals(measured)
+            if len(refusals) == len(prepared):
+                raise KernelRefuses("\n".join(refusals))
+            for text in refusals:
+                click.secho(text, err=True, fg="red")
+            screen.progress("counting …" + ("" if duration else " Ctrl-C ends it and prints the report"))
+            _watch(measured, stop, duration, output)
+            measured.sample_rest()
+            late = [text for text in _refusals(measured) if text not in refusals]
+            results = measured.results()
+        warnings = list(local_choice.warnings(measured, watch, choice))
     screen.print_reports(_shown(measured.prepared, results), output=output, stream=sys.stdout, wide=wide)
+    for text in warnings:
+        _warn(text)
+    if choice and not any(measured.chosen()):
+        raise BadInput(f"{choice.words}: nothing was counted, because no such pod was here")
     if refusals or late:
         raise KernelRefuses("\n".join(late) or f"{len(refusals)} of {len(prepared)} policies did not run, see above")
+
+
+def _warn(text: str) -> None:
+    click.secho(f"probefleet: {text}", err=True, fg="yellow" if sys.stderr.isatty() else None)
 
 
 def _watch(

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from probefleet_cli import interruption, local_pods, main, one_process, options, screen, selectors, sources
 from probefleet_cli.failures import BadInput
 from probefleet_core import catalog as catalog_module
-from probefleet_core import planner
+from probefleet_core import planner, result
 from probefleet_core.parameters import Parameter, ParameterType
 from probefleet_wire.v1 import plan_pb2
 
@@ -66,8 +67,8 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_the_help_of_run_names_every_option() -> None:
     said = CliRunner().invoke(main.machine, ["run", "--help"]).output
     shown = set(re.findall(r"^\s+(?:-\w, )?(--[a-z-]+)", said, re.MULTILINE))
-    wanted = "--namespace --pid --for --interval --set --output --wide --bpffs --cgroup-root --help"
-    assert shown == set(wanted.split())
+    whose = {"--namespace", "--selector", "--runtime-endpoint", "--pid", "--bpffs", "--cgroup-root"}
+    assert shown == whose | {"--for", "--interval", "--set", "--output", "--wide", "--help"}
 
 
 @pytest.mark.parametrize(
@@ -215,18 +216,13 @@ def test_pid_has_to_be_a_process_of_this_machine(tmp_path: Path) -> None:
         one_process.check(5, proc=proc("pid:[1]"))
 
 
-def test_labels_are_refused_on_one_machine_in_words() -> None:
-    with pytest.raises(BadInput, match="Write -n NAMESPACE instead"):
-        main.machine.main(["run", "runqlat", "-l", "app=web"], standalone_mode=False)
-
-
 def test_pods_of_this_machine_are_found_by_the_kubelets_names(tmp_path: Path) -> None:
     (tmp_path / "pods" / f"shop_web-1_{UID}" / "nginx").mkdir(parents=True)
     (tmp_path / "pods" / "nonsense").mkdir()
     (tmp_path / "containers").mkdir()
     (tmp_path / "containers" / f"web-1_shop_nginx-{CONTAINER}.log").touch()
     found = local_pods.find(tmp_path / "pods", tmp_path / "containers")
-    assert found.of_namespace("shop") == (UID,) and found.of_namespace("other") == ()
+    assert found.chosen("shop") == (UID,) and found.chosen("other") == ()
     pod = found.name_of(UID)
     assert pod is not None and (pod.name, dict(pod.containers)) == ("web-1", {CONTAINER: "nginx"})
     assert local_pods.find(tmp_path / "none", tmp_path / "none").namespaces == ()
@@ -244,6 +240,10 @@ def test_selectors_are_read_as_kubectl_reads_them() -> None:
     }
     with pytest.raises(BadInput, match="is no requirement"):
         selectors.parse("app=web,=x")
+    assert selectors.parse("app=web,app=db") == {
+        "matchLabels": {"app": "web"},
+        "matchExpressions": [{"key": "app", "operator": "In", "values": ["db"]}],
+    }, "no pod has both"
 
 
 def test_the_first_signal_ends_a_wait_and_the_second_everything() -> None:
@@ -277,6 +277,14 @@ def test_the_shell_completes_probes(word: str, expected: str) -> None:
     program = "import sys; sys.argv[0] = 'probefleet'; from probefleet_cli.main import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert expected in done.stdout.splitlines(), done.stderr
+
+
+def test_the_shell_completes_namespaces_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = local_pods.LocalPods({"u": result.PodName("shop", "web"), "v": result.PodName("other", "x")})
+    monkeypatch.setattr(local_pods, "find", lambda: here)
+    (option,) = [each for each in main.machine.commands["run"].params if each.name == "namespace"]
+    context = click.Context(main.machine.commands["run"])
+    assert [each.value for each in option.shell_complete(context, "sh")] == ["shop"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
