@@ -168,7 +168,7 @@ def measure(
 ) -> Iterator[Measurement]:
     """Load, attach and count; leaving it detaches and removes everything. Failure where the machine forbids it.
 
-    ``watch`` says who is here (None: nobody asks); ``namespace`` is of whose pods each policy is, whatever it says itself.
+    ``watch`` says who is here (None: nobody asks); ``namespace`` is whose pods each policy counts, whatever it says.
     """
     try:
         mounts.mount_tracefs()
