@@ -18,7 +18,7 @@ from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import clock, map_storage, maps, uapi
+from probefleet_agent.kernel import map_storage, maps, uapi
 from probefleet_agent.kernel.rings import Records, RingReader
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import ITERATOR, LOST, Loaded, MapHandle
@@ -66,7 +66,7 @@ def add_tables(
                 width=reader.rows.width,
             )
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
-            table.epoch = f"{clock.boot_id()}:{handle.info.id}"
+            table.epoch = handle.epoch
             table.since_ns, table.lost = instance.since_ns, counts[0] + counts[3]
             if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
@@ -28,8 +30,12 @@ def load(
     budget_bytes: int,
     files_root: str = "",
     known: bcc.Known | None = None,
+    own: Mapping[str, MapHandle] = MappingProxyType({}),
 ) -> Loaded:
-    """Compile and load; not yet attached. Raises ProbefleetError; then nothing of it is left."""
+    """Compile and load; not yet attached. Raises ProbefleetError; then nothing of it is left.
+
+    ``own``: maps of an earlier load, which are used once more.
+    """
     program = bcc.compile(instance.bcc.source, name=instance.bcc.file_name, known=known)
     shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps}
     sizes = {size.map: size.max_entries for size in instance.map_sizes}
@@ -38,7 +44,7 @@ def load(
             there = ", ".join(each.name for each in program.maps) or "none"
             raise ObjectError(f"{instance.title}: maps names {name!r}; the program has: {there}")
     definitions = [each.definition for each in program.maps]
-    map_fit.check_budget(definitions, sizes, frozenset(shared), budget_bytes)
+    map_fit.check_budget(definitions, sizes, frozenset(shared) | frozenset(own), budget_bytes)
     if helpers := refused_helpers(b"".join(function.instructions for function in program.functions)):
         raise NotObserving(instance.title, helpers)
     chosen = _attachments(instance, program)
@@ -51,6 +57,9 @@ def load(
         undo.callback(loaded.close)
         with syscall.btf_load(program.btf_bytes) as btf:
             for each in program.maps:
+                if each.name in own:
+                    loaded.maps[each.name] = replace(own[each.name], fd=own[each.name].fd.dup())
+                    continue
                 loaded.maps[each.name] = _map(each, shared.get(each.name), sizes.get(each.name, 0), btf, instance.title)
             fds = {name: handle.fd for name, handle in loaded.maps.items()}
             functions = {function.name: function for function in program.functions}
@@ -116,7 +125,7 @@ def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, 
     layout = _layout(each)
     if shared is not None:
         map_fit.check_fit(definition, layout, shared, title)
-        return MapHandle(each.name, shared.fd.dup(), shared.info, shared.layout or layout, shared.probe_map_uid)
+        return replace(shared, name=each.name, fd=shared.fd.dup(), layout=shared.layout or layout)
     typed = each.takes_btf
     fd = syscall.map_create(
         definition.type,

@@ -17,7 +17,7 @@ from probefleet_agent import collect, iterating, names, samples
 from probefleet_agent.decode import DecodeError
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import clock, symbols
+from probefleet_agent.kernel import symbols
 from probefleet_agent.kernel.rings import RingReader
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import ITERATOR, Loaded, MapHandle
@@ -173,7 +173,7 @@ class Bindings:
         assert handle is not None
         assert handle.layout is not None
         ring = self.ring(bound.digest, handle)
-        epoch = f"{clock.boot_id()}:{handle.info.id}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
+        epoch = f"{handle.epoch}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
         whose = (PolicyUid(bound.plan.policy_uid), output.name, epoch)
         if earlier is not None and earlier.epoch != epoch:
             earlier = None

@@ -37,6 +37,7 @@ class Sums:
     hook_time_ns: int = 0
     stats_time_ns: int = 0
     misses: int = 0
+    earlier_misses: int = 0  # of programs that others took the place of
     over: int = 0
 
 
@@ -87,6 +88,12 @@ class Costs:
         fresh, self._fresh = self._fresh, set()
         return fresh
 
+    def begin_anew(self, digest: Digest) -> None:
+        """Its programs were loaded again, and count from zero: the window that is open says nothing of them."""
+        self._at_open.pop(digest, None)
+        if sums := self._sums.get(digest):
+            sums.earlier_misses = sums.misses
+
     def forget(self, digest: Digest) -> None:
         """The instance is gone."""
         self._sums.pop(digest, None)
@@ -116,7 +123,7 @@ class Costs:
         for digest, each in loaded.items():
             now = each.runs()
             sums = self._sums.setdefault(digest, Sums())
-            sums.misses = now.recursion_misses
+            sums.misses = sums.earlier_misses + now.recursion_misses
             if digest not in self._at_open:
                 continue
             before = self._at_open[digest]

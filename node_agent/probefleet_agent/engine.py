@@ -61,6 +61,7 @@ class Engine:
         self._marks = Marks(root)
         self._bindings = Bindings(self._identities.book, self._marks)
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
+        self._specs: dict[MapUid, plan_pb2.ProbeMap] = {}
         self._stream = samples.Stream()
         self._costs = costs.Costs(enabled=stats)
         # Of the last push, also an earlier process's: an operator that was replaced cannot come back.
@@ -145,12 +146,13 @@ class Engine:
             for uid, plan in wanted.items()
             if plan.HasField("instance") and not _same(plan, self._wanted.get(uid))
         }
-        self._installed.try_again(changed, frozenset(specs))
-        self._wanted = wanted
+        changed_maps = {uid for uid, spec in specs.items() if uid in self._specs and self._specs[uid] != spec}
+        self._installed.try_again(changed, frozenset(specs), changed_maps)
+        self._wanted, self._specs = wanted, specs
         if all(plan.HasField("instance") for plan in wanted.values()):
             self._installed.drop_unadopted()
             self._bindings.forget_strangers()
-        self._reconcile(specs)
+        self._reconcile()
         self._fill_filters()
         self._follow(time.time_ns())
         self._installed.forget_blobs(
@@ -175,9 +177,13 @@ class Engine:
                     kernel_map_id=handle.info.id,
                     bytes=maps.memory_used_bytes(handle.fd),
                     users=sorted(users),
+                    max_entries=handle.info.max_entries,
                 )
             )
-        for map_uid, failure in sorted(self._installed.map_failures.items()):
+            if failure := self._installed.map_failures.get(map_uid):
+                status.probe_maps[-1].reason, status.probe_maps[-1].message = failure.reason, failure.message
+        for map_uid in sorted(self._installed.map_failures.keys() - self._installed.maps.keys()):
+            failure = self._installed.map_failures[map_uid]
             status.probe_maps.append(stream_pb2.MapStatus(uid=map_uid, reason=failure.reason, message=failure.message))
         return status
 
@@ -256,7 +262,7 @@ class Engine:
                 self._wanted[PolicyUid(name)] = plan
         self._identities.learn(scan=True)
 
-    def _reconcile(self, specs: dict[MapUid, plan_pb2.ProbeMap]) -> None:
+    def _reconcile(self) -> None:
         desired = reconcile.Desired(
             {
                 uid: reconcile.Wanted(
@@ -264,13 +270,16 @@ class Engine:
                 )
                 for uid, plan in self._wanted.items()
             },
-            frozenset(specs),
+            frozenset(self._specs),
         )
         while actions := reconcile.reconcile(desired, self._observed()):
             for action in actions:
                 match action:
                     case reconcile.MakeMap(uid):
-                        self._installed.make_map(specs[uid])
+                        self._installed.make_map(self._specs[uid])
+                    case reconcile.GrowMap(uid):
+                        for digest in self._installed.grow_map(self._specs[uid]):
+                            self._costs.begin_anew(digest)
                     case reconcile.Load(digest):
                         plans = {uid: plan for uid, plan in self._wanted.items() if plan.instance.digest == digest}
                         filter_on = self._identities.needs_filter(list(plans))
@@ -295,6 +304,11 @@ class Engine:
             maps=frozenset(self._installed.maps),
             failed=frozenset(self._installed.failures),
             failed_maps=frozenset(self._installed.map_failures),
+            outgrown=frozenset(
+                uid
+                for uid, (spec, _) in self._installed.maps.items()
+                if uid in self._specs and self._specs[uid].sha256 != spec.sha256
+            ),
         )
 
     def _bind(self, uid: PolicyUid, plan: plan_pb2.Plan, digest: Digest) -> None:

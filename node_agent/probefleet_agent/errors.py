@@ -10,6 +10,7 @@ Adapters in ``kernel/`` raise these at the edge; ``execute`` puts ``reason`` and
     ├── NoSuchTarget          nothing of that name to attach to: near matches, "inlined"
     ├── BudgetExceeded        it would cost more than the policy allows
     ├── LayoutMismatch        a shared map's key or value does not fit
+    ├── CannotGrow            a shared map that is in use cannot become what is asked for
     └── NotObserving          the program could change what it watches
 """
 
@@ -136,6 +137,12 @@ class LayoutMismatch(ProbefleetError):
     """A program's idea of a shared map's key or value differs from the map's; both layouts are in the message."""
 
     reason = "LayoutMismatch"
+
+
+class CannotGrow(ProbefleetError):
+    """A ProbeMap stays what it is: why, and what to do."""
+
+    reason = "CannotGrow"
 
 
 class NotObserving(ProbefleetError):

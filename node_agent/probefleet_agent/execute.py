@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from probefleet_wire import kept, map_layout
@@ -23,7 +24,7 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import following, map_contents, map_fit, observing, pinned_by_others, ways
+from probefleet_agent import map_contents, map_fit, observing, pinned_by_others, ways
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
@@ -61,41 +62,112 @@ class Executor:
         filter_on: bool,
     ) -> Loaded:
         """Load, attach and pin. Raises ProbefleetError; then nothing of it is left."""
-        if instance.WhichOneof("program") in ("bcc", "bpftrace"):
-            observing.check_attachments(instance)
         with contextlib.ExitStack() as undo:
-            if instance.WhichOneof("program") == "bcc":
-                # Imported here: it builds on this module.
-                from probefleet_agent import bcc_programs
-
-                loaded = bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root, self.compiled)
-            elif instance.WhichOneof("program") == "bpftrace":
-                from probefleet_agent import bpftrace_programs
-
-                loaded = bpftrace_programs.load(instance)
-            elif blob is None:
-                raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
-            else:
-                loaded = self._load_object(instance, blob, probe_maps, budget_bytes, filter_on)
+            loaded = self._make(instance, blob, probe_maps, budget_bytes, filter_on)
             undo.callback(loaded.close)
             map_contents.write(loaded, instance)
             with self.root.staging(instance.digest) as folder:
-                for handle in loaded.maps.values():
-                    folder.pin_map(handle.name, handle.fd)
-                for name, fd in loaded.programs.items():
-                    folder.pin_program(name, fd)
-                self._measure_hooks(loaded)
+                self.pin(loaded, folder)
                 # Counting begins with the links: what comes before them cannot fail any more.
                 loaded.since_ns = loaded.asked_ns = time.time_ns()
-                loaded.ways = self._attach(loaded)
-                for number, link in loaded.links.items():
-                    if link.pinnable:
-                        for index, fd in enumerate(link.fds):
-                            folder.pin_link(number * MAX_PLACES + index, loaded.chosen[number].program, fd)
-                loaded.followers.pin(folder)
+                self._begin(loaded, folder)
                 folder.write_manifest(loaded.manifest())
             undo.pop_all()
         return loaded
+
+    def load_again(self, loaded: Loaded, *, blob: bytes | None, probe_maps: Mapping[str, MapHandle]) -> Loaded:
+        """An instance's programs once more, for another ProbeMap in the place of one; its own maps are the same ones.
+
+        Not attached, and not pinned. Program arrays are made anew: theirs hold the programs that are there now.
+        """
+        own = {
+            name: handle
+            for name, handle in loaded.maps.items()
+            if not handle.probe_map_uid and handle.info.type != MapType.PROG_ARRAY
+        }
+        again = self._make(loaded.instance, blob, probe_maps, 0, FILTER in loaded.maps, own)
+        try:
+            written = plan_pb2.Instance()
+            written.CopyFrom(loaded.instance)
+            written.ClearField("tail_calls")
+            map_contents.write(again, loaded.instance, before=written)
+        except BaseException:
+            again.close()
+            raise
+        again.since_ns, again.asked_ns, again.detached = loaded.since_ns, loaded.asked_ns, loaded.detached
+        again.gaps, again.plans = list(loaded.gaps), dict(loaded.plans)
+        again.ways = list(loaded.ways)
+        return again
+
+    def begin_again(self, loaded: Loaded, folder: pins.Folder) -> None:
+        """Attach what ``load_again`` made, unless it is over its budget. The manifest is still to be written."""
+        if not loaded.detached:
+            self._begin(loaded, folder)
+
+    def halt(self, loaded: Loaded) -> list[int]:
+        """End its attachments for a while; the ids of links that the kernel may take a moment to let go of.
+
+        What is pinned says so first: should this process die meanwhile, the next one attaches again.
+        """
+        loaded.halted_ns = time.time_ns()
+        self.remember(loaded)
+        ids = self.root.detach(loaded.digest)
+        for link in loaded.links.values():
+            link.close()
+        loaded.links.clear()
+        loaded.followers.close()
+        return ids
+
+    def resume(self, loaded: Loaded, why: str) -> None:
+        """Attach again what ``halt`` let go of; the time between is a gap."""
+        self.root.detach(loaded.digest)
+        if not loaded.detached:
+            self._begin(loaded, self.root.folder(loaded.digest))
+        loaded.add_gap(loaded.halted_ns, time.time_ns(), why)
+        loaded.halted_ns = 0
+        self.remember(loaded)
+
+    def _make(
+        self,
+        instance: plan_pb2.Instance,
+        blob: bytes | None,
+        probe_maps: Mapping[str, MapHandle],
+        budget_bytes: int,
+        filter_on: bool,
+        own: Mapping[str, MapHandle] = MappingProxyType({}),
+    ) -> Loaded:
+        """Maps and programs; ``own``: maps that are there already."""
+        if instance.WhichOneof("program") in ("bcc", "bpftrace"):
+            observing.check_attachments(instance)
+        if instance.WhichOneof("program") == "bcc":
+            # Imported here: it builds on this module.
+            from probefleet_agent import bcc_programs
+
+            return bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root, self.compiled, own)
+        if instance.WhichOneof("program") == "bpftrace":
+            from probefleet_agent import bpftrace_programs
+
+            return bpftrace_programs.load(instance)
+        if blob is None:
+            raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
+        return self._load_object(instance, blob, probe_maps, budget_bytes, filter_on, own)
+
+    def pin(self, loaded: Loaded, folder: pins.Folder) -> None:
+        """Pin maps and programs, and measure what their hooks cost: all that comes before they are attached."""
+        for handle in loaded.maps.values():
+            folder.pin_map(handle.name, handle.fd)
+        for name, fd in loaded.programs.items():
+            folder.pin_program(name, fd)
+        self._measure_hooks(loaded)
+
+    def _begin(self, loaded: Loaded, folder: pins.Folder) -> None:
+        """Attach, and pin what can be pinned."""
+        loaded.ways = self._attach(loaded)
+        for number, link in loaded.links.items():
+            if link.pinnable:
+                for index, fd in enumerate(link.fds):
+                    folder.pin_link(number * MAX_PLACES + index, loaded.chosen[number].program, fd)
+        loaded.followers.pin(folder)
 
     def adopt(self, digest: str, *, stopped_ns: int) -> Loaded:
         """Take over an instance that an earlier process pinned; what could not be pinned is attached anew.
@@ -124,9 +196,16 @@ class Executor:
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],
+                halted_ns=told.get("halted_ns", 0),
                 record_layouts={name: Layout.from_json(text) for name, text in told.get("records", {}).items()},
             )
             self._measure_hooks(loaded)
+            if loaded.halted_ns:
+                for fd in pinned.numbered.values():
+                    fd.close()
+                self.resume(loaded, "the agent ended while it let a shared map grow, which it then gave up")
+                undo.pop_all()
+                return loaded
             if any(handle.info.type == MapType.PERF_EVENT_ARRAY for handle in loaded.maps.values()):
                 why = "perf buffers end with the agent's process, and the records that came meanwhile with them"
                 loaded.gaps.append((stopped_ns, time.time_ns(), why))
@@ -178,7 +257,8 @@ class Executor:
         """Keep up with interfaces and pods that came and went; ``pods`` are those that its policies select."""
         changed, gaps = loaded.followers.follow(self.root.folder(loaded.digest), pods, now_ns)
         if changed:
-            loaded.gaps = [*loaded.gaps, *gaps][-following.MAX_GAPS :]
+            for gap in gaps:
+                loaded.add_gap(*gap)
             for number, text in loaded.followers.ways():
                 if number < len(loaded.ways):
                     loaded.ways[number] = text
@@ -190,21 +270,27 @@ class Executor:
 
     def make_map(self, spec: plan_pb2.ProbeMap, blob: bytes) -> MapHandle:
         """Create and pin a ProbeMap from the definition in its object."""
+        handle = self.create_map(spec, blob)
+        try:
+            with self.root.staging_map(spec.uid) as folder:
+                pin_map(folder, spec, handle)
+        except BaseException:
+            handle.fd.close()
+            raise
+        return handle
+
+    def create_map(self, spec: plan_pb2.ProbeMap, blob: bytes) -> MapHandle:
+        """A ProbeMap's map, not yet pinned."""
         parsed = _parsed(blob, f"{spec.namespace}/{spec.name}")
         with libbpf.open_object(blob, spec.name) as opened:
             opened.load()
             fd = opened.map_fd(spec.map)
         definition = next(each for each in parsed.maps if each.name == spec.map)
-        handle = MapHandle(spec.map, fd, maps.info(fd), map_layout.layout_of(parsed, definition), spec.uid)
-        try:
-            with self.root.staging_map(spec.uid) as folder:
-                folder.pin_map("map", fd)
-                layout = handle.layout.to_json() if handle.layout else ""
-                folder.write_manifest(json.dumps({"spec": b64(spec), "layout": layout}).encode())
-        except BaseException:
-            fd.close()
-            raise
-        return handle
+        return MapHandle(spec.map, fd, maps.info(fd), map_layout.layout_of(parsed, definition), spec.uid)
+
+    def remember_map(self, spec: plan_pb2.ProbeMap, handle: MapHandle) -> None:
+        """Write its manifest anew."""
+        self.root.map_folder(spec.uid).write_manifest(_map_manifest(spec, handle))
 
     def adopt_map(self, uid: str) -> tuple[plan_pb2.ProbeMap, MapHandle]:
         """Take over a ProbeMap that is pinned."""
@@ -213,7 +299,7 @@ class Executor:
         spec = plan_pb2.ProbeMap.FromString(base64.b64decode(told["spec"]))
         fd = pinned.maps["map"]
         layout = Layout.from_json(told["layout"]) if told["layout"] else None
-        return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid)
+        return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid, heir_of=told.get("heir_of", 0))
 
     def _load_object(
         self,
@@ -222,6 +308,7 @@ class Executor:
         probe_maps: Mapping[str, MapHandle],
         budget_bytes: int,
         filter_on: bool,
+        own: Mapping[str, MapHandle],
     ) -> Loaded:
         parsed = _parsed(blob, instance.title)
         code = b"".join(section.data for section in Elf.parse(blob).sections if section.executable)
@@ -230,7 +317,7 @@ class Executor:
         with pinned_by_others.opened(instance) as foreign:
             shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps} | foreign
             sizes = {size.map: size.max_entries for size in instance.map_sizes}
-            map_fit.check_budget(parsed.all_maps, sizes, frozenset(shared), budget_bytes)
+            map_fit.check_budget(parsed.all_maps, sizes, frozenset(shared) | frozenset(own), budget_bytes)
             sections = {program.name: program.section for program in parsed.programs}
             chosen = self._choose(instance.attachments, sections, instance.title)
 
@@ -244,7 +331,7 @@ class Executor:
             pinned_by_others.prove_read_only(blob, instance, parsed, foreign, configure)
             with libbpf.open_object(blob, instance.title) as opened:
                 configure(opened)
-                for name, handle in shared.items():
+                for name, handle in {**own, **shared}.items():
                     opened.reuse_map(name, handle.fd)
                 loading = [program for program in opened.program_names if opened.autoload(program)]
                 observing.check(instance.title, blob, {each: opened.program_type(each)[0] for each in loading})
@@ -300,6 +387,17 @@ class Executor:
             loaded.followers.add(number, attachment, loaded.programs[attachment.program], around)
 
 
+def pin_map(folder: pins.Folder, spec: plan_pb2.ProbeMap, handle: MapHandle) -> None:
+    """A ProbeMap's pins."""
+    folder.pin_map("map", handle.fd)
+    folder.write_manifest(_map_manifest(spec, handle))
+
+
+def _map_manifest(spec: plan_pb2.ProbeMap, handle: MapHandle) -> bytes:
+    layout = handle.layout.to_json() if handle.layout else ""
+    return json.dumps({"spec": b64(spec), "layout": layout, "heir_of": handle.heir_of}).encode()
+
+
 def _configure(
     opened: libbpf.Object,
     instance: plan_pb2.Instance,
@@ -341,9 +439,9 @@ def _taken(
     try:
         for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
             fd = opened.map_fd(name)
-            uid = shared[name].probe_map_uid if name in shared else ""
+            uid, heir_of = (shared[name].probe_map_uid, shared[name].heir_of) if name in shared else ("", 0)
             layout = map_layout.layout_of(parsed, definitions[name])
-            loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout, uid)
+            loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout, uid, heir_of=heir_of)
         for program in opened.program_names:
             if opened.autoload(program):
                 loaded.programs[program] = opened.program_fd(program)

@@ -15,8 +15,8 @@ import zstandard
 from google.protobuf.message import DecodeError
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import execute, map_contents
-from probefleet_agent.errors import ProbefleetError
+from probefleet_agent import execute, map_contents, map_growing
+from probefleet_agent.errors import CannotGrow, ProbefleetError
 from probefleet_agent.kernel import bcc, pins
 from probefleet_agent.kernel.spread import Pods
 from probefleet_agent.loaded import Loaded, MapHandle
@@ -89,6 +89,9 @@ class Installed:
                 loaded.close()
                 self._unadopted.add(digest)
                 continue
+            for handle in loaded.maps.values():
+                if shared := self.maps.get(MapUid(handle.probe_map_uid)):
+                    handle.heir_of = shared[1].heir_of
             self.loaded[digest] = loaded
             if time.time_ns() - loaded.asked_ns > FORGOTTEN_NS:
                 log.warning("no operator has asked for this instance in an hour: removed", digest=name)
@@ -143,10 +146,12 @@ class Installed:
         log.info("maps are written anew", digest=loaded.digest)
         return None
 
-    def try_again(self, changed: Set[Digest], specs: Set[MapUid]) -> None:
-        """A push changed these instances and wants these ProbeMaps: what failed of them may be tried once more."""
+    def try_again(self, changed: Set[Digest], specs: Set[MapUid], changed_maps: Set[MapUid]) -> None:
+        """A push changed these instances and ProbeMaps, and wants these: what failed of them may be tried once more."""
         self.failures = {digest: why for digest, why in self.failures.items() if digest not in changed}
-        self.map_failures = {uid: why for uid, why in self.map_failures.items() if uid in specs and not changed}
+        self.map_failures = {
+            uid: why for uid, why in self.map_failures.items() if uid in specs - changed_maps and not changed
+        }
 
     def remove(self, digest: Digest) -> None:
         """Detach, unload and unpin an instance."""
@@ -177,6 +182,67 @@ class Installed:
             self.maps[uid] = (spec, self._executor.make_map(spec, blob))
         except (ProbefleetError, OSError) as error:
             self.map_failures[uid] = Failure.of(error)
+
+    def grow_map(self, spec: plan_pb2.ProbeMap) -> list[Digest]:
+        """Give a ProbeMap the size that is asked for now: which instances have new programs. Where that cannot be,
+        remember why, and go on with the map that is there.
+        """
+        uid = MapUid(spec.uid)
+        before, old = self.maps[uid]
+        users = [loaded for loaded in self.loaded.values() if uid in map_uids(loaded.instance)]
+        title = f"ProbeMap {spec.namespace}/{spec.name}"
+        new: MapHandle | None = None
+        try:
+            blob = self._blobs.get(spec.sha256)
+            if blob is None:
+                raise CannotGrow(f"{title}: its new definition {spec.sha256[:12]} did not come with the push")
+            new = self._executor.create_map(spec, blob)
+            if map_growing.same(old, new):
+                # Another compiler's object of the same map.
+                self.maps[uid] = (spec, old)
+                self._executor.remember_map(spec, old)
+                new.fd.close()
+                return []
+            if why := map_growing.why_not(old, new):
+                raise CannotGrow(
+                    f"{title} stays as it is, for {why}. Make one of another name, and let the policies share that."
+                )
+            grown = map_growing.grow(
+                self._executor,
+                spec,
+                old,
+                new,
+                [(each, self._blobs.get(each.instance.object.sha256)) for each in users],
+                {str(other): handle for other, (_, handle) in self.maps.items()},
+            )
+        except (ProbefleetError, ValueError, KeyError, OSError) as error:
+            self.map_failures[uid] = Failure.of(error)
+            log.warning("a ProbeMap does not grow", uid=uid, name=spec.name, error=str(error))
+            self._resume(users, f"{title} was to grow, which failed")
+            if new is not None:
+                new.fd.close()
+            return []
+        self.maps[uid] = (spec, grown.handle)
+        for loaded in grown.before:
+            loaded.close()
+        old.fd.close()
+        self.loaded.update({Digest(digest): loaded for digest, loaded in grown.users.items()})
+        log.info(
+            "a ProbeMap has grown",
+            uid=uid,
+            name=spec.name,
+            was=before.generation,
+            entries=grown.handle.info.max_entries,
+        )
+        return [Digest(digest) for digest in grown.users]
+
+    def _resume(self, users: Iterable[Loaded], why: str) -> None:
+        for loaded in users:
+            if loaded.halted_ns:
+                try:
+                    self._executor.resume(loaded, why)
+                except (ProbefleetError, OSError) as error:
+                    self.failures[Digest(loaded.digest)] = Failure.of(error)
 
     def remove_map(self, uid: MapUid) -> None:
         """Unpin a ProbeMap."""

@@ -15,7 +15,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import following
 from probefleet_agent.decode import Layout
-from probefleet_agent.kernel import hooks, links, maps, syscall
+from probefleet_agent.kernel import clock, hooks, links, maps, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.perf_ring import KeptRing
 
@@ -46,6 +46,12 @@ class MapHandle:
     layout: Layout | None
     probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
     ring: KeptRing | None = None  # where its records are not the kernel's: lines of a process
+    heir_of: int = 0  # kernel id of the first map whose entries it goes on with: a ProbeMap that grew
+
+    @property
+    def epoch(self) -> str:
+        """Cumulative values start at zero with it. A map that was handed another's entries goes on in its epoch."""
+        return f"{clock.boot_id()}:{self.heir_of or self.info.id}"
 
 
 class Process(Protocol):
@@ -82,6 +88,7 @@ class Loaded:
     pinned_links: bool = True
     plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
     asked_ns: int = 0
+    halted_ns: int = 0  # since when it is attached no more, for a map of it grows; 0: it is attached
     detached: str = ""  # why, where it went over its budget
     hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
     unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
@@ -97,6 +104,10 @@ class Loaded:
         """Kernel memory of its own maps (shared ones belong to their ProbeMap)."""
         own = (handle for handle in self.maps.values() if not handle.probe_map_uid)
         return sum(maps.memory_used_bytes(handle.fd) for handle in own)
+
+    def add_gap(self, start_ns: int, end_ns: int, why: str) -> None:
+        """What was not measured, from when to when."""
+        self.gaps = [*self.gaps, (start_ns, end_ns, why)][-following.MAX_GAPS :]
 
     def lost(self) -> tuple[int, int, int, int]:
         """(failed updates, ring full, records submitted, other), cumulative; zeros where nothing counts them."""
@@ -163,6 +174,7 @@ class Loaded:
                 "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
                 "plans": {uid: b64(plan) for uid, plan in self.plans.items()},
                 "asked_ns": self.asked_ns,
+                "halted_ns": self.halted_ns,
             },
             separators=(",", ":"),
         ).encode()

@@ -64,6 +64,13 @@ def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandl
     )
 
 
+def same_entries(one: MapHandle, other: MapHandle) -> bool:
+    """Are both of one type, with the same keys and values?"""
+    sizes = [(each.info.type, each.info.key_size, each.info.value_size) for each in (one, other)]
+    known = one.layout is not None and other.layout is not None
+    return sizes[0] == sizes[1] and (not known or one.layout == other.layout)
+
+
 def describe(kind: int, key_bytes: int, value_bytes: int, layout: Layout | None) -> str:
     """A map's type and both layouts, on one line."""
     name = MapType(kind).name.lower() if kind in list(MapType) else f"type {kind}"

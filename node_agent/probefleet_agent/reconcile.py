@@ -49,6 +49,8 @@ class Observed:
     maps: frozenset[MapUid] = frozenset()
     failed: frozenset[Digest] = frozenset()  # tried since the last push that changed it
     failed_maps: frozenset[MapUid] = frozenset()
+    #: ProbeMaps that were made by another definition than the one that is wanted.
+    outgrown: frozenset[MapUid] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,14 @@ class RemoveMap:
     uid: MapUid
 
 
-Action: TypeAlias = MakeMap | Load | Bind | Unbind | Remove | RemoveMap
+@dataclass(frozen=True, slots=True)
+class GrowMap:
+    """Put a larger map in a ProbeMap's place, with its entries, in all instances that use it."""
+
+    uid: MapUid
+
+
+Action: TypeAlias = GrowMap | MakeMap | Load | Bind | Unbind | Remove | RemoveMap
 
 
 def reconcile(desired: Desired, observed: Observed) -> list[Action]:
@@ -127,7 +136,10 @@ def reconcile(desired: Desired, observed: Observed) -> list[Action]:
     used_maps = {uid for digest, uids in observed.instances.items() if digest not in gone for uid in uids}
     # A policy that is to keep what it has, but is bound to nothing: what it has could not be adopted, so nobody knows
     # which maps it uses.
+    # Nor can these be given another map.
     if any(wish.digest is None and policy not in bindings for policy, wish in desired.policies.items()):
         return actions
     actions += [RemoveMap(uid) for uid in sorted(observed.maps - used_maps - needed_maps)]
-    return actions
+    # Last: what goes needs no new programs, and what comes is loaded with the map that is there.
+    outgrown = observed.outgrown & needed_maps & desired.maps - observed.failed_maps
+    return actions or [GrowMap(uid) for uid in sorted(outgrown)]

@@ -161,6 +161,7 @@ class Documents:
             settled=entry.generation == int(raw["metadata"].get("generation", 0)),
             refusal=(entry.refusal.reason, entry.refusal.message) if entry.refusal else None,
             policies=[user.name for user in users],
+            max_entries=entry.compiled.probe_map.max_entries if entry.compiled else 0,
             said={node: self._map_on(node, uid) for node in nodes},
         )
         previous = self._map_conditions.get(uid) or (raw.get("status") or {}).get("conditions") or []

@@ -24,13 +24,14 @@ class MapFacts:
     settled: bool
     refusal: tuple[str, str] | None
     policies: Sequence[str]
+    max_entries: int
     said: Mapping[values.NodeName, stream_pb2.MapStatus | None]
 
 
 def status_of(facts: MapFacts, *, previous: Iterable[api.Json], now: datetime.datetime) -> api.Json:
     """The whole status; `previous` are the conditions as written last."""
     there = [each for each in facts.said.values() if each is not None]
-    ready = sum(each.kernel_map_id != 0 and not each.reason for each in there)
+    ready = sum(_has_it(each, facts) for each in there)
     failed = sum(bool(each.reason) for each in there)
     desired = len(facts.said)
     largest = max((each.bytes for each in there), default=0)
@@ -58,6 +59,11 @@ def status_of(facts: MapFacts, *, previous: Iterable[api.Json], now: datetime.da
             *[f"{each['nodes']} nodes ({each['example']}…): {each['reason']}" for each in failures[:5]],
         ],
     }
+
+
+def _has_it(said: stream_pb2.MapStatus, facts: MapFacts) -> bool:
+    """Is it there, as large as it is to be? An agent that is older than growing says no size."""
+    return said.kernel_map_id != 0 and not said.reason and (said.max_entries or facts.max_entries) >= facts.max_entries
 
 
 def _accepted(facts: MapFacts) -> status.Condition:

@@ -115,15 +115,20 @@ def test_defaults_are_filled_in_and_status_is_its_own(cluster: Cluster) -> None:
     assert "catalog/x" in shown
 
 
-def test_a_probe_map_in_use_keeps_its_layout(cluster: Cluster) -> None:
-    def text(key: str, policies: str = "[]") -> str:
-        spec = f"{{type: hash, maxEntries: 16, key: {key}, value: u64 n, policies: {policies}}}"
-        return f"apiVersion: probefleet.io/v1alpha1\nkind: ProbeMap\nmetadata: {{name: fixed}}\nspec: {spec}\n"
+def test_a_probe_map_in_use_keeps_its_layout_and_grows(cluster: Cluster) -> None:
+    def apply(name: str, kind: str, entries: int, rest: str) -> str:
+        spec = f"{{type: {kind}, maxEntries: {entries}, {rest}}}"
+        text = f"apiVersion: probefleet.io/v1alpha1\nkind: ProbeMap\nmetadata: {{name: {name}}}\nspec: {spec}\n"
+        return str(cluster.kubectl("apply", "-f", "-", stdin=text, check=False).stderr)
 
-    cluster.kubectl("apply", "-f", "-", stdin=text("u32 pid"))
-    cluster.kubectl("apply", "-f", "-", stdin=text("u32 pid", "[other]"))
-    done = cluster.kubectl("apply", "-f", "-", stdin=text("u64 pid"), check=False)
-    assert "delete the ProbeMap and create it anew" in done.stderr
+    assert apply("fixed", "hash", 16, "key: u32 pid, value: u64 n") == ""
+    assert apply("fixed", "hash", 16, "key: u32 pid, value: u64 n, policies: [other]") == ""
+    assert "delete the ProbeMap and create it anew" in apply("fixed", "hash", 16, "key: u64 pid, value: u64 n")
+    assert "cannot change its type, key or value" in apply("fixed", "lru-hash", 32, "key: u32 pid, value: u64 n")
+    assert apply("fixed", "hash", 32, "key: u32 pid, value: u64 n") == ""
+    assert "a map that programs use cannot shrink" in apply("fixed", "hash", 31, "key: u32 pid, value: u64 n")
+    assert apply("ring", "queue", 16, "value: u64 n") == ""
+    assert "a map of type queue cannot grow" in apply("ring", "queue", 32, "value: u64 n")
 
 
 def condition(kind: str) -> dict[str, str]:

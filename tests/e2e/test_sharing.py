@@ -195,6 +195,42 @@ def test_bcc_writes_what_core_reads_and_the_map_lives_as_long_as_it_has_a_user(n
     assert not any(map_id in ids for ids in pins()["programs"].values())
 
 
+def test_a_shared_map_grows_under_its_programs(namespace: str) -> None:
+    user = {"runAsUser": UID, "runAsGroup": UID}
+    for name, execs in (("before", "97"), ("after", "23")):
+        kube.apply(kube.pod(name, namespace, ["execs", execs, "--hold"], node=NODE, securityContext=user))
+        kube.kubectl("wait", f"pod/{name}", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    writer = sharing({"bcc": {"source": WRITER}}, {"name": "execs", "from": {"map": "execs"}, "decode": {"key": "uid"}})
+    reader = sharing({"c": {"source": READER}}, {"name": "seen", "from": {"map": "seen"}})
+    kube.apply(
+        probe_map("by-uid", namespace),
+        kube.policy("writer", namespace, writer),
+        kube.policy("reader", namespace, reader),
+    )
+    kube.wait_programmed("writer", namespace)
+    kube.wait_programmed("reader", namespace)
+    kube.kubectl("attach", "-i", "before", "-n", namespace, stdin="go")
+    kube.eventually(lambda: counted("writer", namespace, "execs") >= 97, "97 in the writer's report", seconds=30)
+    uid = kube.get("probemap", "by-uid", namespace)["metadata"]["uid"]
+    small = pins()["maps"][uid]
+
+    larger = {**probe_map("by-uid", namespace), "spec": {**PROBE_MAP, "maxEntries": 4096}}
+    kube.apply(larger)
+    kube.eventually(lambda: pins()["maps"][uid] != small, "a larger map", seconds=60)
+    there = pins()
+    assert sum(there["maps"][uid] in ids for ids in there["programs"].values()) == 2
+    assert not any(small in ids for ids in there["programs"].values())
+    kube.kubectl("attach", "-i", "after", "-n", namespace, stdin="go")
+    kube.eventually(lambda: counted("writer", namespace, "execs") >= 120, "120 in the writer's report", seconds=30)
+    kube.eventually(lambda: counted("reader", namespace, "seen") >= 120, "120 in the reader's report", seconds=30)
+    assert (counted("writer", namespace, "execs"), counted("reader", namespace, "seen")) == (120, 120)
+    for name in ("writer", "reader"):
+        (gap,) = kube.report(name, namespace)["gaps"]
+        assert f"ProbeMap {namespace}/by-uid grew from 1,024 to 4,096 entries" in gap["why"]
+    kube.kubectl("delete", "ppol", "writer", "reader", "-n", namespace)
+    kube.kubectl("delete", "probemap", "by-uid", "-n", namespace)
+
+
 def accepted(name: str, namespace: str) -> dict[str, str] | None:
     """The condition Accepted, once it is decided."""
     conditions = kube.get("ppol", name, namespace).get("status", {}).get("conditions", [])

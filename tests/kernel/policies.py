@@ -6,6 +6,7 @@ How kernel tests ask for what a user sees: rows of an output by their keys, exac
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +37,14 @@ def c_policy(source: str, name: str = "test", **spec: Any) -> Manifest:
     }
 
 
+#: The same text gives the same object: a policy that is pushed again is not compiled again.
+_compiled = functools.cache(preparation.compile_source)
+
+
 def prepare(*manifests: Manifest) -> list[preparation.Prepared]:
     """Planned, or BadInput with all that is wrong."""
     given = [sources.Source(f"test {index}", manifest) for index, manifest in enumerate(manifests)]
-    return preparation.prepare(given, catalog=sources.load_catalog())
+    return preparation.prepare(given, catalog=sources.load_catalog(), compile_source=_compiled)
 
 
 class Run:

@@ -15,6 +15,7 @@ from probefleet_agent.reconcile import (
     Bind,
     Desired,
     Digest,
+    GrowMap,
     Load,
     MakeMap,
     MapUid,
@@ -26,8 +27,8 @@ from probefleet_agent.reconcile import (
 )
 
 T = TypeVar("T")
-#: A map is made, an instance loaded, a policy bound, the old instance removed: one round each.
-MOST_ROUNDS = 4
+#: A map is made, an instance loaded, a policy bound, the old instance removed, maps grown: one round each.
+MOST_ROUNDS = 5
 
 POLICIES = [PolicyUid(f"policy-{n}") for n in range(4)]
 MAPS = [MapUid(f"map-{n}") for n in range(3)]
@@ -53,6 +54,11 @@ class Node:
             case MakeMap(uid):
                 assert uid not in now.maps
                 self.observed = replace(now, maps=now.maps | {uid})
+            case GrowMap(uid) if uid in self.broken:
+                self.observed = replace(now, failed_maps=now.failed_maps | {uid})
+            case GrowMap(uid):
+                assert uid in now.maps
+                self.observed = replace(now, outgrown=now.outgrown - {uid})
             case Load(digest) if digest in self.broken or not self.needs.get(digest, frozenset()) <= now.maps:
                 self.observed = replace(now, failed=now.failed | {digest})
             case Load(digest):
@@ -69,7 +75,7 @@ class Node:
                 self.observed = replace(now, instances={d: m for d, m in now.instances.items() if d != digest})
             case RemoveMap(uid):
                 assert all(uid not in uses for uses in now.instances.values()), "removed while a program uses it"
-                self.observed = replace(now, maps=now.maps - {uid})
+                self.observed = replace(now, maps=now.maps - {uid}, outgrown=now.outgrown - {uid})
 
     def settle(self, desired: Desired) -> list[list[Action]]:
         """Round by round until there is nothing more to do."""
@@ -111,10 +117,12 @@ def situations(draw: st.DrawFn) -> tuple[Desired, Node]:
         for policy, choice in zip(POLICIES, draw(_EACH_POLICY), strict=True)
         if choice < len(DIGESTS) and DIGESTS[choice] in running
     }
+    maps = subset(MAPS, draw(_SOME_MAPS)).union(*(needs[digest] for digest in running))
     observed = Observed(
         instances={digest: needs[digest] for digest in running},
         bindings=bindings,
-        maps=subset(MAPS, draw(_SOME_MAPS)).union(*(needs[digest] for digest in running)),
+        maps=maps,
+        outgrown=maps & subset(MAPS, draw(_SOME_MAPS)),
         failed=subset(DIGESTS, draw(_SOME_DIGESTS)) - running,
         failed_maps=subset(MAPS, draw(_SOME_MAPS)),
     )
@@ -206,6 +214,24 @@ def test_a_load_that_fails_keeps_the_last_good_instance() -> None:
 def test_a_policy_without_a_plan_keeps_what_it_has() -> None:
     node = Node(Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD}))
     assert node.settle(Desired({SLOW: Wanted(None)})) == []
+
+
+def test_a_map_grows_when_all_else_is_done() -> None:
+    uses = frozenset({SHARED})
+    node = Node(
+        Observed(instances={OLD: uses}, bindings={SLOW: OLD}, maps=uses, outgrown=uses), needs={OLD: uses, NEW: uses}
+    )
+    wanted = Desired({SLOW: Wanted(NEW, uses)}, uses)
+    assert node.settle(wanted) == [[Load(NEW)], [Bind(SLOW, NEW), Remove(OLD)], [GrowMap(SHARED)]]
+
+
+def test_a_map_that_cannot_grow_is_not_tried_again_and_keeps_its_users() -> None:
+    uses = frozenset({SHARED})
+    node = Node(
+        Observed(instances={OLD: uses}, bindings={SLOW: OLD}, maps=uses, outgrown=uses), broken=frozenset({SHARED})
+    )
+    assert node.settle(Desired({SLOW: Wanted(OLD, uses)}, uses)) == [[GrowMap(SHARED)]]
+    assert node.observed.instances == {OLD: uses}
 
 
 def test_an_instance_goes_with_the_last_policy_that_shares_it() -> None:

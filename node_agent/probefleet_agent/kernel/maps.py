@@ -244,6 +244,20 @@ def sum_lost(fd: SupportsIndex) -> npt.NDArray[np.uint64]:
     return counts
 
 
+def wait_for_programs() -> None:
+    """Return when every (not sleepable) program that was running has ended.
+
+    Replacing an inner map waits for that: maybe_wait_bpf_programs (commit 1ae80cf31938, Linux 4.20).
+    """
+    with (
+        syscall.map_create(MapType.ARRAY, key_size=4, value_size=4, max_entries=1, name="pf_inner") as inner,
+        syscall.map_create(
+            MapType.ARRAY_OF_MAPS, key_size=4, value_size=4, max_entries=1, name="pf_outer", inner_map_fd=inner
+        ) as outer,
+    ):
+        syscall.map_update(outer, bytes(4), int(inner).to_bytes(4, "little"))
+
+
 def memory_bytes(info: MapInfo) -> int:
     """Kernel memory that a map of these sizes takes when it is full: an estimate, before it is made."""
     sizes = map_types.Sizes(info.type, info.key_size, info.value_size, info.max_entries, info.flags, info.map_extra)

@@ -8,6 +8,7 @@
     │   ├── new-<digest>/        being built; swept away at start
     │   └── gone-<digest>/       being removed; swept away at start
     ├── maps/<probe map uid>/    map, manifest
+    ├── exchange/manifest        there only while several folders take the places of others: who starts finishes it
     └── identity/…               the agent's own: cgroup id → path
 
 ``execute`` builds and removes, ``engine`` adopts at start. bpffs refuses regular files (hence the manifest map) and
@@ -19,8 +20,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex
@@ -86,6 +88,10 @@ class Folder:
         """Keep bytes beside the pins; a second call replaces the first at once."""
         _write_manifest(self.path, data)
 
+    def remove(self) -> None:
+        """Give it up: all that it holds is unpinned."""
+        _remove_tree(self.path)
+
 
 class Root:
     """The tree under one bpffs."""
@@ -95,6 +101,7 @@ class Root:
         self.instances = self.path / "instances"
         self.maps = self.path / "maps"
         self.identity = self.path / "identity"
+        self._exchange = self.path / "exchange"
 
     def create(self) -> None:
         """Mount bpffs where it is missing, make the folders, sweep away what a dead agent left half done."""
@@ -104,7 +111,11 @@ class Root:
         self.sweep()
 
     def sweep(self) -> list[str]:
-        """Remove half-built and half-removed folders; their names. Only while no other agent works on this tree."""
+        """Remove half-built and half-removed folders; their names. Only while no other agent works on this tree.
+
+        An exchange that was decided is finished before: its new folders are no half-built ones.
+        """
+        self._finish_exchange()
         swept = []
         for parent in (self.instances, self.maps):
             for path in _folders(parent):
@@ -129,6 +140,48 @@ class Root:
         """Build a probe map: pin it with ``pin_map("map", fd)`` and write its manifest."""
         return _staging(self.maps, uid)
 
+    def beside(self, digest: str) -> Folder:
+        """A new folder for what is to take an instance's place; it stays aside until ``exchange``."""
+        return _aside(self.instances, digest)
+
+    def beside_map(self, uid: str) -> Folder:
+        """A new folder for what is to take a probe map's place; it stays aside until ``exchange``."""
+        return _aside(self.maps, uid)
+
+    def exchange(self, instances: Sequence[str], uids: Sequence[str]) -> None:
+        """What was built beside these takes their places: all of it or nothing, whenever the process dies.
+
+        One pin decides: from the moment that it is there, who starts next does what is left to do.
+        """
+        self._exchange.mkdir(mode=0o700, exist_ok=True)
+        names = {"instances": [_checked(each) for each in instances], "maps": [_checked(each) for each in uids]}
+        _write_manifest(self._exchange, json.dumps(names).encode())
+        self._finish_exchange()
+
+    def _finish_exchange(self) -> None:
+        try:
+            names = json.loads(_read_manifest(self._exchange))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        else:
+            for parent, key in ((self.maps, "maps"), (self.instances, "instances")):
+                for name in names[key]:
+                    fresh = parent / f"{_NEW}{_checked(name)}"
+                    if fresh.exists():  # else it is in its place already
+                        _remove(parent, name)
+                        fresh.rename(parent / name)
+        _remove_tree(self._exchange)
+
+    def detach(self, digest: str) -> list[int]:
+        """Unpin all of an instance's links; their ids, which are gone from the kernel when it has let go of them."""
+        ids = []
+        for entry in sorted((self.instances / _checked(digest)).glob("link_*")):
+            with contextlib.suppress(KernelError), syscall.obj_get(str(entry)) as link:
+                ids.append(syscall.link_info(link).id)
+            _unpin_link(entry)
+        return ids
+
     def open_instance(self, digest: str) -> Pinned:
         """Open all pins of an instance. KernelError ENOENT where it, or its manifest, is not there."""
         return _open(self.instances / _checked(digest))
@@ -148,6 +201,10 @@ class Root:
     def folder(self, digest: str) -> Folder:
         """A complete instance, to pin more links in it or take some away."""
         return Folder(self.instances / _checked(digest))
+
+    def map_folder(self, uid: str) -> Folder:
+        """A complete probe map, to write its manifest anew."""
+        return Folder(self.maps / _checked(uid))
 
     def read_manifest(self, digest: str) -> bytes:
         """An instance's manifest, without opening the rest."""
@@ -223,6 +280,13 @@ def _staging(parent: Path, digest: str) -> Iterator[Folder]:
     except BaseException:
         _remove_tree(path)
         raise
+
+
+def _aside(parent: Path, digest: str) -> Folder:
+    path = parent / f"{_NEW}{_checked(digest)}"
+    _remove_tree(path)
+    path.mkdir(mode=0o700, parents=True)
+    return Folder(path)
 
 
 def _remove(parent: Path, digest: str) -> bool:

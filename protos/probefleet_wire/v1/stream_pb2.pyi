@@ -349,11 +349,14 @@ class MapStatus(_message.Message):
     USERS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    MAX_ENTRIES_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     kernel_map_id: _builtins.int
     bytes: _builtins.int
     reason: _builtins.str
     message: _builtins.str
+    max_entries: _builtins.int
+    """room that it has: less than asked for where it could not grow, or has not yet"""
     @_builtins.property
     def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """policy uids"""
@@ -367,10 +370,11 @@ class MapStatus(_message.Message):
         users: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        max_entries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kernel_map_id", b"kernel_map_id", "message", b"message", "reason", b"reason", "uid", b"uid", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kernel_map_id", b"kernel_map_id", "max_entries", b"max_entries", "message", b"message", "reason", b"reason", "uid", b"uid", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
