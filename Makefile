@@ -13,7 +13,7 @@ CLUSTER := tests/cluster/cluster
 VM_SUITE ?= bookworm
 # Pure modules: their branch coverage is held at 95 %, each by itself.
 PURE := $(addprefix probefleet_core.,policy planner placement aggregate report) \
-	$(addprefix probefleet_wire.,columns merge) $(addprefix probefleet_agent.,reconcile decode samples pods)
+	$(addprefix probefleet_wire.,columns merge) $(addprefix probefleet_agent.,reconcile decode samples pods baseline)
 TEST_PACKAGES := packages.txt $(wildcard tests/*/packages.txt) images/packages.txt
 
 # Install what is missing of the Debian packages in these files.

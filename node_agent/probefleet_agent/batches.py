@@ -12,7 +12,7 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
-from probefleet_agent import collect, iterating, names, samples
+from probefleet_agent import collect, iterating, joining, names, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
@@ -46,7 +46,8 @@ def add_tables(
     for uid in due:
         bound = bindings.bound[uid]
         instance = loaded[bound.digest]
-        counts = instance.lost()
+        counts = instance.lost_of(uid)
+        joined = instance.joined.get(uid)
         for name, reader in bound.tables.items():
             handle = instance.source(reader.output.map)
             if handle is None:
@@ -66,17 +67,19 @@ def add_tables(
                 width=reader.rows.width,
             )
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
-            table.epoch = handle.epoch
-            table.since_ns, table.lost = instance.since_ns, counts[0] + counts[3]
+            table.epoch, table.since_ns = _beginning(instance, handle, reader)
+            table.lost = counts[0] + counts[3]
             if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
             if full and LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
+            table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
             table.uncounted.extend([*instance.followers.sentences(), *instance.troubles])
-            table.gaps.extend(_gaps(instance))
+            table.gaps.extend(_gaps(instance, uid))
             batch.tables.append(table)
+        joining.keep(instance, uid)
 
 
 def add_events(
@@ -121,14 +124,14 @@ def add_events(
             # Not where records are held back for want of an identity: they come no sooner by reading on.
             whole = records.end_position == reader.cursor
             behind = behind or (whole and reader.cursor - began.position > _RING_READ_BYTES // 2)
-            counts = instance.lost()
+            counts = instance.lost_of(uid)
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
-            chunk.since_ns, chunk.submitted, chunk.lost = instance.since_ns, counts[2], counts[1] + counts[3]
+            chunk.since_ns, chunk.submitted, chunk.lost = instance.since_of(uid), counts[2], counts[1] + counts[3]
             if isinstance(ring, KeptRing):
-                chunk.lost += ring.lost
-                chunk.dropped += ring.dropped
-            chunk.gaps.extend(_gaps(instance))
+                chunk.lost += ring.lost - reader.lost_before
+                chunk.dropped += ring.dropped - reader.dropped_before
+            chunk.gaps.extend(_gaps(instance, uid))
             chunk.start_position = began.position
             if began.counted is not None:
                 chunk.counted_before = began.counted
@@ -208,5 +211,17 @@ def _records(records: Records, record_bytes: int) -> collect.Bytes:
     return found
 
 
-def _gaps(loaded: Loaded) -> list[stream_pb2.Gap]:
-    return [stream_pb2.Gap(start_ns=start, end_ns=end, why=why) for start, end, why in loaded.gaps]
+def _beginning(instance: Loaded, handle: MapHandle, reader: collect.TableReader) -> tuple[str, int]:
+    """The epoch of a table, and since when it counts."""
+    epoch = handle.epoch
+    if reader.baseline is not None:
+        # A policy that left and came again counts from nothing once more: another epoch.
+        return f"{epoch}:{reader.baseline.since_ns:x}", reader.baseline.since_ns
+    joined = instance.joined.get(reader.plan.policy_uid)
+    if joined is None or (reader.output.map, reader.output.value) in joined.whole:
+        return epoch, instance.since_ns
+    return epoch, joined.since_ns
+
+
+def _gaps(loaded: Loaded, policy: PolicyUid) -> list[stream_pb2.Gap]:
+    return [stream_pb2.Gap(start_ns=start, end_ns=end, why=why) for start, end, why in loaded.gaps_of(policy)]

@@ -153,7 +153,11 @@ class Bindings:
             self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
             return
         earlier = before.tables.get(output.name) if before and before.digest == bound.digest else None
-        if earlier is not None and earlier.output == output:
+        joined = loaded.joined.get(bound.plan.policy_uid)
+        baseline = joined.baselines.get((output.map, output.value)) if joined else None
+        if output.kind == plan_pb2.Output.GAUGE or (baseline is not None and baseline.map_id != handle.info.id):
+            baseline = None
+        if earlier is not None and earlier.output == output and earlier.baseline is baseline:
             # The same rows go on under their numbers: the plan differs in what is no output's business.
             earlier.plan = bound.plan
             bound.tables[output.name] = earlier
@@ -163,7 +167,7 @@ class Bindings:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
             stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups) if traces else None
         bound.tables[output.name] = collect.TableReader(
-            bound.plan, output, handle.layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR
+            bound.plan, output, handle.layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline
         )
 
     def _add_event_reader(
@@ -173,7 +177,11 @@ class Bindings:
         assert handle is not None
         assert handle.layout is not None
         ring = self.ring(bound.digest, handle)
+        joined = loaded.joined.get(bound.plan.policy_uid)
         epoch = f"{handle.epoch}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
+        if joined is not None:
+            # A policy that left and came again counts from nothing once more.
+            epoch += f":{joined.since_ns:x}"
         whose = (PolicyUid(bound.plan.policy_uid), output.name, epoch)
         if earlier is not None and earlier.epoch != epoch:
             earlier = None
@@ -181,6 +189,9 @@ class Bindings:
         reader = collect.EventReader(bound.plan, output, handle.layout, self._book, self.lookups, settled, epoch)
         if earlier:
             reader.go_on(earlier.mark)
+            reader.lost_before, reader.dropped_before = earlier.lost_before, earlier.dropped_before
+        elif joined is not None and isinstance(ring, KeptRing):
+            reader.lost_before, reader.dropped_before = ring.lost, ring.dropped
         self._marks.put(whose, settled)
         bound.events[output.name] = reader
 
@@ -202,7 +213,7 @@ def _open_ring(handle: MapHandle) -> RingReader | KeptRing:
 
 def _beginning(bound: Bound, loaded: Loaded, ring: RingReader | KeptRing) -> samples.Mark:
     """Where a policy begins to read a ring: what one in use held before the policy came is not its own."""
-    if loaded.plans and bound.plan.policy_uid not in loaded.plans:
+    if bound.plan.policy_uid in loaded.joined and bound.plan.policy_uid not in loaded.plans:
         return samples.Mark(ring.producer_position(), 0, 0)
     # A ring that was read, and nobody knows how far: its mark found no room.
     position = ring.consumer_position()

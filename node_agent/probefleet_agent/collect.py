@@ -18,6 +18,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import decode, pods, prints, samples
+from probefleet_agent.baseline import Baseline
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Answer, Book, CgroupId, PolicyUid
 from probefleet_agent.samples import Classified, GroupKey, Mark
@@ -53,6 +54,7 @@ class TableReader:
     lookups: decode.Lookups
     stacks: Stacks | None
     of_records: bool = False  # of an iterator: a reading's keys are its values, and may come twice
+    baseline: Baseline | None = None  # what the map held before the policy came
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
@@ -91,6 +93,8 @@ class TableReader:
             numbers = decode.folded(values, self.layout, self.output.value, self.rows.fold)
         else:
             numbers = decode.numbers(values, self.layout, self.output.value)
+        if self.baseline is not None:
+            keys, numbers = self.baseline.subtract(keys, numbers)
         if numbers.ndim == 2 and not histogram:
             numbers = numbers.sum(axis=1, dtype=np.uint64)
         self.rows.update(keys, numbers, self._classify)
@@ -196,6 +200,8 @@ class EventReader:
     lookups: decode.Lookups
     settled: Mark  # what the operator has acknowledged
     epoch: str = ""  # of the ring
+    lost_before: int = 0  # what a ring that this process keeps had lost, and dropped, when the policy joined
+    dropped_before: int = 0
     cursor: int = field(init=False)
     counted: int | None = field(init=False)
     dropped: int = field(init=False)

@@ -81,6 +81,7 @@ class Costs:
             digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, hook_time_ns=sums.hook_time_ns,
             stats_time_ns=sums.stats_time_ns, cost_known=self._wanted and not (loaded.unmeasured or loaded.running),
             map_bytes=loaded.map_bytes, recursion_misses=sums.misses, policy_uids=sorted(policy_uids),
+            misses_before={uid: joined.misses for uid, joined in loaded.joined.items() if joined.misses},
         )  # fmt: skip
 
     def take_fresh(self) -> set[Digest]:

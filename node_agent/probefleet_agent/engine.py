@@ -20,7 +20,7 @@ from pathlib import Path
 
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import batches, costs, iterating, reconcile, samples
+from probefleet_agent import batches, costs, iterating, joining, reconcile, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
@@ -67,6 +67,7 @@ class Engine:
         # Of the last push, also an earlier process's: an operator that was replaced cannot come back.
         self._term, self._version = self._tracker.term, self._tracker.version
         self._remembered_ns = time.time_ns()
+        self._fresh: set[Digest] = set()  # loaded by the push that is being carried out
         #: More records wait in a ring than the last ``collect`` could take: it is to be called again at once.
         self.behind = False
 
@@ -272,6 +273,7 @@ class Engine:
             },
             frozenset(self._specs),
         )
+        self._fresh.clear()
         while actions := reconcile.reconcile(desired, self._observed()):
             for action in actions:
                 match action:
@@ -284,6 +286,7 @@ class Engine:
                         plans = {uid: plan for uid, plan in self._wanted.items() if plan.instance.digest == digest}
                         filter_on = self._identities.needs_filter(list(plans))
                         self._installed.load(list(plans.values()), filter_on=filter_on)
+                        self._fresh.add(digest)
                     case reconcile.Bind(policy, digest):
                         self._bind(policy, self._wanted[policy], digest)
                     case reconcile.Unbind(policy):
@@ -313,23 +316,32 @@ class Engine:
 
     def _bind(self, uid: PolicyUid, plan: plan_pb2.Plan, digest: Digest) -> None:
         before = self._bindings.bound.get(uid)
-        if before and before.digest != digest:
-            self._installed.loaded[before.digest].plans.pop(uid, None)
         loaded = self._installed.loaded[digest]
         failure = self._installed.rewrite(loaded, plan.instance)
+        if uid in loaded.plans:
+            joining.extend(self._root, loaded, plan)
+        elif digest not in self._fresh:
+            joining.join(self._root, loaded, plan)
         self._bindings.bind(uid, plan, loaded)
         if failure is not None:
             self._bindings.bound[uid].failure = failure
         if not _same(plan, loaded.plans.get(uid)):
             loaded.plans[uid] = plan
             self._installed.remember(loaded, time.time_ns())
+        if before and before.digest != digest:
+            self._leave(uid, before.digest)
 
     def _unbind(self, uid: PolicyUid) -> None:
-        bound = self._bindings.unbind(uid)
-        loaded = self._installed.loaded.get(bound.digest)
+        self._leave(uid, self._bindings.unbind(uid).digest)
+
+    def _leave(self, uid: PolicyUid, digest: Digest) -> None:
+        loaded = self._installed.loaded.get(digest)
         if loaded and uid in loaded.plans:
             del loaded.plans[uid]
+            joined = loaded.joined.pop(uid, None)
             self._installed.remember(loaded)
+            if joined is not None:
+                joining.leave(self._root, loaded, uid, joined)
 
     def _remove(self, digest: Digest) -> None:
         self._bindings.forget(digest)

@@ -24,7 +24,7 @@ from probefleet_wire.elf import Elf, ElfError
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import map_contents, map_fit, observing, pinned_by_others, ways
+from probefleet_agent import joining, map_contents, map_fit, observing, pinned_by_others, ways
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
@@ -96,6 +96,7 @@ class Executor:
             raise
         again.since_ns, again.asked_ns, again.detached = loaded.since_ns, loaded.asked_ns, loaded.detached
         again.gaps, again.plans = list(loaded.gaps), dict(loaded.plans)
+        again.joined = joining.passed_on(loaded)
         again.ways = list(loaded.ways)
         return again
 
@@ -153,11 +154,14 @@ class Executor:
         return self._load_object(instance, blob, probe_maps, budget_bytes, filter_on, own)
 
     def pin(self, loaded: Loaded, folder: pins.Folder) -> None:
-        """Pin maps and programs, and measure what their hooks cost: all that comes before they are attached."""
+        """Pin maps, programs and baselines, and measure what hooks cost: all that comes before they are attached."""
         for handle in loaded.maps.values():
             folder.pin_map(handle.name, handle.fd)
         for name, fd in loaded.programs.items():
             folder.pin_program(name, fd)
+        for policy, joined in loaded.joined.items():
+            if joined.kept is not None:
+                folder.pin_baseline(policy, joined.kept)
         self._measure_hooks(loaded)
 
     def _begin(self, loaded: Loaded, folder: pins.Folder) -> None:
@@ -199,6 +203,7 @@ class Executor:
                 halted_ns=told.get("halted_ns", 0),
                 record_layouts={name: Layout.from_json(text) for name, text in told.get("records", {}).items()},
             )
+            anew = joining.adopt(self.root, loaded, told.get("joined", {}))
             self._measure_hooks(loaded)
             if loaded.halted_ns:
                 for fd in pinned.numbered.values():
@@ -222,6 +227,8 @@ class Executor:
             for number, fd in pinned.numbered.items():
                 if number not in kept:
                     fd.close()
+            if anew:
+                self.remember(loaded)
             undo.pop_all()
         return loaded
 
@@ -233,6 +240,7 @@ class Executor:
         loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
         loaded.gaps.append((stopped_ns, loaded.since_ns, "bpftrace ends with the agent's process"))
         loaded.since_ns, loaded.asked_ns = told["since_ns"], told["asked_ns"]
+        joining.begun_again(loaded, told.get("joined", {}))
         self.remember(loaded)
         return loaded
 

@@ -14,6 +14,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import following
+from probefleet_agent.baseline import Baseline
 from probefleet_agent.decode import Layout
 from probefleet_agent.kernel import clock, hooks, links, maps, syscall
 from probefleet_agent.kernel.fds import Fd
@@ -69,6 +70,33 @@ class Process(Protocol):
 
 
 @dataclass(slots=True)
+class Joined:
+    """Of a policy that came to an instance which had counted before: what is not its own (see ``joining``)."""
+
+    since_ns: int  # when it came
+    lost: tuple[int, int, int, int] = (0, 0, 0, 0)  # what ``Loaded.lost`` said then
+    misses: int = 0  # runs that the kernel had skipped by then
+    said: str = ""  # what its reports have to say of it
+    #: Maps and fields of which no baseline could be taken: what is read of them is of the instance's whole time.
+    whole: set[tuple[str, str]] = field(default_factory=set)
+    baselines: dict[tuple[str, str], Baseline] = field(default_factory=dict)  # by map and field
+    kept: Fd | None = None  # the array that is pinned
+
+    def to_json(self) -> dict[str, object]:
+        """For the manifest; baselines are kept beside it."""
+        return {
+            "since_ns": self.since_ns, "lost": self.lost, "misses": self.misses, "whole": sorted(self.whole),
+            "said": self.said, "kept": self.kept is not None,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the array; its pin stays."""
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
+
+
+@dataclass(slots=True)
 class Loaded:
     """An instance in the kernel. Closing it lets go of the descriptors; the pins stay."""
 
@@ -87,6 +115,7 @@ class Loaded:
     gaps: list[tuple[int, int, str]] = field(default_factory=list)
     pinned_links: bool = True
     plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
+    joined: dict[str, Joined] = field(default_factory=dict)  # those of them that came later than the instance
     asked_ns: int = 0
     halted_ns: int = 0  # since when it is attached no more, for a map of it grows; 0: it is attached
     detached: str = ""  # why, where it went over its budget
@@ -101,9 +130,10 @@ class Loaded:
 
     @property
     def map_bytes(self) -> int:
-        """Kernel memory of its own maps (shared ones belong to their ProbeMap)."""
-        own = (handle for handle in self.maps.values() if not handle.probe_map_uid)
-        return sum(maps.memory_used_bytes(handle.fd) for handle in own)
+        """Kernel memory of its own maps (shared ones belong to their ProbeMap), and of its policies' baselines."""
+        own = [handle.fd for handle in self.maps.values() if not handle.probe_map_uid]
+        kept = [joined.kept for joined in self.joined.values() if joined.kept is not None]
+        return sum(maps.memory_used_bytes(fd) for fd in (*own, *kept))
 
     def add_gap(self, start_ns: int, end_ns: int, why: str) -> None:
         """What was not measured, from when to when."""
@@ -116,6 +146,24 @@ class Loaded:
             return (0, 0, 0, 0)
         counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
         return (counts[0], counts[1], counts[2], counts[3])
+
+    def lost_of(self, policy: str) -> tuple[int, int, int, int]:
+        """The same, of the time since a policy came."""
+        now = self.lost()
+        before = self.joined[policy].lost if policy in self.joined else (0, 0, 0, 0)
+        return (
+            max(now[0] - before[0], 0), max(now[1] - before[1], 0), max(now[2] - before[2], 0),
+            max(now[3] - before[3], 0),
+        )  # fmt: skip
+
+    def since_of(self, policy: str) -> int:
+        """When a policy came: with the instance, or later."""
+        return self.joined[policy].since_ns if policy in self.joined else self.since_ns
+
+    def gaps_of(self, policy: str) -> list[tuple[int, int, str]]:
+        """Gaps of the time since a policy came."""
+        since_ns = self.since_of(policy)
+        return [(max(start, since_ns), end, why) for start, end, why in self.gaps if end > since_ns]
 
     def runs(self) -> Runs:
         """Of all programs."""
@@ -140,6 +188,8 @@ class Loaded:
         self.followers.close()
         for fd in (*self.programs.values(), *(handle.fd for handle in self.maps.values())):
             fd.close()
+        for joined in self.joined.values():
+            joined.close()
 
     @property
     def runs_each_interval(self) -> bool:
@@ -173,6 +223,7 @@ class Loaded:
                 "places": self.followers.places(),
                 "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
                 "plans": {uid: b64(plan) for uid, plan in self.plans.items()},
+                "joined": {uid: joined.to_json() for uid, joined in self.joined.items()},
                 "asked_ns": self.asked_ns,
                 "halted_ns": self.halted_ns,
             },

@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +25,6 @@ POLL_SECONDS = 1.0
 TTL_MARGIN_SECONDS = 60
 DEFAULT_TTL_SECONDS = 600
 RECONNECT_SECONDS = 1.0
-#: The API server and the nodes may differ by this much, and its times are whole seconds.
-CLOCKS_DIFFER = timedelta(seconds=3)
 
 
 def connection(command: Command) -> Command:
@@ -91,16 +88,14 @@ def run(
         ttl_seconds=DEFAULT_TTL_SECONDS if duration is None else int(duration) + TTL_MARGIN_SECONDS,
     )
     limit = DEFAULT_TTL_SECONDS - TTL_MARGIN_SECONDS if duration is None else duration
-    with interruption.Interruption() as stop, _created(cluster, manifest) as (where, called, created):
+    with interruption.Interruption() as stop, _created(cluster, manifest) as (where, called):
         screen.progress(f"created ProbePolicy {where}/{called}; Ctrl-C deletes it")
         last = _follow(cluster, where, called, stop, time.monotonic() + limit, output)
     if last is None:
         raise Failure(
             f"no node has sent a sample of {where}/{called}. kubectl get pods -n {system_namespace} shows agents"
         )
-    # A program that another policy uses too has counted for longer: then the last interval is what answers.
-    own = _since(last) >= created - CLOCKS_DIFFER
-    shown = screen.Shown(called, last["status"], where, whole=own)
+    shown = screen.Shown(called, last["status"], where, whole=True)
     screen.print_reports([shown], output=output, stream=sys.stdout, wide=wide)
 
 
@@ -133,10 +128,10 @@ def policy_manifest(
 
 
 @contextlib.contextmanager
-def _created(cluster: cluster_api.Cluster, manifest: Json) -> Iterator[tuple[str, str, datetime]]:
+def _created(cluster: cluster_api.Cluster, manifest: Json) -> Iterator[tuple[str, str]]:
     metadata = cluster.create_policy(manifest)["metadata"]
     try:
-        yield metadata["namespace"], metadata["name"], datetime.fromisoformat(metadata["creationTimestamp"])
+        yield metadata["namespace"], metadata["name"]
     finally:
         cluster.delete_policy(metadata["namespace"], metadata["name"])
 
@@ -164,10 +159,6 @@ def _follow(
                 return last
             if last is None:
                 _raise_refusal(cluster.policy(namespace, name))
-
-
-def _since(report: Json) -> datetime:
-    return datetime.fromisoformat(report["status"].get("since") or "1970-01-01T00:00:00Z")
 
 
 def _raise_refusal(policy: Json) -> None:

@@ -153,7 +153,7 @@ class Aggregate:
         runs = False
         for stat in batch.instances:
             if self.facts.uid in stat.policy_uids:
-                self._costs.apply(node, stat, batch)
+                self._costs.apply(node, self.facts.uid, stat, batch)
                 runs = runs or stat.digest == self.facts.digest
         return runs
 

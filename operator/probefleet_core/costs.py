@@ -46,17 +46,18 @@ class Costs:
         self._nodes: dict[str, NodeCost] = {}
         self._retired_missed = 0
 
-    def apply(self, node: str, stat: stream_pb2.InstanceStat, batch: stream_pb2.Batch) -> None:
-        """Take in a node's statistics."""
+    def apply(self, node: str, policy_uid: str, stat: stream_pb2.InstanceStat, batch: stream_pb2.Batch) -> None:
+        """Take in a node's statistics, for this policy."""
         state = self._nodes.setdefault(node, NodeCost())
         another = stat.digest != state.digest or stat.runs < state.runs or stat.stats_time_ns < state.stats_time_ns
         if another:
             # Another instance, or the same loaded anew: it counts from zero.
             state.runs = state.run_time_ns = state.hook_time_ns = state.stats_time_ns = 0
             state.digest = stat.digest
-        if stat.recursion_misses < state.missed:
+        missed = max(stat.recursion_misses - stat.misses_before.get(policy_uid, 0), 0)
+        if missed < state.missed:
             self._retired_missed += state.missed
-        state.missed = stat.recursion_misses
+        state.missed = missed
         on_ns = stat.stats_time_ns - state.stats_time_ns
         if on_ns > 0:
             runs = stat.runs - state.runs

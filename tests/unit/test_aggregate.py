@@ -482,6 +482,28 @@ def test_cost_is_the_share_of_the_newest_window() -> None:
     assert ask(aggregate, 400).cost == result.Cost()
 
 
+def test_runs_skipped_before_a_policy_joined_are_not_its_loss() -> None:
+    aggregate = Aggregate(facts(counter()))
+    for sequence, (misses, before) in enumerate([(5, 7), (7, 7), (10, 7), (10, 9)], 1):
+        batch = stream_pb2.Batch(sequence=sequence, time_ns=START + sequence * SECOND)
+        # The agent's figure is of its last window of statistics, which may be older than the joining.
+        batch.instances.add(digest="d1", policy_uids=[UID], recursion_misses=misses, misses_before={UID: before})
+        aggregate.apply("a", 1, batch, START)
+        assert ask(aggregate, sequence).lost == [0, 0, 3, 4][sequence - 1]
+
+
+def test_a_policy_that_left_a_node_and_joined_again_counts_both_times() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    a.add("uid-web-1", count=23)
+    apply(aggregate, a, a.batch(10))
+    # The same map, counted since the policy came anew: an epoch of its own.
+    a.reboot(2, f"{a.epoch}:18af", START + 100 * SECOND)
+    a.add("uid-web-1", count=5)
+    apply(aggregate, a, a.batch(110))
+    assert totals(aggregate) == {("web-1",): 28}
+
+
 def test_the_fullest_map_of_fresh_nodes_is_named() -> None:
     aggregate = Aggregate(facts(counter()))
     for name, entries, at in (("a", 3, 300), ("b", 5, 300), ("old", 8, 10)):

@@ -4,6 +4,7 @@
     ├── instances/
     │   ├── <digest>/            an instance: adopted at start, all of it or nothing
     │   │   ├── map_<name>  prog_<name>  link_<n>_<program>
+    │   │   ├── base_<policy>    what maps held when that policy joined: bytes in an array map
     │   │   └── manifest         an array map of one entry: our own bytes, which live exactly as long as the pins
     │   ├── new-<digest>/        being built; swept away at start
     │   └── gone-<digest>/       being removed; swept away at start
@@ -34,6 +35,7 @@ from probefleet_agent.kernel.uapi import MapType
 
 _NEW, _GONE = "new-", "gone-"
 _MANIFEST = "manifest"
+_BASELINE = "base_"
 _HEADER = struct.Struct("<8sQ32s")  # magic, length, sha256 of what follows
 _MAGIC = b"probefl1"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -91,6 +93,23 @@ class Folder:
     def remove(self) -> None:
         """Give it up: all that it holds is unpinned."""
         _remove_tree(self.path)
+
+    def pin_baseline(self, policy: str, fd: SupportsIndex) -> None:
+        """Pin the array that holds a policy's baseline, in place of the one before."""
+        name = f"{_BASELINE}{_escaped(policy)}"
+        _pin_in_place(self.path, name, fd)
+
+    def open_baseline(self, policy: str) -> Fd:
+        """The array that holds a policy's baseline. KernelError ENOENT where there is none."""
+        return syscall.obj_get(str(self.path / f"{_BASELINE}{_escaped(policy)}"))
+
+    def unpin_baseline(self, policy: str) -> None:
+        """Forget it."""
+        (self.path / f"{_BASELINE}{_escaped(policy)}").unlink(missing_ok=True)
+
+    def list_baselines(self) -> list[str]:
+        """The policies that one is kept for."""
+        return [path.name.removeprefix(_BASELINE).replace("%", ".") for path in sorted(self.path.glob(f"{_BASELINE}*"))]
 
 
 class Root:
@@ -365,10 +384,14 @@ def _write_manifest(path: Path, data: bytes) -> None:
         MapType.ARRAY, key_size=4, value_size=len(value), max_entries=1, name="pf_manifest"
     ) as fd:  # fmt: skip
         syscall.map_update(fd, bytes(4), value)
-        fresh = path / f"{_NEW}{_MANIFEST}"
-        fresh.unlink(missing_ok=True)
-        syscall.obj_pin(fd, str(fresh))
-    fresh.replace(path / _MANIFEST)
+        _pin_in_place(path, _MANIFEST, fd)
+
+
+def _pin_in_place(path: Path, name: str, fd: SupportsIndex) -> None:
+    fresh = path / f"{_NEW}{name}"
+    fresh.unlink(missing_ok=True)
+    syscall.obj_pin(fd, str(fresh))
+    fresh.replace(path / name)
 
 
 def _read_manifest(path: Path) -> bytes:

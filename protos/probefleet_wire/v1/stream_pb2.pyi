@@ -479,7 +479,9 @@ class Table(_message.Message):
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
-    """"<boot id>:<kernel map id>": cumulative values start at zero with it"""
+    """Cumulative values start at zero with it: "<boot id>:<kernel map id>", and for a policy that joined a program which
+    had counted before, ":<since when>".
+    """
     first_new_row: _builtins.int
     new_rows: _builtins.int
     rows: _builtins.bytes
@@ -489,7 +491,7 @@ class Table(_message.Message):
     values: _builtins.bytes
     """columns.pack(uint64[n × width])"""
     since_ns: _builtins.int
-    """wall clock when counting began (attached)"""
+    """wall clock when counting began: when the program was attached, or the policy joined it"""
     lost: _builtins.int
     """cumulative in the epoch: what the program could not count"""
     generation: _builtins.int
@@ -707,6 +709,26 @@ class InstanceStat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MissesBeforeEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DIGEST_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     RUN_TIME_NS_FIELD_NUMBER: _builtins.int
@@ -715,6 +737,7 @@ class InstanceStat(_message.Message):
     RECURSION_MISSES_FIELD_NUMBER: _builtins.int
     POLICY_UIDS_FIELD_NUMBER: _builtins.int
     HOOK_TIME_NS_FIELD_NUMBER: _builtins.int
+    MISSES_BEFORE_FIELD_NUMBER: _builtins.int
     STATS_TIME_NS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     runs: _builtins.int
@@ -730,6 +753,10 @@ class InstanceStat(_message.Message):
     """how long stats were on, cumulative: runs and run_time_ns belong to that time"""
     @_builtins.property
     def policy_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def misses_before(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """policy uid → recursion_misses when it joined: they are none of its own"""
+
     def __init__(
         self,
         *,
@@ -741,11 +768,12 @@ class InstanceStat(_message.Message):
         recursion_misses: _builtins.int = ...,
         policy_uids: _abc.Iterable[_builtins.str] | None = ...,
         hook_time_ns: _builtins.int = ...,
+        misses_before: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         stats_time_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "hook_time_ns", b"hook_time_ns", "map_bytes", b"map_bytes", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "hook_time_ns", b"hook_time_ns", "map_bytes", b"map_bytes", "misses_before", b"misses_before", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
