@@ -71,8 +71,12 @@ static __always_inline int count(const struct sock *socket, s64 bytes, bool sent
 	else
 		probefleet_map_ipv4(key.peer, BPF_CORE_READ(socket, __sk_common.skc_daddr));
 	found = probefleet_value(&traffic, &key, &no_traffic);
-	if (found)
-		__sync_fetch_and_add(sent ? &found->sent_bytes : &found->received_bytes, bytes);
+	if (!found)
+		return 0;
+	if (sent)
+		__sync_fetch_and_add(&found->sent_bytes, bytes);
+	else
+		__sync_fetch_and_add(&found->received_bytes, bytes);
 	return 0;
 }
 

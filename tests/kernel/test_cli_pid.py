@@ -173,6 +173,29 @@ def test_offcputime_counts_the_sleeps_of_one_process() -> None:
     until_nothing_was_hidden(attempt)
 
 
+def test_filetop_and_cachestat_count_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "read"
+    path.write_bytes(bytes(101 * 4096))
+    with (
+        run.loop_device(101 * 4096) as device,
+        device.open("rb", buffering=0),
+        run.start("files", 97, device) as wanted,
+        run.start("files", 101, device) as other,
+        measured("filetop", wanted.pid) as of_files,
+        measured("cachestat", wanted.pid) as of_pages,
+    ):
+        both(wanted, other)
+        files, pages = of_files(), of_pages()
+    # A block device is no regular file, and has a page cache all the same.
+    assert total(files, "reads") == 0
+    assert total(pages, "hits") + total(pages, "misses") == 97
+    with run.start("files", 97, path) as wanted, run.start("files", 23, path) as other:
+        with measured("filetop", wanted.pid) as of_files:
+            both(wanted, other)
+            files = of_files()
+    assert total(files, "reads") == 97 and total(files, "read") == 97 * 4096
+
+
 @contextlib.contextmanager
 def server() -> Iterator[tuple[run.Workload, int]]:
     with run.start("connects", "--serve", 0) as serving:

@@ -5,6 +5,7 @@ What the probes of the catalog count, and how, is in `test_catalog_*.py`; here i
 
 from __future__ import annotations
 
+import os
 import select
 from pathlib import Path
 
@@ -54,6 +55,38 @@ def test_offcputime_has_every_long_sleep_of_a_process() -> None:
         return run.rows("offcputime", "sleeps").get((HOST,), 0), 23
 
     until_nothing_was_hidden(attempt)
+
+
+def test_filetop_has_every_byte_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(bytes(997 * 101))
+    with examples_runner.running("filetop.yaml", links=3) as run:
+        workloads.run("files", 997, path, "--writes", 23, "--size", 101)
+    for output, value in (("read", 997 * 101), ("written", 23 * 101), ("reads", 997), ("writes", 23)):
+        rows = {key: each for key, each in run.rows("filetop", output).items() if each and key[-1] == "ledger.db"}
+        assert rows == {(HOST, tmp_path.name[:31], "ledger.db"): value}
+
+
+def test_cachestat_tells_hits_from_misses_by_process() -> None:
+    with workloads.loop_device(997 * 4096) as device, device.open("rb", buffering=0) as held:
+        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with (
+            examples_runner.running("cachestat.yaml", links=4) as run,
+            workloads.start("files", 997, device, "--random") as cold,
+            workloads.start("files", 499, device, "--random") as warm,
+        ):
+            for each in (cold, warm):
+                each.go()
+                each.done()
+            run.end()
+
+    def value(output: str, process: workloads.Workload) -> int:
+        return next(
+            (value for key, value in run.rows("cachestat", output).items() if key[-1].endswith(f"[{process.pid}]")), 0
+        )
+
+    assert [value(output, cold) for output in ("hits", "misses", "added")] == [0, 997, 997]
+    assert [value(output, warm) for output in ("hits", "misses", "added")] == [499, 0, 0]
 
 
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from probefleet_wire.bpf_object import BpfObject
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "biolatency",
+    "cachestat",
     "execsnoop",
+    "filetop",
     "offcputime",
     "opensnoop",
     "profile",

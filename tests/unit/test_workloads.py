@@ -116,6 +116,15 @@ def test_block_requests_are_those_that_the_device_completed() -> None:
         assert run.block_requests(device) - before == run.Requests(97, 23, 97 * 4096, 23 * 4096)
 
 
+def test_a_file_is_read_and_written_exactly_as_often_as_asked(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    lines = traced("pread64,pwrite64", tmp_path, "files", 23, path, "--writes", 29, "--size", 97)
+    assert sum(line.count("pwrite64(") for line in lines) == 29
+    assert sum(line.count("pread64(") for line in lines) == 23
+    assert path.stat().st_size == 29 * 97
+
+
 def test_a_function_is_hit_with_every_argument_once() -> None:
     with run.start("hits", 997) as workload:
         # The offset is the function's: its first instruction saves the frame pointer (push %rbp).

@@ -63,6 +63,24 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class Transferred:
+    """What a process read and wrote by calls that succeeded, on files and on all else (/proc/PID/io)."""
+
+    read_bytes: int
+    written_bytes: int
+    read_calls: int
+    write_calls: int
+
+    def __sub__(self, earlier: Transferred) -> Transferred:
+        return Transferred(
+            self.read_bytes - earlier.read_bytes,
+            self.written_bytes - earlier.written_bytes,
+            self.read_calls - earlier.read_calls,
+            self.write_calls - earlier.write_calls,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Requests:
     """What a block device completed."""
 
@@ -153,6 +171,11 @@ class Workload:
     def schedule(self) -> Schedule:
         """Its time on a CPU and its waits for one, and how often it ran, of /proc/PID/schedstat."""
         return Schedule(*map(int, Path("/proc", str(self.pid), "schedstat").read_text().split()))
+
+    def transferred(self) -> Transferred:
+        """Its own account, of /proc/PID/io (Documentation/filesystems/proc.rst)."""
+        lines = Path("/proc", str(self.pid), "io").read_text().splitlines()
+        return Transferred(*(int(line.split()[1]) for line in lines[:4]))
 
     def __enter__(self) -> Workload:
         return self
