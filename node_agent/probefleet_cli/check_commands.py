@@ -79,9 +79,11 @@ def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
     yield f"  digest    {plan.instance.digest}: policies with this digest share one program"
     yield from _listed("programs", summary.programs)
     yield from _listed("maps", [_sized(name, size, dict(summary.not_read)) for name, size in summary.maps])
-    total = quantities.show_bytes(summary.map_bytes)
-    times = f" × {nodes} nodes = {quantities.show_bytes(summary.map_bytes * nodes)}" if nodes > 1 else " on a node"
-    yield f"  map bytes {total}{times}"
+    if plan.instance.HasField("object"):
+        yield f"  map bytes {_times(summary.map_bytes, nodes)}"
+    else:
+        most = _times(plan.budget.map_memory_bytes, nodes)
+        yield f"  map bytes at most {most} (the budget: this program's own maps are made, and known, on the node)"
     outputs = [f"{output.name}, by {', '.join(output.group_by) or 'nothing'}" for output in plan.outputs]
     yield from _listed("outputs", outputs)
     yield from _listed("pins", summary.pins)
@@ -90,6 +92,11 @@ def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
     yield f"  budget    {cpu}, {quantities.show_bytes(budget.map_memory_bytes)} of maps, on each node"
     yield f"  interval  {plan.interval_ms / 1000:g} s"
     yield from _listed("needs", summary.verbs)
+
+
+def _times(size: int, nodes: int) -> str:
+    total = quantities.show_bytes(size)
+    return f"{total} × {nodes} nodes = {quantities.show_bytes(size * nodes)}" if nodes > 1 else f"{total} on a node"
 
 
 def _sized(name: str, size: int, notes: Mapping[str, str]) -> str:

@@ -433,9 +433,12 @@ def _summary(
     instance = f"probefleet/instances/{made.digest}"
     loaded = dict.fromkeys([*(each.attachment.program for each in parts.attached), *made.tail_programs])
     pins = [f"{instance}/prog_{name}" for name in loaded]
+    pins += [f"{instance}/link_*_{name}" for name in dict.fromkeys(each.attachment.program for each in parts.attached)]
     # bpffs takes no dot in a name.
-    pins += [f"{instance}/map_{name.replace('.', '%')}" for name, _ in sizes if name not in shared]
-    pins += [f"probefleet/maps/{uid}/map" for uid in sorted({each.probe_map.uid for each in shared.values()})]
+    pins += [f"{instance}/map_{name.replace('.', '%')}" for name, _ in sizes]
+    pins += [f"{instance}/manifest"]
+    for uid in sorted({each.probe_map.uid for each in shared.values()}):
+        pins += [f"probefleet/maps/{uid}/map_map", f"probefleet/maps/{uid}/manifest"]
     verbs = ["create probepolicies.probefleet.io"]
     if policy.scope is values.Scope.CLUSTER:
         verbs.append(f"{USE_CLUSTER_SCOPE} probepolicies.probefleet.io")

@@ -673,7 +673,7 @@ def test_a_shared_map_takes_the_place_of_the_programs_own() -> None:
         assert (only.map, only.probe_map_uid) == ("counts", "map-1")
         assert [each.uid for each in made.probe_maps] == ["map-1"]
         assert hashlib.sha256(shared.elf).hexdigest() in made.objects
-        assert "probefleet/maps/map-1/map" in made.summary.pins
+        assert "probefleet/maps/map-1/map_map" in made.summary.pins
 
 
 @pytest.mark.parametrize(
