@@ -75,6 +75,9 @@ def list_maps(*, output: str, bpffs: Path) -> None:
     if output == "json":
         click.echo(json.dumps({"maps": rows}, indent=2, ensure_ascii=False))
         return
+    if not rows:
+        click.echo(f"no map of ours is pinned under {bpffs}", err=True)
+        return
     columns = ("map", "id", "type", "entries", "bytes")
     shown = [(", ".join(row["policies"]), *(str(row[column]) for column in columns)) for row in rows]
     for line in inspect.table("POLICY", "MAP", "ID", "TYPE", "ENTRIES", "BYTES", rows=shown):
