@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
 import pytest
 import zstandard
-from probefleet_agent.engine import Engine
-from probefleet_wire import resources
+from probefleet_agent.engine import Engine, StalePush
+from probefleet_wire import columns, resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from tests.kernel.support import compile_object
+from tests.kernel.support import call_getppid, compile_object
 
 pytestmark = pytest.mark.kernel
 DIGEST = "e" * 32
@@ -97,6 +98,63 @@ SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
     with Engine.open(bpffs=folder) as engine:
         (gap,) = collected(engine).tables[0].gaps
         assert gap.start_ns < gap.end_ns and gap.why.startswith("perf buffers end with the agent's process")
+
+
+def test_a_push_that_is_not_newer_changes_nothing(folder: Path) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(push(7))
+        before = state(engine)
+        for term, version in ((1, 7), (1, 6), (0, 99)):
+            older = stream_pb2.Push(term=term, version=version)  # an empty one would remove everything
+            with pytest.raises(StalePush, match=rf"push {term}\.{version} is not newer than 1\.7"):
+                engine.apply(older)
+            assert state(engine) == before
+    # It is remembered with the pins: also the next agent takes no older one.
+    with Engine.open(bpffs=folder) as engine:
+        with pytest.raises(StalePush):
+            engine.apply(stream_pb2.Push(term=1, version=7))
+        assert state_of_loaded(engine) == [DIGEST]
+        engine.apply(stream_pb2.Push(term=2, version=1))
+        assert not list((folder / "probefleet/instances").iterdir()), "a newer one may"
+
+
+TWO_WAYS = """
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, u32); __type(value, u64); }
+ways SEC(".maps");
+static const u32 only = PID;
+static __always_inline int count(u32 way)
+{
+	u64 *calls = bpf_get_current_pid_tgid() >> 32 == only ? bpf_map_lookup_elem(&ways, &way) : 0;
+
+	if (calls)
+		__sync_fetch_and_add(calls, 1);
+	return 0;
+}
+SEC("tp_btf") int first(void *ctx) { return count(0); }
+SEC("tracepoint") int second(void *ctx) { return count(1); }
+"""
+
+
+def test_where_the_kernel_lacks_the_first_way_the_next_one_counts(folder: Path) -> None:
+    data = compile_object(TWO_WAYS.replace("PID", str(os.getpid())))
+    pushed = push(1)
+    (plan,) = pushed.plans
+    plan.instance.object.sha256 = pushed.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+    pushed.blobs[0].zstd = zstandard.compress(data)
+    del plan.instance.attachments[:]
+    plan.instance.attachments.add(program="first", alternative="calls").tp_btf.name = "no_kernel_has_this"
+    second = plan.instance.attachments.add(program="second", alternative="calls")
+    second.tracepoint.category, second.tracepoint.name = "syscalls", "sys_enter_getppid"
+    plan.outputs.add(name="ways", map="ways", kind=plan_pb2.Output.COUNTER, group_by=["key"])
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed)
+        said = state(engine)
+        assert said.state == stream_pb2.PolicyStatus.READY, said.message
+        assert len(said.ways) == 1 and "sys_enter_getppid" in said.ways[0]
+        call_getppid(997)
+        (table,) = collected(engine).tables
+    keys, counts = (columns.unpack(each, limit=2).tolist() for each in (table.keys[0].integers, table.values))
+    assert {key: count for key, count in zip(keys, counts, strict=True) if count} == {1: 997}
 
 
 BCC = """
