@@ -53,7 +53,9 @@ class Cluster:
             config.load_kube_config(config_file=file, context=context, client_configuration=configuration)
             contexts, active = config.list_kube_config_contexts(config_file=file)
         except (config.ConfigException, OSError) as error:
-            raise BadInput(f"no cluster: {error}. Give --kubeconfig and --context, or set KUBECONFIG") from error
+            raise BadInput(
+                f"no cluster: {str(error).rstrip('.')}. Give --kubeconfig and --context, or set KUBECONFIG"
+            ) from error
         chosen = next((each for each in contexts if each["name"] == context), active)
         namespace = (chosen.get("context") or {}).get("namespace") or "default"
         return cls(client.ApiClient(configuration), namespace=namespace, system_namespace=system_namespace)

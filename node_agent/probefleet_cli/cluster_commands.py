@@ -204,8 +204,9 @@ def events(
                 for page in cluster.event_lines(where, policy, _report(cluster, where, policy), **parameters):
                     _print_page(page, output, cursors)
             except cluster_api.ApiError as error:
-                # The operator restarts, or the stream broke; what it refuses, it will refuse again.
-                if not follow or error.code in (400, 404):
+                # The operator restarts, or the stream broke; what it refuses, it will refuse again. (Who has read
+                # before may: the token in the report is a new one each hour.)
+                if not follow or error.code in (400, 404) or (error.code in (401, 403) and not cursors):
                     raise
                 screen.progress(f"{error}; trying again")
             if not follow:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
         self.requests: list[tuple[str, str, Json | None, dict[str, str]]] = []
+        self.queries: list[str] = []
 
     def answer(self, method: str, path: str, body: Json | None) -> tuple[int, str]:
         found = self.answers.get(f"{method} {path}", 404)
@@ -49,7 +52,8 @@ def serving(fake: FakeServer, folder: Path) -> Iterator[Path]:
         def _serve(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
+            fake.queries.append(query)
             fake.requests.append((self.command, self.path, body, dict(self.headers)))
             status, text = fake.answer(self.command, path, body)
             self.send_response(status)
@@ -162,6 +166,32 @@ def test_a_run_creates_follows_prints_and_deletes(
     assert {headers["authorization"] for _, _, _, headers in fake.requests} == {"Bearer mine"}
 
 
+def test_ctrl_c_prints_what_was_counted_and_deletes_the_policy(
+    fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_commands, "POLL_SECONDS", 0.01)
+    counted = iter([23, 997])
+
+    def live(_: Json | None) -> Json:
+        value = next(counted)
+        if value == 23:
+            os.kill(os.getpid(), signal.SIGINT)  # as the terminal does
+        return report(value=value)
+
+    def create(body: Json) -> Json:
+        name = body["metadata"]["name"]
+        fake.answers[f"GET {REPORTS}/{name}"] = report(value=1)
+        fake.answers[f"GET {PROXY}/query/v1/namespaces/shop/probepolicies/{name}/report"] = live
+        fake.answers[f"DELETE {POLICIES}/{name}"] = {"kind": "Status"}
+        return body
+
+    fake.answers[f"POST {POLICIES}"] = create
+    assert call(kubeconfig, "run", "syscount", "-o", "json") == 0
+    (last,) = json.loads(capsys.readouterr().out)["status"]["outputs"]
+    assert last["total"]["value"] == 997, "once more after Ctrl-C"
+    assert [method for method, *_ in fake.requests].count("DELETE") == 1 and fake.requests[-1][0] == "DELETE"
+
+
 def test_a_policy_that_is_not_accepted_ends_with_2_and_is_deleted(
     fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +241,37 @@ def test_events_are_one_a_line(fake: FakeServer, kubeconfig: Path, capsys: pytes
     said = capsys.readouterr()
     assert said.out == "pid=1  file=/bin/ls\npid=2\n"
     assert "3 records of execs were gone" in said.err
+
+
+def test_events_are_followed_over_breaks_until_the_policy_goes(
+    fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_commands, "RECONNECT_SECONDS", 0)
+
+    def page(cursor: int, *pids: int) -> str:
+        records = [{"pid": pid} for pid in pids]
+        return json.dumps({"output": "execs", "cursor": cursor, "missed": 0, "records": records}) + "\n"
+
+    answers: Iterator[str | int] = iter([page(2, 1, 2) + page(3, 3), 503, page(5, 4, 5), 404])
+    fake.answers[f"GET {POLICIES}/slow"] = {"kind": "ProbePolicy"}
+    fake.answers[f"GET {REPORTS}/slow"] = {"status": STATUS}
+    fake.answers[f"GET {QUERY}/events"] = lambda _: next(answers)
+    assert call(kubeconfig, "events", "slow", "--follow") == 1
+    said = capsys.readouterr()
+    assert said.out == "pid=1\npid=2\npid=3\npid=4\npid=5\n"
+    assert "answer 404" in said.err
+    asked = [query for query in fake.queries if "follow" in query]
+    assert asked == ["follow=true", *["follow=true&since=3"] * 2, "follow=true&since=5"]
+
+
+def test_who_may_not_follow_hears_it_at_once(
+    fake: FakeServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers[f"GET {POLICIES}/slow"] = {"kind": "ProbePolicy"}
+    fake.answers[f"GET {REPORTS}/slow"] = {"status": STATUS}
+    fake.answers[f"GET {QUERY}/events"] = 403
+    assert call(kubeconfig, "events", "slow", "--follow") == 1
+    assert "answer 403" in capsys.readouterr().err
 
 
 def test_after_a_break_no_event_is_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
