@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from probefleet_core.policy import parse_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/probefleet"
@@ -27,10 +29,10 @@ def helm() -> str:
 
 
 @functools.cache
-def render(*settings: str) -> list[dict[str, Any]]:
+def render(*settings: str, chart: Path = CHART) -> list[dict[str, Any]]:
     arguments = [part for each in settings for part in ("--set", each)]
     done = subprocess.run(
-        [helm(), "template", "p", str(CHART), "-n", "system", "--kube-version", "1.34.0", *arguments],
+        [helm(), "template", "p", str(chart), "-n", "system", "--kube-version", "1.34.0", *arguments],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -141,6 +143,60 @@ def test_a_switch_keeps_the_kinds(keep: str, policy: str | None) -> None:
 def test_a_disruption_budget_only_where_there_is_a_second_replica() -> None:
     assert not [each for each in render() if each["kind"] == "PodDisruptionBudget"]
     assert [each for each in render("operator.replicas=2") if each["kind"] == "PodDisruptionBudget"]
+
+
+def test_network_policies_let_in_agents_and_out_to_the_operator_alone() -> None:
+    objects = render()
+    operator = find(objects, "NetworkPolicy", "probefleet-operator")["spec"]
+    agents = find(objects, "NetworkPolicy", "probefleet-agent")["spec"]
+    labels = {name: of_component(objects, name) for name in ("operator", "agent")}
+    assert operator["podSelector"]["matchLabels"].items() <= labels["operator"].items()
+    assert agents["podSelector"]["matchLabels"].items() <= labels["agent"].items()
+    grpc = next(rule for rule in operator["ingress"] if {"port": "grpc", "protocol": "TCP"} in rule["ports"])
+    (peer,) = grpc["from"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels["agent"].items()
+    assert not peer["podSelector"]["matchLabels"].items() <= labels["operator"].items()
+    assert (agents["policyTypes"], agents["ingress"]) == (["Ingress", "Egress"], []), "nobody calls an agent"
+    assert [rule["ports"][0]["port"] for rule in agents["egress"]] == [8443, 53], "the operator, and DNS"
+    assert agents["egress"][0]["to"][0]["podSelector"]["matchLabels"].items() <= labels["operator"].items()
+    assert not [each for each in render("networkPolicy.enabled=false") if each["kind"] == "NetworkPolicy"]
+
+
+def of_component(objects: list[dict[str, Any]], name: str) -> dict[str, str]:
+    """The labels of the operator's or the agents' pods."""
+    kind = {"operator": "Deployment", "agent": "DaemonSet"}[name]
+    labels: dict[str, str] = find(objects, kind, f"probefleet-{name}")["spec"]["template"]["metadata"]["labels"]
+    return labels
+
+
+def test_agents_run_everywhere_and_are_the_last_to_go() -> None:
+    spec, _ = agent()
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["priorityClassName"] == "system-node-critical"
+    objects = render("priorityClass.create=true", "priorityClass.name=ours", "priorityClass.value=997")
+    assert find(objects, "PriorityClass", "ours")["value"] == 997
+    pods = [find(objects, *each)["spec"]["template"]["spec"] for each in WORKLOADS]
+    assert [pod["priorityClassName"] for pod in pods] == ["ours", "ours"]
+
+
+WORKLOADS = (("Deployment", "probefleet-operator"), ("DaemonSet", "probefleet-agent"))
+
+
+def test_the_notes_say_the_next_three_commands(tmp_path: Path) -> None:
+    """helm renders notes for a cluster only: here they are a text within an object of the chart's."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    lines = (chart / "templates/NOTES.txt").read_text().splitlines()
+    text = "kind: Notes\nmetadata: {name: notes}\ntext: |\n" + "".join(f"  {line}\n" for line in lines)
+    (chart / "templates/notes.yaml").write_text(text)
+    notes = find(render(chart=chart), "Notes", "notes")["text"]
+    commands = [line.strip() for line in notes.splitlines() if re.match(r"\s+(helm|kubectl) ", line)]
+    assert commands == [
+        "helm test p --namespace system",
+        "kubectl apply --namespace default -f - <<'YAML'",
+        "kubectl get probepolicies,probereports --namespace default",
+    ]
+    (policy,) = yaml.safe_load_all(notes.partition("<<'YAML'")[2].partition("YAML")[0])
+    assert parse_policy(policy).name == "syscalls"
 
 
 @pytest.mark.parametrize("setting", ["operator.replica=2", "agent.cgroupRoot=here", "operator.logLevel=loud"])
