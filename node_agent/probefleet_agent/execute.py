@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from probefleet_wire import kept, map_layout
+from probefleet_wire import btf_check, kept, map_layout
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import Elf, ElfError
@@ -151,7 +151,10 @@ class Executor:
             return bpftrace_programs.load(instance)
         if blob is None:
             raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
-        return self._load_object(instance, blob, probe_maps, budget_bytes, filter_on, own)
+        try:
+            return self._load_object(instance, blob, probe_maps, budget_bytes, filter_on, own)
+        except (ElfError, BtfError) as error:
+            raise ObjectError(f"{instance.title} is not a BPF object that can be read: {error}") from error
 
     def pin(self, loaded: Loaded, folder: pins.Folder) -> None:
         """Pin maps, programs and baselines, and measure what hooks cost: all that comes before they are attached."""
@@ -318,8 +321,9 @@ class Executor:
         filter_on: bool,
         own: Mapping[str, MapHandle],
     ) -> Loaded:
-        parsed = _parsed(blob, instance.title)
-        code = b"".join(section.data for section in Elf.parse(blob).sections if section.executable)
+        parsed, elf = BpfObject.parse(blob), Elf.parse(blob)
+        btf_check.check(elf)
+        code = b"".join(section.data for section in elf.sections if section.executable)
         if helpers := refused_helpers(code):
             raise NotObserving(instance.title, helpers)
         with pinned_by_others.opened(instance) as foreign:

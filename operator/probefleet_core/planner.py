@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from probefleet_wire import map_types
 from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.btf_layout import Field
+from probefleet_wire.btf_types import BtfError
+from probefleet_wire.elf import ElfError
 from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
@@ -110,6 +112,22 @@ def plan(
     """
     request = program_parts.Request(policy, catalog, elf, probe_maps, node_count, cpus)
     problems = errors.Problems()
+    try:
+        return _plan(request, problems)
+    except (ElfError, BtfError) as error:
+        if not isinstance(policy.program, values.CProgram | values.ObjectProgram):
+            raise  # an object of our own contradicts itself: a bug
+        problems.add(
+            program_parts.object_path(policy.program),
+            "not an object that can be read",
+            why=str(error),
+            write="Compile it with clang -g -target bpf.",
+        )
+    raise errors.PolicyRefused(problems.found)
+
+
+def _plan(request: program_parts.Request, problems: errors.Problems) -> Planned:
+    policy = request.policy
     match policy.program:
         case values.CatalogProgram():
             parts = program_parts.of_catalog(request, policy.program, problems)
@@ -227,7 +245,8 @@ def _sizes(
         largest = ", ".join(
             f"{name} {quantities.show_bytes(size)}" for name, size in sorted(sizes, key=lambda each: -each[1])[:3]
         )
-        nodes = f", on {request.node_count:,} nodes {quantities.show_bytes(total * request.node_count)}"
+        whole = quantities.show_bytes(total * request.node_count)
+        nodes = f", on {request.node_count:,} nodes {whole}" if request.node_count > 1 else ""
         problems.add(
             "spec.budget.mapMemory",
             f"maps need {quantities.show_bytes(total)} on a node with {request.cpus} CPUs{nodes}",

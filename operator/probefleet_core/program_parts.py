@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from probefleet_wire import btf_check
 from probefleet_wire.bpf_object import BpfObject
-from probefleet_wire.btf_types import BtfError
-from probefleet_wire.elf import Elf, ElfError
+from probefleet_wire.elf import Elf
 
 from probefleet_core import (
     bcc_source,
@@ -229,11 +229,18 @@ def _bcc_slots(output: values.Output, source: str) -> values.Output:
     return replace(output, histogram=replace(output.histogram, slots=slots))
 
 
+def object_path(program: values.Program) -> str:
+    """Where the policy says which object."""
+    return "spec.program.c.source" if isinstance(program, values.CProgram) else "spec.program.object"
+
+
 def of_object(request: Request, problems: errors.Problems) -> Parts | None:
-    """A CO-RE object, compiled from the policy's source or given: everything is read from its ELF and BTF."""
+    """A CO-RE object, compiled from the policy's source or given: everything is read from its ELF and BTF.
+
+    ElfError and BtfError where it contradicts itself; some of that is found only when its maps are laid out.
+    """
     policy, program = request.policy, request.policy.program
-    kind = "c" if isinstance(program, values.CProgram) else "object"
-    path = "spec.program.c.source" if kind == "c" else "spec.program.object"
+    kind, path = "c" if isinstance(program, values.CProgram) else "object", object_path(program)
     data = request.elf
     if isinstance(program, values.ObjectProgram):
         data = data if data is not None else program.inline
@@ -250,16 +257,12 @@ def of_object(request: Request, problems: errors.Problems) -> Parts | None:
     try:
         data = legacy_maps.translate(data)
         parsed = BpfObject.parse(data)
+        btf_check.check(Elf.parse(data))
         refusals = list(observe_only.refused_in_object(data, parsed))
         objections = list(network_parts.objections(data, parsed))
         fixed = network_parts.fixed(data, parsed)
     except legacy_maps.LegacyMapsError as error:
         problems.add(path, 'maps in SEC("maps")', why=str(error), write=f"Write {error.write}")
-        return None
-    except (ElfError, BtfError) as error:
-        problems.add(
-            path, "not an object that can be read", why=str(error), write="Compile it with clang -g -target bpf."
-        )
         return None
     if parsed.btf is None:
         problems.add(path, "an object without BTF", why="its maps cannot be read", write="Compile it with clang -g.")

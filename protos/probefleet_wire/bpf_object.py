@@ -193,6 +193,8 @@ def map_definitions(btf: Btf) -> tuple[MapDef, ...]:
         variable = btf.type(each.type)
         if not isinstance(variable, Var):
             raise BtfError(f".maps holds type {each.type}, which is no variable")
+        if not variable.name:
+            raise BtfError(f".maps holds a map without a name (type {each.type})")
         found.append(_map(btf, variable.name, variable.type, 0))
     return tuple(found)
 
@@ -357,6 +359,8 @@ def _programs(elf: Elf) -> tuple[ProgramDef, ...]:
             raise ElfError(f"section {section.name!r} has {section.size_bytes} bytes, no multiple of 8")
         end = 0
         for symbol in sorted(by_section.get(section.index, ()), key=lambda each: each.value):
+            if not symbol.name:
+                raise ElfError(f"a function in {section.name!r} has no name")
             if symbol.value % INSTRUCTION_BYTES or symbol.size_bytes % INSTRUCTION_BYTES:
                 raise ElfError(f"function {symbol.name!r} does not start and end at an instruction")
             if symbol.value < end:

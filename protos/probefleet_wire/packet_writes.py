@@ -179,6 +179,8 @@ def _step(analysis: _Analysis, function: Function, number: int, state: _State) -
     """What one instruction does to the registers and the stack."""
     it = function.instructions[number]
     registers = state.registers
+    if max(it.dst, it.src) > _FRAME:  # four bits could name sixteen registers; there are eleven
+        raise _unknown(function, number)
     if it.kind in (_ALU, _ALU64):
         registers[it.dst] = _arithmetic(it, registers, moved=number in function.filled)
     elif it.kind == _LDX:

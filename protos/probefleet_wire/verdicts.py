@@ -111,21 +111,31 @@ def _lengthened(data: bytes, section: int, wanted: list[tuple[Function, int]]) -
             for entry in range(offset, offset + each.size_bytes, step):
                 struct.pack_into("<Q", made, entry, moved(struct.unpack_from("<Q", made, entry)[0]))
         elif each.type == SHT_SYMTAB:
-            _move_symbols(made, offset, each.size_bytes, section, moved, changed)
+            _move_symbols(made, offset, each.size_bytes, section, len(old), moved, changed)
         elif each.name == ".BTF.ext":
             btf = elf.section(".BTF")
             for record in btf_ext.records(each.data, Btf.parse(btf.data)) if btf else ():
                 if record.section == name:
+                    if record.instruction_byte >= len(old):
+                        raise ElfError(f".BTF.ext names byte {record.instruction_byte} of {len(old)} in {name!r}")
                     struct.pack_into("<I", made, offset + record.place, moved(record.instruction_byte))
     return bytes(made)
 
 
 def _move_symbols(
-    made: bytearray, offset: int, size: int, section: int, moved: Callable[[int], int], changed: Collection[int]
+    made: bytearray,
+    offset: int,
+    size: int,
+    section: int,
+    section_bytes: int,
+    moved: Callable[[int], int],
+    changed: Collection[int],
 ) -> None:
     for entry in range(offset, offset + size, _SYMBOL.size):
         name, info, other, where, value, length = _SYMBOL.unpack_from(made, entry)
         if where == section:
+            if value > section_bytes:
+                raise ElfError(f"a symbol lies at byte {value} of a section of {section_bytes}")
             if info & 0xF == STT_FUNC and value in changed:
                 length += _ADDED_BYTES
             _SYMBOL.pack_into(made, entry, name, info, other, where, moved(value), length)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probefleet_wire import elf_strip
+from probefleet_wire import btf_check, elf_strip
 from probefleet_wire.bpf_object import BpfObject
-from probefleet_wire.btf_types import BtfError
+from probefleet_wire.btf import Btf
+from probefleet_wire.btf_types import BtfError, Kind
 from probefleet_wire.elf import SHT_REL, SHT_SYMTAB, Elf, ElfError
 
 SOURCE = r"""
@@ -189,3 +190,40 @@ def test_a_damaged_object_is_refused_or_stripped(compiled: bytes, data: st.DataO
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ElfError):
         elf_strip.without_debug(bytes(broken))
+
+
+def without_its_target(data: bytes, kind: Kind, word: int, target: int) -> bytes:
+    """The object with one word of its first type of that kind (from the second word of three on) set to another."""
+    section = Elf.parse(data).section(".BTF")
+    assert section is not None
+    btf = Btf.parse(section.data)
+    found = next(i for i in range(1, btf.type_count) if btf.kind_of(i) == kind)
+    header_bytes, types_at = struct.unpack_from("<II", section.data, 4)
+    place = data.index(section.data) + header_bytes + types_at + 4 * (int(btf.starts()[found - 1]) + word)
+    made = bytearray(data)
+    struct.pack_into("<I", made, place, target or found)
+    return bytes(made)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "target", "says"),
+    [
+        (Kind.PTR, 2, 77777, r"refers to type 77777; the highest is \d+"),
+        (Kind.TYPEDEF, 2, 77777, "refers to type 77777"),
+        (Kind.TYPEDEF, 2, 0, "a cycle"),
+        (Kind.ARRAY, 3, 77777, "refers to type 77777"),
+        (Kind.ARRAY, 4, 77777, "refers to type 77777"),
+        (Kind.STRUCT, 4, 77777, "refers to type 77777"),
+        (Kind.FUNC_PROTO, 2, 77777, "refers to type 77777"),
+        (Kind.FUNC, 2, 77777, "refers to type 77777"),
+        (Kind.FUNC, 2, 1, "needs a func_proto, and type 1 is none"),
+        (Kind.VAR, 2, 77777, "refers to type 77777"),
+        (Kind.DATASEC, 3, 77777, "refers to type 77777"),
+    ],
+)
+def test_types_that_lead_nowhere_are_found_before_libbpf_follows_them(
+    compiled: bytes, kind: Kind, word: int, target: int, says: str
+) -> None:
+    btf_check.check(Elf.parse(compiled))
+    with pytest.raises(BtfError, match=says):
+        btf_check.check(Elf.parse(without_its_target(compiled, kind, word, target)))

@@ -128,6 +128,11 @@ def version() -> tuple[int, int]:
     return int(library().libbpf_major_version()), int(library().libbpf_minor_version())
 
 
+def _text(name: bytes) -> str:
+    """A name of an object's strings, as ``probefleet_wire.elf`` reads it: whoever wrote it need not know UTF-8."""
+    return name.decode("utf-8", "backslashreplace")
+
+
 @contextlib.contextmanager
 def open_object(data: bytes, name: str) -> Iterator[Object]:
     """Open a compiled object from memory. ObjectError where it is none; everything is freed at the end."""
@@ -196,7 +201,7 @@ class Object:
 
     def section(self, program: str) -> str:
         """What SEC() says."""
-        return str(library().bpf_program__section_name(self._program(program)).decode())
+        return _text(library().bpf_program__section_name(self._program(program)))
 
     def program_type(self, program: str) -> tuple[int, int]:
         """(``enum bpf_prog_type``, ``enum bpf_attach_type``) as SEC() or ``set_type`` say; (0, 0): not known."""
@@ -311,7 +316,7 @@ class Object:
         following, name = getattr(library(), f"bpf_object__next_{kind}"), getattr(library(), f"bpf_{kind}__name")
         pointer = following(self._object, None)
         while pointer:
-            yield name(pointer).decode(), pointer
+            yield _text(name(pointer)), pointer
             pointer = following(self._object, pointer)
 
     def _map(self, name: str) -> int:
@@ -377,7 +382,10 @@ class Object:
             return verifier_log.refusal(log, program)
 
         def line_of(instruction: int) -> tuple[str, int] | None:
-            place = parsed.line_of(program, instruction)
+            try:
+                place = parsed.line_of(program, instruction)
+            except BtfError:  # the kernel refused the program before it looked at its lines
+                return None
             return (place.file, place.line) if place else None
 
         return verifier_log.refusal(log, program, line_of)

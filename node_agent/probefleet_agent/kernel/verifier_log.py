@@ -86,7 +86,7 @@ _RULES = (
         "Set it to zero first: `struct key key = {};` or __builtin_memset(), padding included.",
     ),
     _rule(
-        r"unbounded memory access|unbounded min value|min value is (?:negative|outside)",
+        r"unbounded (?:memory access|min value|variable-offset)|min value is (?:negative|outside)",
         "an index or a length is not bounded",
         _BOUNDS + " Make it unsigned, or mask it: `i &= N - 1`.",
     ),
