@@ -44,6 +44,11 @@ def complete_what(context: click.Context, parameter: click.Parameter, word: str)
     return [*complete_probe(context, parameter, word), CompletionItem(word, type="file")]
 
 
+def complete_file(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
+    """A path, for the shell."""
+    return [CompletionItem(word, type="file")]
+
+
 def complete_namespace(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem]:
     """Namespaces that have a pod on this machine, for the shell."""
     from probefleet_cli import local_pods
@@ -56,6 +61,7 @@ def runtime(command: Command) -> Command:
     return click.option(
         "--runtime-endpoint",
         metavar="SOCKET",
+        shell_complete=complete_file,
         envvar="CONTAINER_RUNTIME_ENDPOINT",
         help="The container runtime's CRI socket, which knows pods and labels; without, well-known ones are tried "
         "(containerd, k3s, CRI-O, cri-dockerd). Also CONTAINER_RUNTIME_ENDPOINT.",

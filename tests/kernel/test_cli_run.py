@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +98,24 @@ def test_yaml_of_two_policies_is_two_reports_and_no_pipe_gets_colours() -> None:
     assert [each["metadata"]["name"] for each in documents] == ["execsnoop", "runqlat"]
     said, errors = finish(start("run", "execsnoop", "--for", "1s"))
     assert "\x1b" not in said + errors and "== execsnoop ==" in said
+
+
+def test_on_a_terminal_the_table_is_alive_and_what_is_done_is_said() -> None:
+    person, terminal = pty.openpty()
+    command = [sys.executable, "-m", "probefleet_cli.main", "run", "syscount", "--for", "3s"]
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"})
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError), os.fdopen(person, "rb", buffering=0) as screen:  # EIO: nobody writes any more
+        while part := screen.read(65536):
+            seen += part
+    assert process.wait(timeout=60) == 0
+    text = seen.decode()
+    assert text.index("loading …") < text.index("counting …") < text.index("== syscount ==")
+    head = "1/1 nodes, "
+    assert text.count(head) >= 2, "while it counts, and at the end"
+    # A live view goes back up over what it drew.
+    assert re.search(r"\x1b\[\d*A|\x1b\[1A", text[text.index(head) : text.rindex(head)])
 
 
 def test_a_process_that_is_gone_has_the_name_that_its_record_gave() -> None:

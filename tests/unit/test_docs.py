@@ -126,12 +126,16 @@ def test_every_command_of_ours_that_is_named_exists(path: pathlib.Path) -> None:
     fleet = command_line.command_for("kubectl-probefleet")
     for line in commands(path.read_text()):
         if match := re.match(r"[\s$]*(?:\.venv/bin/)?probefleet ([a-z]+)\b(.*)", line):
-            assert match.group(1) in subcommands(machine), line
-            known = {option for each in machine.commands[match.group(1)].params for option in each.opts}
-            options = set(re.findall(r"(?<=\s)(--?[a-z][a-z-]*)", match.group(2)))
-            assert options <= known | {"-h", "--help"}, line
-        elif match := re.match(r"[\s$]*kubectl probefleet ([a-z]+)\b", line):
-            assert match.group(1) in subcommands(fleet), line
+            check_options(machine, match, line)
+        elif match := re.match(r"[\s$]*kubectl probefleet ([a-z]+)\b(.*)", line):
+            check_options(fleet, match, line)
+
+
+def check_options(group: click.Group, match: re.Match[str], line: str) -> None:
+    assert match.group(1) in subcommands(group), line
+    known = {option for each in group.commands[match.group(1)].params for option in each.opts}
+    options = set(re.findall(r"(?<=\s)(--?[a-z][a-z-]*)", match.group(2)))
+    assert options <= known | {"-h", "--help"}, line
 
 
 @pytest.mark.parametrize("name", ["demo", "cluster-demo"])
