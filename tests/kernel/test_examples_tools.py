@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+from probefleet_agent.kernel import features
 
 from tests.kernel import examples_runner, lossy
 from tests.kernel.test_catalog_processes import until_nothing_was_hidden
@@ -87,6 +92,59 @@ def test_cachestat_tells_hits_from_misses_by_process() -> None:
 
     assert [value(output, cold) for output in ("hits", "misses", "added")] == [0, 997, 997]
     assert [value(output, warm) for output in ("hits", "misses", "added")] == [499, 0, 0]
+
+
+def test_pidstat_has_the_cpu_time_of_a_process_and_how_often_it_ran() -> None:
+    def attempt() -> tuple[int, int]:
+        with (
+            workloads.start("spin", 1, "--pause", 1000) as workload,
+            examples_runner.running("pidstat.yaml", links=1) as run,
+        ):
+            ledger, before = workload.switches(), workload.schedule()
+            workload.go()
+            workload.done()
+            # Asleep: all that it ran is over.
+            runs = (workload.switches() - ledger).queued
+            ran_ns = workload.schedule().ran_ns - before.ran_ns
+            name = f"spin[{workload.pid}]"
+            run.end()
+        # The scheduler's clock for a task leaves out what the host took of a virtual CPU.
+        (found_ns,) = [value for key, value in run.rows("pidstat", "cpu").items() if key[-1] == name]
+        assert 0.98 * ran_ns <= found_ns <= 1.25 * ran_ns
+        return next(value for key, value in run.rows("pidstat", "runs").items() if key[-1] == name), runs
+
+    until_nothing_was_hidden(attempt)
+
+
+def test_kvm_exits_has_every_byte_that_a_guest_writes() -> None:
+    """The hardware's exits are counted where there is hardware: KVM without it has none."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("this machine runs no virtual machines: it has no /dev/kvm")
+    with examples_runner.running("kvm-exits.yaml", links=2) as run:
+        with workloads.start("guest", 997) as workload:
+            workload.go()
+            assert workload.done() == {"exits": 997, "halts": 1}
+            name = f"guest[{workload.pid}]"
+            run.end()
+    rows = {key[1]: value for key, value in run.rows("kvm-exits", "userspace-exits").items() if key[0] == name}
+    assert rows == {"KVM_EXIT_IO": 997, "KVM_EXIT_HLT": 1}
+    hardware = sum(value for key, value in run.rows("kvm-exits", "exits").items() if key[0] == name)
+    assert hardware == 0 or hardware >= 998, "each that reaches the program has left the guest before"
+
+
+@pytest.mark.parametrize("file", ["trace.yaml", "funccount.yaml"])
+def test_where_there_are_no_kprobes_a_policy_says_so(file: str) -> None:
+    if features.kprobes():
+        pytest.skip("this kernel has kprobes: see vm_only/test_examples_kprobes.py")
+    path = examples_runner.EXAMPLES / file
+    done = subprocess.run(
+        [sys.executable, "-m", "probefleet_cli.main", "run", str(path), "--for", "1s"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "this kernel has no kprobes: it was built without CONFIG_KPROBES; take a tracepoint" in done.stderr
 
 
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
