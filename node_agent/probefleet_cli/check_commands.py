@@ -7,44 +7,84 @@ a folder of its own. ``explain`` stops at the plan, so it works on a laptop, and
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from probefleet_agent import errors as agent_errors
 from probefleet_agent.kernel import libbpf
 from probefleet_core import quantities
+from probefleet_wire.v1 import stream_pb2
 
-from probefleet_cli import interruption, measurement, options, preparation, sources
+from probefleet_cli import advice, interruption, measurement, options, preparation, sources
 from probefleet_cli.failures import KernelRefuses
+
+Facts = dict[str, Any]
 
 
 @click.command(short_help="Is a policy valid, and does it load here?")
 @click.argument("what", nargs=-1, required=True, metavar="FILE|NAME...", shell_complete=options.complete_what)
 @options.settings
 @click.option("-v", "--verbose", is_flag=True, help="The verifier's whole log, where it refuses.")
+@click.option("-o", "--output", type=click.Choice(("text", "json")), default="text", show_default=True)
 @options.machine
-def check(what: tuple[str, ...], *, settings: tuple[str, ...], verbose: bool, bpffs: Path, cgroup_root: str) -> None:
+def check(
+    what: tuple[str, ...],
+    *,
+    settings: tuple[str, ...],
+    verbose: bool,
+    output: str,
+    bpffs: Path,
+    cgroup_root: str,
+) -> None:
     """Is it valid, and would it load here? Loads every program once and removes it at once.
 
-    Exit status 2 for what is wrong with a policy, 3 for what this kernel refuses.
+    Hints say where a program of your own could ask less of its maps; they are advice, and fail nothing. Exit status 2
+    for what is wrong with a policy, 3 for what this kernel refuses.
     """
     prepared = _prepare(what, settings)
     if verbose:
         agent_errors.VerifierError.tail_bytes = libbpf.LOG_BYTES
-    refusals: list[str] = []
     with interruption.Interruption(), measurement.measure(prepared, bpffs=bpffs, cgroup_root=cgroup_root) as measured:
-        for each, status in zip(prepared, measured.statuses(), strict=True):
-            if status.state in measurement.BROKEN:
-                refusals.append(measurement.refusal(each, status, whole_log=verbose))
-                continue
-            instructions = status.verified_instructions
-            checked = f", {instructions:,} instructions verified" if instructions else ""
-            click.echo(f"{each.where}: ok, loads on this kernel{checked}")
-            for way in status.ways:
-                click.echo(f"  {way}")
+        statuses = measured.statuses()
+    checked, refusals = [], []
+    for each, status in zip(prepared, statuses, strict=True):
+        checked.append(_checked(each, status))
+        if status.state in measurement.BROKEN:
+            refusals.append(measurement.refusal(each, status, whole_log=verbose))
+        elif output == "text":
+            for line in _checked_lines(checked[-1]):
+                click.echo(line)
+    if output == "json":
+        click.echo(json.dumps({"policies": checked}, indent=2, ensure_ascii=False))
     if refusals:
         raise KernelRefuses("\n".join(refusals))
+
+
+def _checked(each: preparation.Prepared, status: stream_pb2.PolicyStatus) -> Facts:
+    """What came of one policy, as JSON has it."""
+    found: Facts = {"where": each.where, "name": each.policy.name, "loads": status.state not in measurement.BROKEN}
+    if not found["loads"]:
+        return {**found, "reason": status.reason, "message": status.message}
+    hints = [
+        {"kind": str(hint.kind), "map": hint.map, "seen": hint.seen, "advice": hint.advice} for hint in advice.of(each)
+    ]
+    return {
+        **found,
+        "verifiedInstructions": status.verified_instructions,
+        "attached": list(status.ways),
+        "hints": hints,
+    }
+
+
+def _checked_lines(found: Facts) -> Iterator[str]:
+    instructions = found["verifiedInstructions"]
+    verified = f", {instructions:,} instructions verified" if instructions else ""
+    yield f"{found['where']}: ok, loads on this kernel{verified}"
+    yield from (f"  {way}" for way in found["attached"])
+    yield from (f"  hint: {each['seen']}. {each['advice']}." for each in found["hints"])
 
 
 @click.command(short_help="What a policy puts on each node, and what rights it takes.")

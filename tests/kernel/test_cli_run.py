@@ -22,6 +22,7 @@ from probefleet_agent.kernel import features
 from tests.workloads import run as workloads
 
 BPFFS = Path("/sys/fs/bpf")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RARE = "sched_get_priority_max"
 KPROBE = """
 apiVersion: probefleet.io/v1alpha1
@@ -281,6 +282,23 @@ def test_check_loads_and_leaves_nothing() -> None:
     said, _ = finish(process)
     assert "catalog syscount: ok, loads on this kernel" in said and "catalog runqlat: ok" in said
     assert not (BPFFS / f"probefleet-run-{process.pid}").exists()
+
+
+def test_check_gives_hints_on_a_programs_own_maps_and_fails_by_none() -> None:
+    said, _ = finish(start("check", EXAMPLES / "tail-calls.yaml"))
+    (hint,) = [line for line in said.splitlines() if line.startswith("  hint: ")]
+    assert "Programs only add to what is in map calls, atomically, and do nothing else with it." in hint
+    said, _ = finish(start("check", EXAMPLES / "execs-by-uid.yaml", "--output", "json"))
+    (policy,) = json.loads(said)["policies"]
+    assert policy["loads"] and policy["verifiedInstructions"] > 0 and policy["attached"]
+    (found,) = policy["hints"]
+    assert (found["kind"], found["map"]) == ("count-per-cpu", "execs")
+    assert "not atomically, so that CPUs lose counts when they meet" in found["seen"], "BCC's increment()"
+
+
+def test_check_gives_no_hints_on_the_catalogs_programs() -> None:
+    said, _ = finish(start("check", "syscount", "--output", "json"))
+    assert json.loads(said)["policies"][0]["hints"] == []
 
 
 def test_without_root_it_says_so() -> None:
