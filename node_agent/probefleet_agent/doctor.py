@@ -16,7 +16,7 @@ from pathlib import Path
 
 from probefleet_wire import sandbox
 
-from probefleet_agent.errors import KernelError, ProbefleetError
+from probefleet_agent.errors import KernelError, ProbefleetError, UnsupportedFeature
 from probefleet_agent.kernel import bpftrace, btf_kernel, cgroups, features, libbpf, mounts, symbols, syscall
 
 _CAPABILITIES = {
@@ -109,8 +109,18 @@ def _btf() -> tuple[Level, str, str]:
     if not btf_kernel.available():
         return (
             Level.FAIL,
-            f"{btf_kernel.VMLINUX} is not there",
-            "Use a kernel built with CONFIG_DEBUG_INFO_BTF=y (all distributions' since 2021).",
+            f"{btf_kernel.file()} is not there",
+            "Use a kernel built with CONFIG_DEBUG_INFO_BTF=y, or give a file of its types: docs/distributions.md.",
+        )
+    if not btf_kernel.own():
+        try:
+            types = len(btf_kernel.vmlinux())
+        except UnsupportedFeature as error:
+            return Level.FAIL, str(error), "Put the file that was made of this very kernel there."
+        return (
+            Level.WARN,
+            f"{types:,} types of {btf_kernel.file()}; the kernel carries none",
+            "No tp_btf, fentry, LSM hooks and iterators: take tracepoints, raw tracepoints, kprobes.",
         )
     return _ok(f"{len(btf_kernel.vmlinux()):,} types, {len(btf_kernel.raw_tracepoints()):,} tracepoints")
 

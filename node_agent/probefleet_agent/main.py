@@ -18,6 +18,7 @@ import structlog
 
 from probefleet_agent.engine import VERSION, Engine
 from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.kernel import btf_kernel
 
 
 @click.command(context_settings={"auto_envvar_prefix": "PROBEFLEET", "max_content_width": 100})
@@ -52,6 +53,11 @@ from probefleet_agent.errors import ProbefleetError
     default="",
     help="What stands before the paths of uprobes: /proc/1/root where the agent has other files than the node.",
 )
+@click.option(
+    "--btf",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of BTF files (RELEASE.btf, as BTFHub has them), for kernels that carry no types themselves.",
+)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.version_option(VERSION, prog_name="probefleet-agent")
 def main(
@@ -63,11 +69,13 @@ def main(
     cgroup_root: str,
     bpffs: Path,
     files_root: str,
+    btf: Path | None,
     log_format: str,
 ) -> None:
     """Run programs that the operator pushes on this node, and stream back what they measure."""
     configure_logs(log_format)
     log = structlog.get_logger("agent").bind(node=node)
+    btf_kernel.use(btf)
     try:
         engine = Engine.open(bpffs=bpffs, cgroup_root=cgroup_root, node=node, files_root=files_root)
     except ProbefleetError as error:

@@ -103,6 +103,15 @@ def test_the_privileged_agent_shares_the_hosts_bpffs() -> None:
     assert bpffs == {"name": "bpffs", "mountPath": "/sys/fs/bpf", "mountPropagation": "Bidirectional"}
 
 
+def test_btf_files_of_the_node_are_mounted_where_the_agent_is_told() -> None:
+    spec, container = agent("agent.btf.hostPath=/var/lib/btf")
+    assert {"name": "btf", "hostPath": {"path": "/var/lib/btf", "type": "Directory"}} in spec["volumes"]
+    assert {"name": "btf", "mountPath": "/etc/probefleet/btf", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "PROBEFLEET_BTF", "value": "/etc/probefleet/btf"} in container["env"]
+    spec, container = agent()
+    assert not any(each["name"] in ("btf", "PROBEFLEET_BTF") for each in [*spec["volumes"], *container["env"]])
+
+
 def test_the_memory_limit_follows_the_budgets() -> None:
     _, container = agent("agent.memory.baseMiB=300", "agent.memory.policies=7", "agent.memory.mapMiBPerPolicy=11")
     assert container["resources"]["limits"]["memory"] == "377Mi"

@@ -31,11 +31,10 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError, Kind, Struct, TypeId
 
 from probefleet_agent.errors import ProbefleetError, UnsupportedFeature
-from probefleet_agent.kernel import bcc_headers, bcc_lines, bcc_source, mounts, targets
+from probefleet_agent.kernel import bcc_headers, bcc_lines, bcc_source, btf_kernel, mounts, targets
 from probefleet_agent.kernel.uapi import MapType
 
 CHILD = Path(__file__).with_name("bcc_child.py")
-VMLINUX = Path("/sys/kernel/btf/vmlinux")
 # libbcc asks how many CPUs there are: a perf buffer's map has one entry for each.
 _CPUS = (Path("/sys/devices/system/cpu/possible"), Path("/sys/devices/system/cpu/online"))
 LIMITS = sandbox.Limits(memory_bytes=2 << 30, cpu_seconds=60, wall_seconds=120, output_bytes=16 << 20)
@@ -161,7 +160,7 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     name: str = "policy.c",
     cflags: Sequence[str] = (),
     timeout_seconds: float = LIMITS.wall_seconds,
-    vmlinux: Path = VMLINUX,
+    vmlinux: Path | None = None,
     headers_root: Path = bcc_headers.ROOT,
     tracepoint_format: Callable[[str, str], str] | None = None,
     known: Known | None = None,
@@ -178,11 +177,10 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     if ctypes.util.find_library("bcc") is None:
         raise BccUnavailable("BCC", why="libbcc is not installed; Debian: apt install libbpfcc")
     try:
-        tree = bcc_headers.tree(vmlinux.read_bytes(), root=headers_root)
-    except FileNotFoundError:
-        raise BccUnavailable(
-            "BTF", "5.2", f"{vmlinux} is missing (CONFIG_DEBUG_INFO_BTF): BCC has no types without it"
-        ) from None
+        types = vmlinux.read_bytes() if vmlinux else btf_kernel.data()
+    except (OSError, UnsupportedFeature) as error:
+        raise BccUnavailable("types for BCC", why=str(error)) from error
+    tree = bcc_headers.tree(types, root=headers_root)
     formats = [
         bcc_source.tracepoint_struct(*each, (tracepoint_format or _format)(*each))
         for each in bcc_source.tracepoints(source)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from probefleet_agent.errors import ObjectError, UnsupportedFeature
-from probefleet_agent.kernel import bcc_headers
+from probefleet_agent.kernel import bcc_headers, btf_kernel
 
 #: An emulated CPU takes tens of seconds to compile a script.
 START_SECONDS = 120.0
@@ -74,7 +74,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent", "BPFTRACE_STRLEN": "64"},
+                env=_environment(),
                 start_new_session=True,
             )
         finally:
@@ -146,3 +146,10 @@ class Process:
             text = ""
         lines = [line for line in text.splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
         return " ".join(lines)[-600:] or (f"it ended with status {status}" if status else "the script called exit()")
+
+
+def _environment() -> dict[str, str]:
+    made = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent", "BPFTRACE_STRLEN": "64"}
+    if not btf_kernel.own() and btf_kernel.available():
+        made["BPFTRACE_BTF"] = str(btf_kernel.file())
+    return made

@@ -67,8 +67,8 @@ def uprobes() -> bool:
 
 @_probe
 def btf() -> bool:
-    """Whether the kernel carries its types: CO-RE and tp_btf need them."""
-    return btf_kernel.available()
+    """Whether the kernel carries its types: tp_btf, trampolines and iterators need them. For CO-RE a file will do."""
+    return btf_kernel.own()
 
 
 @_probe
@@ -107,7 +107,7 @@ def batch() -> bool:
 @_probe
 def tp_btf() -> bool:
     """Whether a tp_btf program loads: BTF, and a kernel that knows them (Linux 5.5)."""
-    if not btf_kernel.available():
+    if not btf_kernel.own():
         return False
     found = btf_kernel.vmlinux().find("btf_trace_sys_enter", Kind.TYPEDEF)
     if found is None:
@@ -118,7 +118,7 @@ def tp_btf() -> bool:
 @_probe
 def fentry() -> bool:
     """Whether a function can be traced by a trampoline (Linux 5.5 on x86, CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS)."""
-    if not btf_kernel.available():
+    if not btf_kernel.own():
         return False
     found = btf_kernel.vmlinux().find(TEST_FUNCTION, Kind.FUNC)
     if found is None:

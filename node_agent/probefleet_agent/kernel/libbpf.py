@@ -13,6 +13,7 @@ import ctypes
 import errno
 import functools
 import mmap
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
 
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError, UnsupportedFeature, VerifierError
-from probefleet_agent.kernel import targets, verifier_log
+from probefleet_agent.kernel import btf_kernel, targets, verifier_log
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.uapi import MapType
 
@@ -35,6 +36,7 @@ _INFO = 1
 _VA_LIST_BYTES = 32  # 24 on x86_64, 32 on aarch64: both hand the callback a pointer to it
 _FAILED = re.compile(r"prog '([^']+)': (?:BPF program load failed|failed to load)")
 _NO_TRACEPOINT = re.compile(r"failed to find kernel BTF type ID of '([^']+)'")
+_NO_BTF = "failed to find valid kernel BTF"
 _PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _said = threading.local()
 _libc = ctypes.CDLL(None)
@@ -43,7 +45,15 @@ _libc = ctypes.CDLL(None)
 class _OpenOptions(ctypes.Structure):
     """``struct bpf_object_open_opts``, its first members; ``size`` tells libbpf where it ends."""
 
-    _fields_ = [("size", ctypes.c_size_t), ("object_name", ctypes.c_char_p)]
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("object_name", ctypes.c_char_p),
+        ("relaxed_maps", ctypes.c_bool),
+        ("pin_root_path", ctypes.c_char_p),
+        ("unused", ctypes.c_uint32),
+        ("kconfig", ctypes.c_char_p),
+        ("btf_custom_path", ctypes.c_char_p),
+    ]
 
 
 def _print(level: int, template: bytes, arguments: int) -> int:
@@ -163,6 +173,9 @@ class Object:
         self._loaded = False
         text = ctypes.c_char_p(re.sub(r"\W", "_", name)[:15].encode())
         options = _OpenOptions(size=ctypes.sizeof(_OpenOptions), object_name=text)
+        if not btf_kernel.own() and btf_kernel.available():
+            btf_kernel.vmlinux()  # UnsupportedFeature where the file is of another kernel
+            options.btf_custom_path = os.fsencode(btf_kernel.file())
         with self._listening():
             self._object = library().bpf_object__open_mem(self._buffer, len(data), ctypes.byref(options))
         if not self._object:
@@ -363,6 +376,8 @@ class Object:
         for line in self.said:
             if found := _NO_TRACEPOINT.search(line):
                 return targets.no_raw_tracepoint(found[1].removeprefix("btf_trace_"), "tp_btf tracepoint")
+        if any(_NO_BTF in line for line in self.said) and not btf_kernel.available():
+            return btf_kernel.missing()
         program = next((found[1] for line in self.said if (found := _FAILED.search(line))), "")
         log = self._read_log()
         if program and log.strip():

@@ -56,7 +56,11 @@ def tracepoints() -> list[str]:
 
 def no_raw_tracepoint(name: str, what: str = "raw tracepoint") -> NoSuchTarget:
     """The error for a raw tracepoint (or tp_btf) that is not there."""
-    names = set(btf_kernel.raw_tracepoints()) if features.btf() else {each.partition(":")[2] for each in tracepoints()}
+    names = (
+        set(btf_kernel.raw_tracepoints())
+        if btf_kernel.available()
+        else {each.partition(":")[2] for each in tracepoints()}
+    )
     if name.startswith(("sys_enter_", "sys_exit_")):
         short = "sys_enter" if name.startswith("sys_enter_") else "sys_exit"
         return NoSuchTarget(f"{what} {name}", (short,), f"it is {short} for all calls; filter by the number in args[1]")
@@ -96,7 +100,7 @@ def check_function(name: str) -> None:
     if name in names:
         return
     clones = [each for each in names if each.startswith(f"{name}.") and _CLONE.search(each)]
-    if clones or (features.btf() and name in btf_kernel.functions()):
+    if clones or (btf_kernel.available() and name in btf_kernel.functions()):
         raise NoSuchTarget(f"function {name}", tuple(sorted(clones)[:MAX_NEAR]), "inlined")
     raise NoSuchTarget(f"function {name}", near_functions(name))
 
