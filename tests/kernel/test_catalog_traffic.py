@@ -237,6 +237,31 @@ def test_segments_and_bytes_are_those_of_the_kernels_own_account(web: Path, way:
         assert (records["segments"].sum(), records["bytes"].sum()) == (segments, amount)
 
 
+@pytest.mark.parametrize("way", ["btf", "raw"])
+def test_what_the_machine_itself_could_not_send_is_not_counted(web: Path, way: str) -> None:
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(lossy.wire())
+        listening = stack.enter_context(wire.server())
+        with belonging_to(web):
+            ends = [stack.enter_context(socket.create_connection(listening.getsockname())) for _ in range(5)]
+        others = [stack.enter_context(listening.accept()[0]) for _ in ends]
+        probe = stack.enter_context(Running("tcpretrans", prefer=way))
+        wire.lose()
+        for each in ends:
+            each.sendall(bytes(997))
+        with wire.stopped():
+            deadline = time.monotonic() + run.PHASE_SECONDS
+            while wire.not_sent() < 7:
+                assert time.monotonic() < deadline
+                select.select([], [], [], 0.05)
+        wire.lose(False)
+        for each in others:
+            assert len(each.recv(997, socket.MSG_WAITALL)) == 997
+        (sent,) = again(probe.rows("retransmitted", cgroup=run.cgroup_id(web))).values()
+        assert sent[0] == wire.sent_again() - wire.not_sent() >= 5
+        assert wire.not_sent() >= 7
+
+
 def test_syn_acks_that_are_sent_again_are_the_listeners(web: Path) -> None:
     with contextlib.ExitStack() as stack:
         wire = stack.enter_context(lossy.wire())
