@@ -147,6 +147,44 @@ def test_where_there_are_no_kprobes_a_policy_says_so(file: str) -> None:
     assert "this kernel has no kprobes: it was built without CONFIG_KPROBES; take a tracepoint" in done.stderr
 
 
+def test_execsnoop_has_every_program_that_a_workload_starts() -> None:
+    with examples_runner.running("execsnoop.yaml", links=1) as run, workloads.start("execs", 23) as workload:
+        workload.go()
+        assert workload.done()["execs"] == 23
+        parent = f"execs[{workload.pid}]"
+        run.end()
+    mine = [each["arguments"] for each in run.records("execsnoop", "events") if each["parent"] == parent]
+    assert mine == [f"execs exit {number}" for number in range(23)]
+
+
+def test_runqlat_has_every_wait_of_a_process() -> None:
+    def attempt() -> tuple[int, int]:
+        with workloads.start("calls", "rare", 997, "--pause", 100) as workload:
+            with examples_runner.running("runqlat.yaml", links=3, arguments=["--pid", str(workload.pid)]) as run:
+                before = workload.switches()
+                workload.go()
+                workload.done()
+                made = (workload.switches() - before).queued
+                run.end()
+        return run.rows("runqlat", "latency").get((HOST,), 0), made
+
+    until_nothing_was_hidden(attempt)
+
+
+def test_profile_has_the_samples_of_the_cpu_time_that_a_process_used() -> None:
+    with workloads.start("spin", 2) as workload:
+        arguments = ["--pid", str(workload.pid)]
+        # A perf event is attached on each CPU.
+        with examples_runner.running("profile.yaml", links=os.cpu_count() or 1, arguments=arguments) as run:
+            workload.go()
+            used_seconds = workload.done()["cpu_us"] / 1e6
+            run.end()
+    samples = run.output("profile", "stacks")["total"]["value"]
+    assert 0.5 * 49 * used_seconds <= samples <= 1.1 * 49 * used_seconds + 2
+    hot = sum(value for key, value in run.rows("profile", "stacks").items() if key[-1].endswith("spin_inner"))
+    assert hot >= 0.9 * samples
+
+
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "opened"
     path.touch()
