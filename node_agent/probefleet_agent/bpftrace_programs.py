@@ -26,6 +26,8 @@ from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import Loaded, MapHandle
 from probefleet_agent.perf_ring import KeptRing
 
+#: An emulated CPU takes tens of seconds to compile a script, and more where many begin at once.
+START_SECONDS = 300.0
 KEY_BYTES, LINE_BYTES = 240, 512
 MAX_ENTRIES = 8192
 SLOTS = 64
@@ -90,48 +92,55 @@ class _Table:
 
 
 class Running:
-    """A script that runs, and the tables that its numbers go to."""
+    """A script that runs, and the tables that its numbers go to. It begins in its own time: ``started`` says when."""
 
     def __init__(self, script: str, title: str, tables: dict[str, MapHandle]) -> None:
         self.lines = LineRing()
         self._tables = {
             each.name: _Table(each, tables[each.table]) for each in bpftrace_script.maps(script) if each.table in tables
         }
-        self._marks = 0
+        self._title = title
+        self._marks = self._wanted = 0
+        self._deadline = time.monotonic() + START_SECONDS
         self._process = bpftrace.Process(
-            bpftrace_script.instrumented(script), title, includes=bpftrace_script.includes(script)
+            bpftrace_script.instrumented(script), includes=bpftrace_script.includes(script)
         )
-        self._wait_for_the_first_mark(title)
 
     @property
     def ended(self) -> str:
         """Why it no longer runs; empty while it does."""
         return self._process.ended
 
-    def pump(self, *, complete: bool = False) -> None:
-        """Take in what it has said; ``complete``: wait until it has printed all of its maps once more."""
+    @property
+    def started(self) -> bool:
+        """Whether all of its probes are attached. Raises ObjectError where they never will be."""
+        # bpftrace speaks of its probes before it attaches them; the one that prints the mark is the last.
+        if self._marks:
+            return True
+        if self.ended:
+            raise ObjectError(f"{self._title}: bpftrace: {self.ended}")
+        if time.monotonic() > self._deadline:
+            raise ObjectError(f"{self._title}: bpftrace has not attached its probes within {START_SECONDS:.0f} s")
+        return False
+
+    def ask(self) -> None:
+        """From now on, all of its maps printed once more is what ``pump(complete=True)`` waits for."""
+        self.pump()
         # The print that is under way may have begun before now: the second mark from here ends one that began after.
-        wanted = self._marks + 2 if complete else self._marks
+        self._wanted = self._marks + 2
+
+    def pump(self, *, complete: bool = False, wait_seconds: float = 0.0) -> None:
+        """Take in what it has said; ``complete``: until it has said all that it was asked for."""
         deadline = time.monotonic() + COMPLETE_SECONDS
         while True:
-            for said in self._process.messages(0.1 if complete else 0.0):
+            for said in self._process.messages(0.1 if complete else wait_seconds):
                 self._take(said["type"], said.get("data"))
-            if self._marks >= wanted or self.ended or time.monotonic() > deadline:
+            if not complete or self._marks >= self._wanted or self.ended or time.monotonic() > deadline:
                 return
 
     def close(self) -> None:
         """End the process."""
         self._process.close()
-
-    def _wait_for_the_first_mark(self, title: str) -> None:
-        """bpftrace speaks of its probes before it attaches them; the one that prints the mark is the last."""
-        deadline = time.monotonic() + bpftrace.START_SECONDS
-        while not self._marks and not self.ended and time.monotonic() < deadline:
-            for said in self._process.messages(0.1):
-                self._take(said["type"], said.get("data"))
-        if not self._marks:
-            self._process.close()
-            raise ObjectError(f"{title}: bpftrace: {self.ended or 'it attached its probes, and none of them ran'}")
 
     def _take(self, kind: str, data: Any) -> None:
         if kind in ("printf", "time", "join", "cat", "strftime") and isinstance(data, str):
@@ -209,7 +218,9 @@ def _slot(spec: bpftrace_script.Map, bucket: dict[str, int]) -> int:
 
 
 def load(instance: plan_pb2.Instance) -> Loaded:
-    """Start it; its programs are attached when this returns. Raises ProbefleetError; then nothing of it is left."""
+    """Begin it; ``running.started`` says when its programs are attached. Raises ProbefleetError; then nothing of it is
+    left.
+    """
     script = instance.bpftrace.script
     loaded = Loaded(instance, {}, {}, {}, pinned_links=False)
     try:

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Set
 from pathlib import Path
 
 from probefleet_wire.v1 import plan_pb2, stream_pb2
@@ -62,12 +63,13 @@ class Engine:
         self._bindings = Bindings(self._identities.book, self._marks)
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
         self._specs: dict[MapUid, plan_pb2.ProbeMap] = {}
+        self._settled = 0
         self._stream = samples.Stream()
         self._costs = costs.Costs(enabled=stats)
         # Of the last push, also an earlier process's: an operator that was replaced cannot come back.
         self._term, self._version = self._tracker.term, self._tracker.version
         self._remembered_ns = time.time_ns()
-        self._fresh: set[Digest] = set()  # loaded by the push that is being carried out
+        self._fresh: set[Digest] = set()  # loaded while this push is carried out
         #: More records wait in a ring than the last ``collect`` could take: it is to be called again at once.
         self.behind = False
 
@@ -130,9 +132,11 @@ class Engine:
             kernel_build=system.version, applied_term=self._term, applied_version=self._version,
         )  # fmt: skip
 
-    def apply(self, push: stream_pb2.Push) -> None:
+    def apply(self, push: stream_pb2.Push, *, wait: bool = True) -> None:
         """Make the node what the push says. Raises StalePush for one that is older than the last; errors of single
         policies are not raised but stand in ``status``.
+
+        Without ``wait`` processes (bpftrace's) go on beginning when it returns; ``collect`` looks after them.
         """
         if (push.term, push.version) <= (self._term, self._version):
             raise StalePush(f"push {push.term}.{push.version} is not newer than {self._term}.{self._version}")
@@ -154,6 +158,9 @@ class Engine:
             self._installed.drop_unadopted()
             self._bindings.forget_strangers()
         self._reconcile()
+        while wait and self._installed.starting:
+            self._installed.wait()
+            self._look()
         self._fill_filters()
         self._follow(time.time_ns())
         self._installed.forget_blobs(
@@ -188,16 +195,23 @@ class Engine:
             status.probe_maps.append(stream_pb2.MapStatus(uid=map_uid, reason=failure.reason, message=failure.message))
         return status
 
-    def collect(self, now_ns: int, *, force: bool = False) -> stream_pb2.Batch | None:
-        """What is due, as the next batch; ``None`` where nothing is, or too much is unacknowledged."""
+    def collect(self, now_ns: int, *, force: bool = False, complete: bool = True) -> stream_pb2.Batch | None:
+        """What is due, as the next batch; ``None`` where nothing is, or too much is unacknowledged.
+
+        With ``force`` everything is due, and processes (bpftrace's) are waited for until they have said all that they
+        count; without ``complete`` it is what they have said by now.
+        """
         self.behind = False
+        self._look()
         if not force and not self._stream.open:
             return None
         batch = stream_pb2.Batch(time_ns=now_ns)
         bound, loaded = self._bindings.bound, self._installed.loaded
-        for each in loaded.values():
-            if each.running is not None:
-                each.running.pump(complete=force)
+        running = [each.running for each in loaded.values() if each.running is not None]
+        for process in running if force and complete else []:
+            process.ask()  # all at once: each takes a second or two
+        for process in running:
+            process.pump(complete=force and complete)
         due = [uid for uid, each in bound.items() if force or now_ns >= each.due_ns]
         self._bindings.lookups.refresh()
         if now_ns - self._followed_ns > FOLLOW_EVERY_NS:
@@ -239,10 +253,24 @@ class Engine:
         """The operator has merged all batches up to this one: their records' room goes back to the kernel."""
         self._bindings.acknowledge(self._stream.acknowledge(sequence))
 
+    def ends_a_process(self, push: stream_pb2.Push) -> bool:
+        """Whether a process runs (bpftrace's) that the push leaves out: what it counted last is still to be read."""
+        staying = {plan.instance.digest for plan in push.plans if plan.HasField("instance")}
+        kept = {PolicyUid(plan.policy_uid) for plan in push.plans if not plan.HasField("instance")}
+        staying |= {bound.digest for uid, bound in self._bindings.bound.items() if uid in kept}
+        return any(each.running is not None for digest, each in self._installed.loaded.items() if digest not in staying)
+
     @property
-    def detached(self) -> frozenset[str]:
-        """Digests of instances that went over their budget."""
-        return frozenset(digest for digest, loaded in self._installed.loaded.items() if loaded.detached)
+    def turns(self) -> tuple[int, frozenset[str]]:
+        """Another value when a status has something new to say: what began by now, and what went over its budget or
+        ended by itself.
+        """
+        gone = (
+            digest
+            for digest, loaded in self._installed.loaded.items()
+            if loaded.detached or (loaded.running is not None and loaded.running.ended)
+        )
+        return self._settled, frozenset(gone)
 
     def remove_everything(self) -> None:
         """Take every instance, map and pin of this tree away."""
@@ -263,7 +291,13 @@ class Engine:
                 self._wanted[PolicyUid(name)] = plan
         self._identities.learn(scan=True)
 
-    def _reconcile(self) -> None:
+    def _look(self) -> None:
+        """What began by now is bound, and what it replaces goes."""
+        if settled := self._installed.look():
+            self._settled += len(settled)
+            self._reconcile(fresh=settled)
+
+    def _reconcile(self, fresh: Set[Digest] = frozenset()) -> None:
         desired = reconcile.Desired(
             {
                 uid: reconcile.Wanted(
@@ -273,7 +307,7 @@ class Engine:
             },
             frozenset(self._specs),
         )
-        self._fresh.clear()
+        self._fresh = {*fresh}
         while actions := reconcile.reconcile(desired, self._observed()):
             for action in actions:
                 match action:
@@ -284,6 +318,9 @@ class Engine:
                             self._costs.begin_anew(digest)
                     case reconcile.Load(digest):
                         plans = {uid: plan for uid, plan in self._wanted.items() if plan.instance.digest == digest}
+                        if (instance := next(iter(plans.values())).instance).WhichOneof("program") == "bpftrace":
+                            self._installed.begin(instance)
+                            continue
                         filter_on = self._identities.needs_filter(list(plans))
                         self._installed.load(list(plans.values()), filter_on=filter_on)
                         self._fresh.add(digest)
@@ -305,6 +342,7 @@ class Engine:
             instances={digest: map_uids(loaded.instance) for digest, loaded in self._installed.loaded.items()},
             bindings={uid: bound.digest for uid, bound in self._bindings.bound.items()},
             maps=frozenset(self._installed.maps),
+            starting=frozenset(self._installed.starting),
             failed=frozenset(self._installed.failures),
             failed_maps=frozenset(self._installed.map_failures),
             outgrown=frozenset(
@@ -383,6 +421,8 @@ class Engine:
         if failure is not None:
             status.state = stream_pb2.PolicyStatus.FAILED
             status.reason, status.message, status.log_tail = failure.reason, failure.message, failure.log_tail
+        elif Digest(plan.instance.digest) in self._installed.starting:
+            status.reason, status.message = "Starting", "bpftrace compiles the script and attaches its probes"
         elif bound is not None and self._installed.loaded[bound.digest].detached:
             status.state = stream_pb2.PolicyStatus.DETACHED
             status.reason, status.message = "OverBudget", self._installed.loaded[bound.digest].detached

@@ -62,6 +62,14 @@ class Executor:
         filter_on: bool,
     ) -> Loaded:
         """Load, attach and pin. Raises ProbefleetError; then nothing of it is left."""
+        if instance.WhichOneof("program") == "bpftrace":
+            loaded = self.begin(instance)
+            with contextlib.ExitStack() as undo:
+                undo.callback(loaded.close)
+                while not self.begun(loaded):
+                    wait(loaded)
+                undo.pop_all()
+            return loaded
         with contextlib.ExitStack() as undo:
             loaded = self._make(instance, blob, probe_maps, budget_bytes, filter_on)
             undo.callback(loaded.close)
@@ -138,17 +146,12 @@ class Executor:
         own: Mapping[str, MapHandle] = MappingProxyType({}),
     ) -> Loaded:
         """Maps and programs; ``own``: maps that are there already."""
-        if instance.WhichOneof("program") in ("bcc", "bpftrace"):
-            observing.check_attachments(instance)
         if instance.WhichOneof("program") == "bcc":
+            observing.check_attachments(instance)
             # Imported here: it builds on this module.
             from probefleet_agent import bcc_programs
 
             return bcc_programs.load(instance, probe_maps, budget_bytes, self.files_root, self.compiled, own)
-        if instance.WhichOneof("program") == "bpftrace":
-            from probefleet_agent import bpftrace_programs
-
-            return bpftrace_programs.load(instance)
         if blob is None:
             raise ObjectError(f"{instance.title}: object {instance.object.sha256[:12]} did not come with the push")
         try:
@@ -175,6 +178,26 @@ class Executor:
                 for index, fd in enumerate(link.fds):
                     folder.pin_link(number * MAX_PLACES + index, loaded.chosen[number].program, fd)
         loaded.followers.pin(folder)
+
+    def begin(self, instance: plan_pb2.Instance) -> Loaded:
+        """Start the process of an instance that has one; ``begun`` says when it counts. Raises ProbefleetError."""
+        from probefleet_agent import bpftrace_programs
+
+        observing.check_attachments(instance)
+        return bpftrace_programs.load(instance)
+
+    def begun(self, loaded: Loaded) -> bool:
+        """Whether it counts; then it is pinned. Raises ProbefleetError where it never will: close it then."""
+        assert loaded.running is not None
+        loaded.running.pump()
+        if not loaded.running.started:
+            return False
+        loaded.since_ns = loaded.asked_ns = time.time_ns()
+        with self.root.staging(loaded.digest) as folder:
+            for handle in loaded.maps.values():
+                folder.pin_map(handle.name, handle.fd)
+            folder.write_manifest(loaded.manifest())
+        return True
 
     def adopt(self, digest: str, *, stopped_ns: int) -> Loaded:
         """Take over an instance that an earlier process pinned; what could not be pinned is attached anew.
@@ -408,6 +431,13 @@ def pin_map(folder: pins.Folder, spec: plan_pb2.ProbeMap, handle: MapHandle) -> 
 def _map_manifest(spec: plan_pb2.ProbeMap, handle: MapHandle) -> bytes:
     layout = handle.layout.to_json() if handle.layout else ""
     return json.dumps({"spec": b64(spec), "layout": layout, "heir_of": handle.heir_of}).encode()
+
+
+def wait(*begun: Loaded) -> None:
+    """A moment, or until one of these processes says something."""
+    each = begun[0].running
+    assert each is not None
+    each.pump(wait_seconds=0.1)
 
 
 def _configure(

@@ -53,6 +53,8 @@ class Installed:
 
     def __init__(self, root: pins.Root, files_root: str, cgroup_root: str) -> None:
         self.loaded: dict[Digest, Loaded] = {}
+        #: Processes that begin; ``look`` makes them loaded, or failed.
+        self.starting: dict[Digest, Loaded] = {}
         self.maps: dict[MapUid, tuple[plan_pb2.ProbeMap, MapHandle]] = {}
         self.failures: dict[Digest, Failure] = {}
         self.map_failures: dict[MapUid, Failure] = {}
@@ -123,8 +125,7 @@ class Installed:
                 filter_on=filter_on,
             )
         except (ProbefleetError, ValueError, KeyError, OSError) as error:
-            self.failures[digest] = Failure.of(error)
-            log.warning("cannot run", digest=digest, title=instance.title, reason=self.failures[digest].reason)
+            self._fail(instance, error)
             return
         self.loaded[digest] = loaded
         took_ms = (time.monotonic_ns() - started_ns) // 1_000_000
@@ -153,8 +154,38 @@ class Installed:
             uid: why for uid, why in self.map_failures.items() if uid in specs - changed_maps and not changed
         }
 
+    def begin(self, instance: plan_pb2.Instance) -> None:
+        """Start the process of an instance that has one, which takes seconds."""
+        try:
+            self.starting[Digest(instance.digest)] = self._executor.begin(instance)
+        except ProbefleetError as error:
+            self._fail(instance, error)
+
+    def look(self) -> set[Digest]:
+        """Processes that have begun by now, or never will."""
+        settled = set()
+        for digest, loaded in list(self.starting.items()):
+            try:
+                if not self._executor.begun(loaded):
+                    continue
+                self.loaded[digest] = loaded
+                log.info("loaded", digest=digest, title=loaded.instance.title)
+            except (ProbefleetError, OSError) as error:
+                loaded.close()
+                self._fail(loaded.instance, error)
+            del self.starting[digest]
+            settled.add(digest)
+        return settled
+
+    def wait(self) -> None:
+        """A moment, or until one of those that begin says something."""
+        execute.wait(*self.starting.values())
+
     def remove(self, digest: Digest) -> None:
         """Detach, unload and unpin an instance."""
+        if digest in self.starting:
+            self.starting.pop(digest).close()
+            return
         loaded = self.loaded.pop(digest)
         self._executor.remove(loaded)
         log.info("removed", digest=digest, title=loaded.instance.title)
@@ -267,11 +298,15 @@ class Installed:
 
     def close(self) -> None:
         """Let go of descriptors; what is pinned goes on counting."""
-        for loaded in self.loaded.values():
+        for loaded in (*self.loaded.values(), *self.starting.values()):
             loaded.close()
         for _, handle in self.maps.values():
             handle.fd.close()
-        self.loaded, self.maps = {}, {}
+        self.loaded, self.starting, self.maps = {}, {}, {}
+
+    def _fail(self, instance: plan_pb2.Instance, error: Exception) -> None:
+        failure = self.failures[Digest(instance.digest)] = Failure.of(error)
+        log.warning("cannot run", digest=instance.digest, title=instance.title, reason=failure.reason)
 
     def _require_maps(self, instance: plan_pb2.Instance) -> None:
         missing = map_uids(instance) - set(self.maps)

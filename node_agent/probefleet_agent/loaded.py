@@ -62,8 +62,15 @@ class Process(Protocol):
     def ended(self) -> str:
         """Why it no longer runs; empty while it does."""
 
-    def pump(self, *, complete: bool = False) -> None:
-        """Take in what it has said; ``complete``: wait until it has said everything once more."""
+    @property
+    def started(self) -> bool:
+        """Whether it has attached everything. Raises ObjectError where it never will."""
+
+    def ask(self) -> None:
+        """Have it say everything once more."""
+
+    def pump(self, *, complete: bool = False, wait_seconds: float = 0.0) -> None:
+        """Take in what it has said; ``complete``: wait until it has said all that it was asked for."""
 
     def close(self) -> None:
         """End it, and its programs."""

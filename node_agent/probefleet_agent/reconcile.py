@@ -47,6 +47,8 @@ class Observed:
     instances: Mapping[Digest, frozenset[MapUid]] = field(default_factory=dict)
     bindings: Mapping[PolicyUid, Digest] = field(default_factory=dict)
     maps: frozenset[MapUid] = frozenset()
+    #: Processes that begin: neither loaded nor failed yet.
+    starting: frozenset[Digest] = frozenset()
     failed: frozenset[Digest] = frozenset()  # tried since the last push that changed it
     failed_maps: frozenset[MapUid] = frozenset()
     #: ProbeMaps that were made by another definition than the one that is wanted.
@@ -115,7 +117,7 @@ def reconcile(desired: Desired, observed: Observed) -> list[Action]:
     missing = (needed_maps & desired.maps) - observed.maps - observed.failed_maps
     actions += [MakeMap(uid) for uid in sorted(missing)]
     for digest in sorted(wanted):
-        idle = digest not in observed.instances and digest not in observed.failed
+        idle = digest not in observed.instances and digest not in observed.failed | observed.starting
         if idle and wanted[digest].maps <= observed.maps | observed.failed_maps:
             actions.append(Load(digest))
 
@@ -131,7 +133,7 @@ def reconcile(desired: Desired, observed: Observed) -> list[Action]:
 
     # A digest that is wanted but bound to nobody yet will be bound in the next round.
     in_use = set(bindings.values()) | set(wanted)
-    gone = sorted(set(observed.instances) - in_use)
+    gone = sorted(({*observed.instances} | observed.starting) - in_use)
     actions += [Remove(digest) for digest in gone]
     used_maps = {uid for digest, uids in observed.instances.items() if digest not in gone for uid in uids}
     # A policy that is to keep what it has, but is bound to nothing: what it has could not be adopted, so nobody knows

@@ -125,25 +125,27 @@ class Session:
             await self._call(lambda: self._engine.acknowledge(message.ack.sequence))
             return
         # What the old instances counted last, before they go.
-        last = await self._call(lambda: self._engine.collect(time.time_ns(), force=True))
+        last = await self._call(lambda: self._last(message.push))
         if last is not None:
             await outgoing.put(stream_pb2.FromAgent(batch=last))
         status = await self._call(lambda: self._apply(message.push))
         await outgoing.put(stream_pb2.FromAgent(status=status))
 
+    def _last(self, push: stream_pb2.Push) -> stream_pb2.Batch | None:
+        return self._engine.collect(time.time_ns(), force=True, complete=self._engine.ends_a_process(push))
+
     def _apply(self, push: stream_pb2.Push) -> stream_pb2.Status:
-        self._engine.apply(push)
+        self._engine.apply(push, wait=False)
         return self._engine.status()
 
     async def _sample(self, outgoing: asyncio.Queue[stream_pb2.FromAgent]) -> None:
-        detached: frozenset[str] = frozenset()
+        turns = self._engine.turns
         while True:
             batch = await self._call(lambda: self._engine.collect(time.time_ns()))
             if batch is not None:
                 await outgoing.put(stream_pb2.FromAgent(batch=batch))
-            now_detached = self._engine.detached
-            if now_detached != detached:
-                detached = now_detached
+            if self._engine.turns != turns:
+                turns = self._engine.turns
                 status = await self._call(self._engine.status)
                 await outgoing.put(stream_pb2.FromAgent(status=status))
             # A ring of 16 MB is full within 0.3 s of a million records a second.

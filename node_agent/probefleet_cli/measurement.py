@@ -39,8 +39,8 @@ class Engine(Protocol):
     def status(self) -> stream_pb2.Status:
         """What came of it, by policy."""
 
-    def collect(self, now_ns: int, *, force: bool = False) -> stream_pb2.Batch | None:
-        """What is due (all, by ``force``); None where nothing is."""
+    def collect(self, now_ns: int, *, force: bool = False, complete: bool = True) -> stream_pb2.Batch | None:
+        """What is due (all, by ``force``, and ``complete`` what processes print each second); None where nothing is."""
 
     def acknowledge(self, sequence: int) -> None:
         """All batches up to this one are merged."""
@@ -110,10 +110,10 @@ class Measurement:
             for each in self.prepared
         ]
 
-    def sample(self, *, force: bool = False) -> stream_pb2.Batch | None:
+    def sample(self, *, force: bool = False, complete: bool = True) -> stream_pb2.Batch | None:
         """Read what is due and merge it; the batch, where there was anything."""
         self._take_in_pods()
-        batch = self.engine.collect(time.time_ns(), force=force)
+        batch = self.engine.collect(time.time_ns(), force=force, complete=complete)
         if batch is not None:
             received_ns = time.time_ns()
             for each in self.aggregates:
@@ -124,8 +124,9 @@ class Measurement:
     def sample_rest(self) -> None:
         """The last reading: all maps once, and rings until they are empty or a bound is reached."""
         self.watch.look()  # whose they are, as of now
-        for _ in range(MAX_LAST_READINGS):
-            batch = self.sample(force=True)
+        for reading in range(MAX_LAST_READINGS):
+            # Once is enough for what bpftrace prints each second: a script that prints as often would never be done.
+            batch = self.sample(force=True, complete=not reading)
             if batch is None or not batch.events:
                 return
 

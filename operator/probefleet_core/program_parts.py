@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from probefleet_wire import btf_check
+from probefleet_wire import bpftrace_script, btf_check
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.elf import Elf
 
@@ -178,7 +178,7 @@ _REFUSED_CALLS = re.compile(r"\b(system|signal|override|override_return)\s*\(")
 def of_bpftrace(policy: values.ProbePolicy, script: str, problems: errors.Problems) -> Parts:
     """A script for bpftrace: its text says which maps there are; it attaches itself, on the node."""
     path = "spec.program.bpftrace.script"
-    for name in dict.fromkeys(_REFUSED_CALLS.findall(script)):
+    for name in dict.fromkeys(_REFUSED_CALLS.findall(bpftrace_script.bare(script))):
         problems.add(
             path,
             f"it calls {name}()",
@@ -197,6 +197,14 @@ def of_bpftrace(policy: values.ProbePolicy, script: str, problems: errors.Proble
     asked = []
     for index, output in enumerate(policy.outputs):
         known = by_map.get(output.map)
+        if known is None and output.map in bpftrace_script.working(script):
+            problems.add(
+                f"spec.outputs[{index}].from.map",
+                f'"{output.map}"',
+                why="the script deletes its keys by itself: bpftrace cannot print such a map while programs change it",
+                write="Count in another map, as @calls[comm] = count().",
+            )
+            continue
         if known is None:
             problems.add(
                 f"spec.outputs[{index}].from.map",

@@ -15,6 +15,7 @@ ANONYMOUS = "at"
 #: bpftrace's own name of the events that printf, time, cat and join write.
 LINES = "printf"
 MARK, CLEARED = "\x1eprobefleet", "\x1ecleared "
+_DELETE = re.compile(r"\bdelete\s*\(\s*@([A-Za-z_]\w*)?\s*\[")
 _CLEAR = re.compile(r"\b(?:clear|zero)\s*\(\s*@([A-Za-z_]?\w*)\s*\)")
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[<\"][^>\"\n]*[>\"]", re.MULTILINE)
 _TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
@@ -59,18 +60,36 @@ class Map:
         return self.name or ANONYMOUS
 
 
-def _bare(script: str) -> str:
+def bare(script: str) -> str:
+    """Without comments, and without what stands in texts."""
     return _COMMENT.sub(" ", _TEXT.sub('""', script))
 
 
 def maps(script: str) -> tuple[Map, ...]:
-    """The maps that the script writes, in the order of the text. Deleting and clearing writes nothing."""
-    text = _bare(script)
+    """The maps whose numbers are to be read, in the order of the text: not ``working`` ones, and none of text."""
+    aside = working(script)
+    return tuple(each for each in _written(script) if each.name not in aside)
+
+
+def working(script: str) -> frozenset[str]:
+    """Maps in which the script keeps something between two probes and deletes it itself, as the time of a request.
+
+    They are not printed: bpftrace ends where a key goes while it prints, and what it would show is a moment.
+    """
+    deleted = {name or "" for name in _DELETE.findall(bare(script))}
+    return frozenset(each.name for each in _written(script) if each.kind is Kind.LATEST and each.name in deleted)
+
+
+def _written(script: str) -> tuple[Map, ...]:
+    text = bare(script)
     found: dict[str, Map] = {}
+    texts: set[str] = set()
     for match in _MAP.finditer(text):
         name, index, operator, call = match[1] or "", match[2], match[3], (match[4] or "").replace(" ", "")
         if not operator:
             continue
+        if text.startswith('""', match.end()):
+            texts.add(name)  # of a number there is nothing in it
         if operator in ("++", "+="):
             kind = Kind.COUNTER
         elif operator == "=" and call in _CALLS:
@@ -82,7 +101,7 @@ def maps(script: str) -> tuple[Map, ...]:
             step = _last_number(text[match.end() :])
         if name not in found or found[name].kind is Kind.LATEST:
             found[name] = Map(name, kind, bool(index), step)
-    return tuple(found.values())
+    return tuple(each for name, each in found.items() if name not in texts)
 
 
 def _last_number(text: str) -> int:
@@ -97,7 +116,7 @@ def _last_number(text: str) -> int:
 
 def prints(script: str) -> bool:
     """The script writes lines of its own."""
-    return re.search(r"\b(?:printf|time|cat|join|strftime)\s*\(", _bare(script)) is not None
+    return re.search(r"\b(?:printf|time|cat|join|strftime)\s*\(", bare(script)) is not None
 
 
 def includes(script: str) -> bool:

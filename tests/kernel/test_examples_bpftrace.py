@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from probefleet_agent import bpftrace_programs, engine
-from probefleet_agent.errors import ObjectError
 from probefleet_agent.kernel import bpftrace
 from probefleet_cli import preparation
 from probefleet_cli.failures import BadInput
 from probefleet_cli.sources import Source
 from probefleet_core import catalog
-from probefleet_wire import bpftrace_script
+from probefleet_wire import bpftrace_script, columns
 from probefleet_wire.v1 import stream_pb2
 
-from tests.kernel import examples_runner
+from tests.kernel import examples_runner, policies
 from tests.workloads import run as workloads
 
 CALLS = {"x86_64": 147, "aarch64": 126}[os.uname().machine]  # sched_get_priority_min
@@ -84,18 +83,20 @@ def test_what_cannot_be_is_said_before_a_node_hears_of_it(script: str, words: st
 
 
 def test_a_mistake_has_bpftraces_own_words() -> None:
-    with pytest.raises(ObjectError, match=r"script: bpftrace: .*nonexistent"):
-        bpftrace.Process("tracepoint:syscalls:nonexistent { @a = count(); }", "script")
+    with policies.run(policy("tracepoint:syscalls:nonexistent { @a = count(); }"), ready=False) as run:
+        (status,) = run.measured.statuses()
+    assert status.state == stream_pb2.PolicyStatus.FAILED
+    assert re.search(r"script: bpftrace: .*nonexistent", status.message)
 
 
 def test_a_node_without_bpftrace_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bpftrace.shutil, "which", lambda _: None)
     with pytest.raises(bpftrace.BpftraceUnavailable, match="not installed here; Debian: apt install bpftrace"):
-        bpftrace.Process("BEGIN { }", "script")
+        bpftrace.Process("BEGIN { }")
 
 
 def test_the_process_has_few_rights_and_no_network() -> None:
-    process = bpftrace.Process(bpftrace_script.instrumented(f"{TRACEPOINT} {{ @a = count(); }}"), "script")
+    process = bpftrace.Process(bpftrace_script.instrumented(f"{TRACEPOINT} {{ @a = count(); }}"))
     try:
         status = dict(
             line.split(":\t", 1)
@@ -152,6 +153,80 @@ def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(tmp_path: Path
         bpffs.rmdir()
 
 
+def test_a_script_that_deletes_while_it_counts_goes_on(tmp_path: Path) -> None:
+    """bpftrace ends where it prints a map of which a key goes meanwhile."""
+    script = f"""
+    {TRACEPOINT} /args->policy == 13/ {{ @at[tid, nsecs] = nsecs; @last[tid] = nsecs; }}
+    {TRACEPOINT.replace("enter", "exit")} /@last[tid]/ {{
+        @calls = count(); delete(@at[tid, @last[tid]]); delete(@last[tid]);
+    }}"""
+    path = tmp_path / "script.yaml"
+    path.write_text(yaml.safe_dump(policy(script)))
+    with examples_runner.running(path, instances=1) as run:
+        make_calls(200_003, 13)
+    assert run.rows("script", "calls") == {(): 200_003}
+    assert [each["name"] for each in run.reports["script"]["outputs"]] == ["calls"]
+
+
+def test_a_script_begins_while_the_agent_does_its_other_work() -> None:
+    """Compiling and attaching take seconds. Until the new one counts, the one that it replaces does."""
+    bpffs = Path("/sys/fs/bpf") / f"test-bpftrace-{os.getpid()}"
+    bpffs.mkdir()
+
+    def push(version: int, script: str) -> stream_pb2.Push:
+        (prepared,) = preparation.prepare([Source("script", policy(script))], catalog=catalog.Catalog({}))
+        return stream_pb2.Push(
+            term=1,
+            version=version,
+            plans=[prepared.planned.plan],
+            selections=[stream_pb2.Selection(policy_uid=prepared.policy.uid, everything=True)],
+        )
+
+    def settle(agent: engine.Engine) -> int:
+        """How often it could do something else meanwhile."""
+        turns, rounds = agent.turns, 0
+        while agent.turns == turns:
+            agent.collect(time.time_ns())
+            rounds += 1
+            time.sleep(0.02)  # as a session ticks
+        return rounds
+
+    try:
+        with engine.Engine.open(bpffs=bpffs, stats=False) as agent:
+            agent.hello()
+            agent.apply(push(1, f"{TRACEPOINT} /args->policy == 17/ {{ @calls = count(); }}"), wait=False)
+            (status,) = agent.status().policies
+            assert (status.state, status.reason) == (stream_pb2.PolicyStatus.PENDING, "Starting")
+            assert settle(agent) > 1, "it can do other things meanwhile"
+            (first,) = agent.status().policies
+            assert (first.state, first.reason) == (stream_pb2.PolicyStatus.READY, "")
+            agent.apply(push(2, f"{TRACEPOINT} /args->policy == 17/ {{ @calls = sum(2); }}"), wait=False)
+            (status,) = agent.status().policies
+            assert (status.reason, status.digest) == ("Starting", first.digest)
+            make_calls(23, 17)
+            batch = agent.collect(time.time_ns(), force=True)
+            assert batch is not None
+            assert columns.unpack(batch.tables[0].values, limit=9).tolist() == [23], "the one before counts on"
+            settle(agent)
+            (second,) = agent.status().policies
+            assert second.state == stream_pb2.PolicyStatus.READY and second.digest != first.digest
+            agent.apply(push(3, f"{TRACEPOINT} {{ @calls = count(args->nothing); }}"), wait=False)
+            settle(agent)
+            (failed,) = agent.status().policies
+            assert failed.state == stream_pb2.PolicyStatus.FAILED and "bpftrace" in failed.message
+            assert failed.digest == second.digest, "the last good one stays"
+            agent.apply(push(4, f"{TRACEPOINT} {{ @never = count(); }}"), wait=False)
+            agent.apply(push(5, f"{TRACEPOINT} {{ @other = count(); }}"), wait=False)
+            settle(agent)
+            (last,) = agent.status().policies
+            assert last.state == stream_pb2.PolicyStatus.READY, "one that nobody waits for any more is ended"
+            agent.remove_everything()
+    finally:
+        for path in sorted(bpffs.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        bpffs.rmdir()
+
+
 def test_rows_of_text_are_left_out_and_negative_buckets_are_the_first() -> None:
     spec = bpftrace_script.Map("a", bpftrace_script.Kind.LATEST, True)
     assert bpftrace_programs._rows(spec, "map", {"one": "text", "two": 2}) == [
@@ -168,10 +243,10 @@ def test_rows_of_text_are_left_out_and_negative_buckets_are_the_first() -> None:
 
 
 def test_a_script_that_includes_the_kernels_headers_has_types_and_macros_without_them(tmp_path: Path) -> None:
-    script = f"#include <linux/sched.h>\n{TRACEPOINT} {{ if (args->policy == TASK_RUNNING) {{ @calls = count(); }} }}"
+    script = f"#include <linux/sched.h>\n{TRACEPOINT} /args->policy == TASK_INTERRUPTIBLE/ {{ @calls = count(); }}"
     path = tmp_path / "script.yaml"
     path.write_text(yaml.safe_dump(policy(script)))
     with examples_runner.running(path, instances=1) as run:
-        make_calls(23, 0)
-        make_calls(5, 1)
+        make_calls(23, 1)
+        make_calls(5, 7)
     assert run.rows("script", "calls") == {(): 23}

@@ -36,8 +36,18 @@ def test_maps_are_found_with_their_kinds() -> None:
         "mean": Map("mean", Kind.LATEST, False),
         "all": Map("all", Kind.STATS, True),
         "n": Map("n", Kind.COUNTER, False),
-        "at_start": Map("at_start", Kind.LATEST, True),
     }
+    assert bpftrace_script.working(SCRIPT) == {"at_start"}
+
+
+def test_maps_of_text_and_those_that_a_script_deletes_from_are_its_own_memory() -> None:
+    script = """
+    BEGIN { @names[0] = "zero"; @names[1] = "one"; }
+    kprobe:f { @start[tid] = nsecs; @last[tid] = nsecs; @open[pid]++; }
+    kretprobe:f /@start[tid]/ { printf("%s", @names[0]); delete(@start[tid]); delete(@open[pid]); }
+    """
+    assert [each.name for each in bpftrace_script.maps(script)] == ["last", "open"]
+    assert bpftrace_script.working(script) == {"start"}
 
 
 def test_every_map_is_printed_between_marks() -> None:

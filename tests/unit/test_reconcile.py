@@ -267,3 +267,9 @@ def test_a_program_whose_map_failed_is_tried_so_that_its_failure_has_a_reason() 
     desired = Desired({SLOW: Wanted(NEW, frozenset({SHARED}))}, frozenset({SHARED}))
     assert node.settle(desired) == [[MakeMap(SHARED)], [Load(NEW)]]
     assert node.observed.failed == {NEW}
+
+
+def test_what_begins_is_not_begun_twice_and_ends_when_nobody_wants_it() -> None:
+    begins = Observed(instances={OLD: frozenset()}, bindings={SLOW: OLD}, starting=frozenset({NEW}))
+    assert reconcile.reconcile(Desired({SLOW: Wanted(NEW)}), begins) == []
+    assert reconcile.reconcile(Desired({SLOW: Wanted(OLD)}), begins) == [Remove(NEW)]

@@ -15,15 +15,12 @@ import select
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-from probefleet_agent.errors import ObjectError, UnsupportedFeature
+from probefleet_agent.errors import UnsupportedFeature
 from probefleet_agent.kernel import bcc_headers, btf_kernel
 
-#: An emulated CPU takes tens of seconds to compile a script.
-START_SECONDS = 120.0
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _HEADERS = ("--btf", "--include", str(Path(bcc_headers.__file__).with_name("macros.h")))
@@ -53,19 +50,17 @@ def version() -> str:
 
 
 class Process:
-    """One running script."""
+    """One running script. It starts in its own time; what it says tells how far it is."""
 
-    def __init__(self, script: str, title: str, *, includes: bool = False) -> None:
+    def __init__(self, script: str, *, includes: bool = False) -> None:
         """``includes``: the script named headers. Types come from BTF all the same, macros from those for BCC."""
         program = shutil.which("bpftrace")
         if program is None:
             raise BpftraceUnavailable(
                 "bpftrace", why="it is not installed here; Debian: apt install bpftrace (the agent's image has it)"
             )
-        self.title = title
         self.ended = ""
         self._buffer = b""
-        self._said: list[dict[str, Any]] = []
         self._errors, errors = os.pipe()
         os.set_blocking(self._errors, False)
         try:
@@ -81,11 +76,6 @@ class Process:
             os.close(errors)
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
-        try:
-            self._wait_until_attached()
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def pid(self) -> int:
@@ -94,7 +84,7 @@ class Process:
 
     def messages(self, wait_seconds: float = 0.0) -> list[dict[str, Any]]:
         """What it has said since the last time: ``{"type": "map", "data": {…}}`` and the like, in order."""
-        said, self._said = self._said, []
+        said: list[dict[str, Any]] = []
         assert self._process.stdout is not None
         if wait_seconds:
             select.select([self._process.stdout], [], [], wait_seconds)
@@ -126,17 +116,6 @@ class Process:
         if self._errors >= 0:
             os.close(self._errors)
             self._errors = -1
-
-    def _wait_until_attached(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            said = self.messages(0.2)
-            self._said += said
-            if any(each["type"] == "attached_probes" for each in said):
-                return
-            if self.ended:
-                raise ObjectError(f"{self.title}: bpftrace: {self.ended}")
-        raise ObjectError(f"{self.title}: bpftrace has attached nothing within {START_SECONDS:.0f} s")
 
     def _why_it_ended(self) -> str:
         status = self._process.wait()
