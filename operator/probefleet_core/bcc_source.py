@@ -9,6 +9,7 @@ word.
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
@@ -21,6 +22,8 @@ _INTEGER = re.compile(
     r"(?:(?:un)?signed\s+)?(?:char|short|int|long|long\s+long)(?:\s+int)?|(?:un)?signed|__?[us](?:8|16|32|64)|[us](?:8|16|32|64)"
     r"|u?int(?:8|16|32|64)_t|s?size_t|pid_t|bool"
 )
+_DEFINED = re.compile(r"\bdefined\s*\(?\s*(\w+)\s*\)?")
+_NODES = re.compile(r"CONFIG_|_|LINUX_")
 _PRINT = re.compile(r"\bbpf_trace_printk\s*\(")
 _FUNCTION_MARK = "probefleet_selected"
 
@@ -40,10 +43,42 @@ def without_comments(source: str) -> str:
     return _COMMENT.sub(" ", source)
 
 
+def _active(source: str) -> str:
+    """The text without comments, and without what its own ``#define``s switch off. Where a node decides
+    (``CONFIG_X``, ``__s390x__``, a version), everything stays.
+    """
+    defined: set[str] = set()
+    asked: list[bool | None] = []  # of each open condition: holds, does not, not known here
+    kept = []
+    for line in without_comments(source).split("\n"):
+        directive, _, rest = line.strip().replace("# ", "#").partition(" ")
+        if directive in ("#if", "#ifdef", "#ifndef"):
+            asked.append(_holds(directive, rest, defined))
+        elif directive == "#else" and asked:
+            asked[-1] = None if asked[-1] is None else not asked[-1]
+        elif directive == "#elif" and asked:
+            asked[-1] = None
+        elif directive == "#endif" and asked:
+            asked.pop()
+        elif False not in asked:
+            if directive == "#define" and rest:
+                defined.add(re.split(r"[\s(]", rest.strip(), maxsplit=1)[0])
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def _holds(directive: str, condition: str, defined: Set[str]) -> bool | None:
+    names = _DEFINED.findall(condition) if directive == "#if" else condition.split()[:1]
+    rest = _DEFINED.sub("", condition).replace("||", "").strip() if directive == "#if" else ""
+    if not names or rest or any(_NODES.match(name) for name in names):
+        return None
+    return any(name in defined for name in names) != (directive == "#ifndef")
+
+
 def tables(source: str) -> tuple[Table, ...]:
     """The tables that macros declare, in the order of the source."""
     found = []
-    for kind, inside in _TABLE.findall(without_comments(source)):
+    for kind, inside in _TABLE.findall(_active(source)):
         words = [" ".join(word.split()) for word in inside.split(",")]
         if kind.startswith("TABLE"):
             # BPF_TABLE("hash", key, leaf, name, size)
@@ -67,7 +102,7 @@ def _types(kind: str, words: list[str]) -> tuple[str, str]:
 
 def fields_of(source: str, c_type: str) -> tuple[str, ...] | None:
     """The member names of ``struct x`` or of a typedef'd struct; None for what is no struct in this text."""
-    body = _body(without_comments(source), c_type)
+    body = _body(_active(source), c_type)
     if not body:
         return None
     members = re.findall(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\]\s*)*(?::\s*\d+\s*)?(?=[;,])", body)
@@ -82,8 +117,7 @@ def is_integer(c_type: str) -> bool:
 def numbers_of(source: str, c_type: str) -> tuple[str, ...]:
     """The members of a struct that are one integer each; empty where there is none, or no such struct."""
     fields = fields_of(source, c_type) or ()
-    text = without_comments(source)
-    body = _body(text, c_type)
+    body = _body(_active(source), c_type)
     found = []
     for statement in body.split(";"):
         declared = re.fullmatch(r"\s*(.*?)((?:\b[A-Za-z_]\w*\s*,\s*)*\b[A-Za-z_]\w*)\s*", statement, re.DOTALL)
