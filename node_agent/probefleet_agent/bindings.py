@@ -49,6 +49,7 @@ class Bindings:
         self._marks = marks
         self._symbolizer = symbols.Symbolizer()
         self._rings: dict[tuple[Digest, str], RingReader | KeptRing] = {}
+        self._shared: dict[int, RingReader | KeptRing] = {}  # by the ProbeMap's kernel id
 
     def bind(self, uid: PolicyUid, plan: plan_pb2.Plan, loaded: Loaded) -> None:
         """Make the policy's readers; one that reads a ring on goes on where it was."""
@@ -89,10 +90,16 @@ class Bindings:
         return budgets
 
     def ring(self, digest: Digest, handle: MapHandle) -> RingReader | KeptRing:
-        """The reader of an instance's ring, perf buffer or queue, opened where it is not yet."""
+        """The reader of an instance's ring, perf buffer or queue, opened where it is not yet.
+
+        Of a map that instances share there is one reader: the kernel knows one consumer.
+        """
         key = (digest, handle.name)
         if key not in self._rings:
-            self._rings[key] = _open_ring(handle) if handle.ring is None else handle.ring
+            shared = self._shared.get(handle.info.id) if handle.probe_map_uid else None
+            self._rings[key] = shared or handle.ring or _open_ring(handle)
+            if handle.probe_map_uid:
+                self._shared[handle.info.id] = self._rings[key]
         return self._rings[key]
 
     def feed(self, loaded: Loaded) -> None:
@@ -111,12 +118,12 @@ class Bindings:
             if reader is not None and reader.epoch == epoch and mark.position >= reader.settled.position:
                 reader.settled = mark
                 self._marks.put((uid, output, epoch), mark)
-        for (digest, name), ring in self._rings.items():
+        for ring in set(self._rings.values()):
             everyone = [
                 reader.settled.position
                 for bound in self.bound.values()
                 for reader in bound.events.values()
-                if bound.digest == digest and reader.output.map == name
+                if self._rings.get((bound.digest, reader.output.map)) is ring
             ]
             if everyone and min(everyone) > ring.consumer_position():
                 ring.commit(min(everyone))
@@ -133,13 +140,13 @@ class Bindings:
     def forget(self, digest: Digest) -> None:
         """The instance goes: close its rings."""
         for key in [key for key in self._rings if key[0] == digest]:
-            self._rings.pop(key).close()
+            self._let_go(self._rings.pop(key))
 
     def close(self) -> None:
         """Let go of the rings; what was not acknowledged stays in them."""
-        for ring in self._rings.values():
+        for ring in set(self._rings.values()):
             ring.close()
-        self._rings = {}
+        self._rings, self._shared = {}, {}
 
     def _add_reader(self, bound: Bound, output: plan_pb2.Output, loaded: Loaded, before: Bound | None) -> None:
         handle = loaded.source(output.map)
@@ -147,7 +154,8 @@ class Bindings:
             raise DecodeError(
                 f"output {output.name}: no map {output.map!r}; there is: {', '.join(sorted(loaded.maps))}"
             )
-        if handle.layout is None:
+        layout = loaded.layout(handle, output.record)
+        if layout is None:
             raise DecodeError(f"output {output.name}: nothing describes the entries of map {output.map}")
         if collect.wants_events(output):
             self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
@@ -167,7 +175,7 @@ class Bindings:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
             stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups) if traces else None
         bound.tables[output.name] = collect.TableReader(
-            bound.plan, output, handle.layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline
+            bound.plan, output, layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline
         )
 
     def _add_event_reader(
@@ -175,7 +183,8 @@ class Bindings:
     ) -> None:
         handle = loaded.source(output.map)
         assert handle is not None
-        assert handle.layout is not None
+        layout = loaded.layout(handle, output.record)
+        assert layout is not None
         ring = self.ring(bound.digest, handle)
         joined = loaded.joined.get(bound.plan.policy_uid)
         epoch = f"{handle.epoch}{ring.incarnation if isinstance(ring, KeptRing) else ''}"
@@ -186,7 +195,7 @@ class Bindings:
         if earlier is not None and earlier.epoch != epoch:
             earlier = None
         settled = earlier.settled if earlier else self._marks.get(whose) or _beginning(bound, loaded, ring)
-        reader = collect.EventReader(bound.plan, output, handle.layout, self._book, self.lookups, settled, epoch)
+        reader = collect.EventReader(bound.plan, output, layout, self._book, self.lookups, settled, epoch)
         if earlier:
             reader.go_on(earlier.mark)
             reader.lost_before, reader.dropped_before = earlier.lost_before, earlier.dropped_before
@@ -194,6 +203,11 @@ class Bindings:
             reader.lost_before, reader.dropped_before = ring.lost, ring.dropped
         self._marks.put(whose, settled)
         bound.events[output.name] = reader
+
+    def _let_go(self, ring: RingReader | KeptRing) -> None:
+        if ring not in self._rings.values():
+            ring.close()
+            self._shared = {number: each for number, each in self._shared.items() if each is not ring}
 
     def _drop_marks(self, uid: PolicyUid, bound: Bound, *, but: Set[str]) -> None:
         for name, reader in bound.events.items():

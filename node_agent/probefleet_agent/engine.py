@@ -356,6 +356,7 @@ class Engine:
         before = self._bindings.bound.get(uid)
         loaded = self._installed.loaded[digest]
         failure = self._installed.rewrite(loaded, plan.instance)
+        self._installed.learn_records(loaded, plan)
         if uid in loaded.plans:
             joining.extend(self._root, loaded, plan)
         elif digest not in self._fresh:

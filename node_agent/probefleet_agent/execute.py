@@ -105,7 +105,7 @@ class Executor:
         again.since_ns, again.asked_ns, again.detached = loaded.since_ns, loaded.asked_ns, loaded.detached
         again.gaps, again.plans = list(loaded.gaps), dict(loaded.plans)
         again.joined = joining.passed_on(loaded)
-        again.ways = list(loaded.ways)
+        again.ways, again.record_layouts = list(loaded.ways), dict(loaded.record_layouts)
         return again
 
     def begin_again(self, loaded: Loaded, folder: pins.Folder) -> None:
@@ -497,12 +497,22 @@ def _record_layouts(parsed: BpfObject, chosen: Sequence[plan_pb2.Attachment]) ->
     """How the structs that iterators write are read; as a key too, for a gauge groups by their fields."""
     found: dict[str, Layout] = {}
     for attachment in chosen:
-        record = attachment.iterator.record
-        named = parsed.btf.find(record) if record and parsed.btf else None
-        if named is not None and parsed.btf is not None:
-            fields, size = parsed.btf.layout_of(named), parsed.btf.size_of(named)
-            found[attachment.program] = Layout(fields, size, fields, size)
+        if attachment.iterator.record and (layout := _struct(parsed, attachment.iterator.record)):
+            found[attachment.program] = layout
     return found
+
+
+def record_layout(blob: bytes, title: str, name: str) -> Layout | None:
+    """How records of a struct are read that the object has and no map of it names."""
+    return _struct(_parsed(blob, title), name)
+
+
+def _struct(parsed: BpfObject, name: str) -> Layout | None:
+    named = parsed.btf.find(name) if parsed.btf else None
+    if named is None or parsed.btf is None:
+        return None
+    fields, size = parsed.btf.layout_of(named), parsed.btf.size_of(named)
+    return Layout(fields, size, fields, size)
 
 
 def _take_over_iterators(loaded: Loaded, pinned: pins.Pinned) -> set[int]:

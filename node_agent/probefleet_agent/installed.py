@@ -19,7 +19,7 @@ from probefleet_agent import execute, map_contents, map_growing
 from probefleet_agent.errors import CannotGrow, ProbefleetError
 from probefleet_agent.kernel import bcc, pins
 from probefleet_agent.kernel.spread import Pods
-from probefleet_agent.loaded import Loaded, MapHandle
+from probefleet_agent.loaded import Loaded, MapHandle, record_of
 from probefleet_agent.reconcile import Digest, MapUid
 
 #: An object's bytes after unpacking; the largest catalog object has 60 KB.
@@ -133,6 +133,16 @@ class Installed:
         if instance.WhichOneof("program") == "bcc":
             words |= {"compile_hits": self.compiled.hits, "compile_misses": self.compiled.misses}
         log.info("loaded", digest=digest, title=instance.title, **words)
+
+    def learn_records(self, loaded: Loaded, plan: plan_pb2.Plan) -> None:
+        """How the structs are read that the plan's outputs name, as long as the object is at hand."""
+        blob = self._blobs.get(loaded.instance.object.sha256)
+        for output in plan.outputs:
+            name = record_of(output.record)
+            if blob is None or not output.record or name in loaded.record_layouts:
+                continue
+            if layout := execute.record_layout(blob, loaded.instance.title, output.record):
+                loaded.record_layouts[name] = layout
 
     def rewrite(self, loaded: Loaded, wanted: plan_pb2.Instance) -> Failure | None:
         """Make its maps hold what the policy writes now; why not, where that fails and they hold what they held."""

@@ -113,7 +113,8 @@ class Loaded:
     sections: dict[str, str]
     links: dict[int, links.Link] = field(default_factory=dict)  # by the attachment's number
     followers: following.Followers = field(default_factory=following.Followers)
-    record_layouts: dict[str, Layout] = field(default_factory=dict)  # of iterators that write structs
+    #: Of iterators that write structs, by the program; of structs that an output names (``record_of``).
+    record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
@@ -213,6 +214,10 @@ class Loaded:
                 return MapHandle(name, link.fd, source_info(link.fd, name), self.record_layouts.get(name, LINES))
         return None
 
+    def layout(self, handle: MapHandle, record: str) -> Layout | None:
+        """How a source is read for an output: as itself says, else as the struct is that the output names."""
+        return handle.layout or self.record_layouts.get(record_of(record))
+
     def manifest(self) -> bytes:
         """All that adoption needs."""
         return json.dumps(
@@ -236,6 +241,11 @@ class Loaded:
             },
             separators=(",", ":"),
         ).encode()
+
+
+def record_of(name: str) -> str:
+    """A struct's place among the record layouts; no program has such a name."""
+    return f"struct {name}"
 
 
 def source_info(link: Fd, name: str) -> maps.MapInfo:

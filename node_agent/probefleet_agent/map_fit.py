@@ -15,6 +15,8 @@ from probefleet_agent.kernel import maps
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import FILTER, LOST, MapHandle
 
+_STREAMS = frozenset({MapType.RINGBUF, MapType.PERF_EVENT_ARRAY})
+
 
 def check_budget(
     definitions: Sequence[MapDef], sizes: Mapping[str, int], shared: frozenset[str], budget_bytes: int
@@ -50,6 +52,8 @@ def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandl
     if definition is None:
         raise ObjectError(f"{title} has no map that could be shared under that name")
     info = handle.info
+    if definition.type == info.type and info.type in _STREAMS:
+        return  # what a record is, each program says for itself
     asked = (definition.type, definition.key_bytes, definition.value_bytes)
     same_fields = wanted is None or handle.layout is None or _shape(wanted) == _shape(handle.layout)
     if asked == (info.type, info.key_size, info.value_size) and same_fields:

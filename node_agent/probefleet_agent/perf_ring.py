@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probefleet_agent.kernel import map_storage
+from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.perf import PerfBufferReader
 from probefleet_agent.kernel.rings import Records
 from probefleet_agent.kernel.syscall import MapInfo
@@ -95,11 +96,23 @@ class PerfRing(KeptRing):
 
     def __init__(self, fd: SupportsIndex) -> None:
         super().__init__()
-        self._reader = PerfBufferReader(fd)
+        # The kernel takes the events out again when the descriptor is closed that they were put in by: an instance that
+        # shares the map may go before the others.
+        number = Fd(int(fd), "perf buffer")
+        try:
+            self._fd = number.dup()
+        finally:
+            number.detach()  # the caller's
+        try:
+            self._reader = PerfBufferReader(self._fd)
+        except BaseException:
+            self._fd.close()
+            raise
 
     def close(self) -> None:
         """What was not read is gone."""
         self._reader.close()
+        self._fd.close()
 
     def _fresh(self) -> Sequence[bytes]:
         fresh = self._reader.read()

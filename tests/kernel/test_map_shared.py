@@ -140,3 +140,38 @@ def test_no_output_drains_what_others_pop() -> None:
     manifest = policies.c_policy(source, **{**OUTPUTS, "outputs": outputs})
     with pytest.raises(BadInput, match="reading takes entries out of a queue that other programs use as well"):
         policies.prepare(probe_map("queue", value="u64 n"), manifest)
+
+
+RING_OUTPUT = {"outputs": [{"name": "each", "from": {"map": "both"}, "events": {}}], "interval": "1s"}
+
+
+@pytest.mark.parametrize("kind", ["ringbuf", "perf-event-array"])
+def test_records_of_a_shared_ring_are_read_by_each_policy_once(kind: str) -> None:
+    head = "struct note { u64 n; };\nstruct note *unused __attribute__((unused));\n"
+    made = probe_map(kind, maxEntries=1 << 20 if kind == "ringbuf" else 64)
+    if kind == "ringbuf":
+        ring = "__uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); __type(value, struct note);"
+        put = "bpf_ringbuf_output(&both, &note, sizeof(note), 0);"
+    else:
+        ring = "__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); __uint(key_size, 4); __uint(value_size, 4);"
+        put = "bpf_perf_event_output(ctx, &both, BPF_F_CURRENT_CPU, &note, sizeof(note));"
+    ring = f'struct {{ {ring} }} both SEC(".maps");\n'
+    body = f"{{ struct note note = {{ .n = 1 }}; if (!ours()) return 0; {put} return 0; }}"
+    shared = {**RING_OUTPUT, "maps": OUTPUTS["maps"]}
+    if kind != "ringbuf":
+        shared["outputs"] = [{"name": "each", "from": {"map": "both", "record": "struct note"}, "events": {}}]
+    first = policies.c_policy(f"{head}{ring}ON_CALL {body}", name="first", **shared)
+    on_other = 'SEC("tracepoint/syscalls/sys_enter_sched_get_priority_max") int on_other(void *ctx)'
+    second = policies.c_policy(f"{head}{ring}{on_other} {body}", name="second", **shared)
+    with policies.run(made, first, second) as run:
+        call_getppid(997)
+        priority_max(23)
+        assert [run.output("each", policy)["total"]["value"] for policy in (0, 1)] == [1020, 1020]
+        call_getppid(5)
+        assert [run.output("each", policy)["total"]["value"] for policy in (0, 1)] == [1025, 1025]
+        run.apply(made, second)
+        call_getppid(997)
+        priority_max(7)
+        run.measured.sample_rest()
+        each = run.measured.results()[1].outputs[0]
+        assert each.total.whole == 1032, "the first one has gone, and its program with it"
