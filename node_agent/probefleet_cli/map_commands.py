@@ -56,6 +56,7 @@ class Pinned:
     name: str
     path: Path
     layout: Layout | None
+    of_others: str = ""  #: where its owner pinned it
 
 
 @click.group(name="map")
@@ -133,6 +134,8 @@ def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bo
     if (value is None) != delete:
         raise BadInput("map set wants a VALUE, or --delete")
     found = _find(policy, name, bpffs)
+    if found.of_others:
+        raise BadInput(f"{found.name} is another owner's, pinned at {found.of_others}: Probefleet only reads it")
     layout = found.layout
     if layout is None or not layout.key:
         raise BadInput(f"{found.name} has no key that BTF describes: it cannot be written to by hand")
@@ -142,6 +145,12 @@ def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bo
                 f"{found.name} is of type {map_types.name_of(info.type)}: hashes, arrays and tries are written"
             )
         raw_key = _encoded(layout.key, layout.key_bytes, key, "key")
+        if info.type in map_types.ARRAYS:
+            place = int.from_bytes(raw_key, "little")
+            if place >= info.max_entries:
+                raise BadInput(f"{found.name} has no place {place}: it is an array of {info.max_entries}")
+            if delete:
+                raise BadInput(f"an entry of an array cannot be deleted, but set to zero: {found.name} is one")
         if delete:
             if not syscall.map_delete(fd, raw_key):
                 raise Failure(f"{found.name} has no entry {key}")
@@ -175,13 +184,14 @@ def _pinned(bpffs: Path) -> Iterator[Pinned]:
         owners = tuple(sorted(f"{plan.namespace}/{plan.name}" for plan in plans))
         for path in sorted(folder.glob("map_*")):
             name = path.name.removeprefix("map_").replace("%", ".")
-            if told["shared"].get(name, MARK).startswith(MARK):
-                yield Pinned(owners, name, path, _layout(told["layouts"].get(name)))
+            shared = told["shared"].get(name, MARK)
+            if shared.startswith(MARK):
+                yield Pinned(owners, name, path, _layout(told["layouts"].get(name)), shared.removeprefix(MARK))
     for folder in sorted([*bpffs.glob("probefleet/maps/*"), *bpffs.glob("*/probefleet/maps/*")]):
         told = _manifest(lambda uid, at=folder: pins.root(at.parents[2]).open_map(uid), folder.name)
         if told is not None:
             spec = plan_pb2.ProbeMap.FromString(base64.b64decode(told["spec"]))
-            yield Pinned((f"{spec.namespace}/{spec.name}",), spec.name, folder / "map", _layout(told["layout"]))
+            yield Pinned((f"{spec.namespace}/{spec.name}",), spec.name, folder / "map_map", _layout(told["layout"]))
 
 
 def _manifest(read: Any, name: str) -> dict[str, Any] | None:

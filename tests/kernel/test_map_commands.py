@@ -117,3 +117,75 @@ def test_what_is_wrong_is_said(running: policies.Run, arguments: tuple[str, ...]
     done = CliRunner().invoke(main.machine, ["map", *arguments])
     assert done.exception is not None
     assert re.search(says, str(done.exception)), done.exception
+
+
+WRITTEN = {
+    "HASH": "",
+    "PERCPU_HASH": "",
+    "LRU_HASH": "",
+    "LRU_PERCPU_HASH": "",
+    "ARRAY": "",
+    "PERCPU_ARRAY": "",
+    "LPM_TRIE": "__uint(map_flags, BPF_F_NO_PREALLOC);",
+}
+
+
+def test_every_type_that_user_space_can_write_is_set_typed_by_btf_and_read_by_its_program() -> None:
+    source = """
+struct seen { u64 calls; u16 ports[2]; ipv4_t from; };
+struct prefix { __u32 prefixlen; __be32 address; };
+struct { __uint(type, BPF_MAP_TYPE_QUEUE); __uint(max_entries, 8); __type(value, u64); } waiting SEC(".maps");
+u64 unused = 0;
+"""
+    for kind, more in WRITTEN.items():
+        key = "struct prefix" if kind == "LPM_TRIE" else "u32"
+        parts = f"__uint(type, BPF_MAP_TYPE_{kind}); __uint(max_entries, 8); __type(key, {key}); {more}"
+        source += f'struct {{ {parts} __type(value, struct seen); }} m_{kind.lower()} SEC(".maps");\n'
+    source += "ON_CALL\n{\n\tu32 three = 3;\n\tstruct prefix host = { 32, bpf_htonl(0x0a010203) };\n"
+    source += "\tstruct seen *found;\n\tu64 one = 1;\n\tif (!ours())\n\t\treturn 0;\n"
+    source += "\tunused++;\n\tbpf_map_push_elem(&waiting, &one, 0);\n"
+    for kind in WRITTEN:
+        key = "&host" if kind == "LPM_TRIE" else "&three"
+        source += f"\tfound = bpf_map_lookup_elem(&m_{kind.lower()}, {key});\n\tif (found)\n\t\tfound->calls++;\n"
+    source += "\treturn 0;\n}\n"
+    outputs = [{"name": "calls", "from": {"map": ".bss", "value": "unused"}, "counter": {}}]
+    with policies.run(policies.c_policy(source, name="mine", outputs=outputs, interval="1s")):
+        keys = {kind: "10.0.0.0/8" if kind == "LPM_TRIE" else "3" for kind in WRITTEN}
+        for kind, key in keys.items():
+            command("set", "mine", f"m_{kind.lower()}", key, "{calls: 1000, ports: [80, 443], from: 10.0.0.1}")
+        call_getppid(997)
+        for kind, key in keys.items():
+            (found,) = [each for each in entries(f"m_{kind.lower()}") if str(each["key"]) == key]
+            values = found["value"] if kind.startswith(("PERCPU", "LRU_PERCPU")) else [found["value"]]
+            assert sum(each["calls"] for each in values) == 1000 * len(values) + 997, kind
+            assert all((each["ports"], each["from"]) == ([80, 443], "10.0.0.1") for each in values), kind
+        for kind, key in keys.items():
+            if "ARRAY" not in kind:
+                command("set", "mine", f"m_{kind.lower()}", key, "--delete")
+                assert entries(f"m_{kind.lower()}") == []
+        done = CliRunner().invoke(main.machine, ["map", "set", "mine", "m_array", "3", "--delete"])
+        assert "cannot be deleted, but set to zero" in str(done.exception)
+        done = CliRunner().invoke(main.machine, ["map", "set", "mine", "m_array", "8", "{}"])
+        assert "m_array has no place 8: it is an array of 8" in str(done.exception)
+
+
+def test_a_probe_map_is_dumped_and_set_by_its_own_name() -> None:
+    source = """
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 8); __type(key, u32); __type(value, u64); }
+both SEC(".maps");
+ON_CALL { u32 key = 7; if (ours()) probefleet_add(&both, &key, 1); return 0; }
+"""
+    shared = {
+        "apiVersion": "probefleet.io/v1alpha1",
+        "kind": "ProbeMap",
+        "metadata": {"name": "conns"},
+        "spec": {"type": "hash", "maxEntries": 8, "key": "u32 key", "value": "u64 calls"},
+    }
+    maps_of = [{"name": "both", "share": {"probeMap": "conns"}}]
+    outputs = [{"name": "calls", "from": {"map": "both"}, "topk": {}, "groupBy": ["key"]}]
+    manifest = policies.c_policy(source, name="mine", maps=maps_of, outputs=outputs, interval="1s")
+    with policies.run(shared, manifest) as run:
+        command("set", "conns", "conns", "7", "1000")
+        call_getppid(997)
+        assert command("dump", "default/conns", "conns") == "7: 1997\n"
+        assert run.rows("calls") == {("7",): 1997}

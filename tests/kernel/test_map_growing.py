@@ -379,7 +379,7 @@ def pushed(engine: Engine, version: int, entries: int) -> measurement.Measuremen
     prepared = prepared_for(entries)
     pods = local_pods.find()
     engine.apply(preparation.push(prepared, pods=pods, namespace=None, version=version))
-    return measurement.Measurement(engine, prepared, pods)
+    return measurement.Measurement(engine, prepared, measurement.Nobody())
 
 
 def _die(*_: object, **__: object) -> None:

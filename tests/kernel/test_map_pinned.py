@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from probefleet_agent.kernel import maps, mounts, syscall
 from probefleet_agent.kernel.uapi import MapType
+from probefleet_cli import main
 from probefleet_cli.failures import BadInput
 from probefleet_wire.v1 import stream_pb2
 
@@ -133,3 +135,13 @@ def test_what_does_not_fit_is_said(pinned: tuple[Path, syscall.Fd], source: str,
 def test_wrong_paths_and_fields_are_refused(use: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         policies.prepare(policies.c_policy(READING, maps=[{"name": "theirs", **use}]))
+
+
+def test_a_map_of_others_is_dumped_and_never_set(pinned: tuple[Path, syscall.Fd]) -> None:
+    path, fd = pinned
+    with policies.run(policy(READING, path)):
+        shown = CliRunner().invoke(main.machine, ["map", "dump", "test", "theirs"])
+        assert shown.output == "7: 3\n8: 4\n" or shown.output == "8: 4\n7: 3\n", shown.exception
+        done = CliRunner().invoke(main.machine, ["map", "set", "test", "theirs", "7", "1000"])
+        assert f"theirs is another owner's, pinned at {path}: Probefleet only reads it" in str(done.exception)
+        assert syscall.map_lookup(fd, (7).to_bytes(4, "little"), 8) == (3).to_bytes(8, "little")

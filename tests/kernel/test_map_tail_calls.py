@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import hashlib
 import os
 from typing import Any
 
 import pytest
 from probefleet_agent.kernel import syscall
+from probefleet_cli import preparation
 from probefleet_cli.failures import BadInput
 
 from tests.kernel import policies
@@ -133,6 +136,57 @@ def test_a_chain_ends_at_the_kernels_limit() -> None:
     with policies.run(policy({0: "again"}, CHAIN)) as run:
         call_getppid(23)
         assert calls(run) == {"1": 33 * 23, "2": 23}, "33 jumps an event; then the last one goes on behind its own"
+
+
+def test_programs_of_a_compiled_object_fill_the_slots_and_change_live() -> None:
+    text = policies.HEAD.replace("PID", str(os.getpid())) + BY_NUMBER
+    data = preparation.compile_source(text, "by-number.bpf.c")
+    program = {"object": {"sha256": hashlib.sha256(data).hexdigest(), "inline": base64.b64encode(data).decode()}}
+
+    def by_object(entries: dict[Any, str]) -> dict[str, Any]:
+        made = policy(entries)
+        made["spec"]["program"] = program
+        return made
+
+    with policies.run(by_object({GETPPID: "on_parent", GET_PRIORITY_MAX: "on_priority"})) as run:
+        call_getppid(997)
+        priority_max(23)
+        assert calls(run) == {"1": 997, "2": 23}
+        run.apply(by_object({GETPPID: "on_priority", GET_PRIORITY_MAX: "ignored"}))
+        call_getppid(5)
+        priority_max(7)
+        assert calls(run) == {"1": 997, "2": 28}
+
+
+def chained(programs: int) -> dict[str, Any]:
+    """Each slot's program counts itself and jumps to the next; the last one's slot leads nowhere."""
+    source = CHAIN[: CHAIN.index('SEC("raw_tp") int again')].replace(
+        "__uint(max_entries, 1)", "__uint(max_entries, 40)"
+    )
+    source = source.replace("__uint(max_entries, 4)", "__uint(max_entries, 41)")
+    for number in range(1, programs + 1):
+        source += f"""SEC("raw_tp") int link_{number}(void *ctx)
+{{
+	count({number});
+	bpf_tail_call(ctx, &by_number, {number});
+	count(0);
+	return 0;
+}}
+"""
+    source += CHAIN[CHAIN.index('SEC("raw_tp/sys_enter")') :]
+    made = policy({number - 1: f"link_{number}" for number in range(1, programs + 1)}, source)
+    made["spec"]["outputs"][0]["limit"] = 50
+    return made
+
+
+@pytest.mark.parametrize("programs", [32, 33, 34])
+def test_a_chain_of_programs_goes_as_far_as_the_kernel(programs: int) -> None:
+    with policies.run(chained(programs)) as run:
+        call_getppid(23)
+        rows = {int(key): value for (key,), value in run.rows("calls").items() if value}
+    reached = dict.fromkeys(range(1, min(programs, 33) + 1), 23)
+    # Behind its jump comes the last one that was reached: its slot is empty, or it is the 34th jump.
+    assert rows == {0: 23, **reached}
 
 
 def test_a_jump_to_another_type_of_program_is_refused_before_a_node_hears_of_it() -> None:

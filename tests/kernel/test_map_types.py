@@ -53,10 +53,12 @@ EXPECTED_23 = {(str(key),): 43 + (key < 8) for key in range(23)}  # 997 = 23 × 
         ("ARRAY", "BPF_F_MMAPABLE"),
         ("ARRAY", "BPF_F_RDONLY"),
         ("HASH", "BPF_F_NUMA_NODE"),
+        ("LRU_HASH", "BPF_F_NUMA_NODE"),
+        ("PERCPU_ARRAY", ""),
     ],
 )
 def test_flags_reach_the_kernel_and_counts_are_exact(kind: str, flags: str) -> None:
-    entries = 23 if kind == "ARRAY" else 4096
+    entries = 23 if "ARRAY" in kind else 4096
     more = f"__uint(map_flags, {flags}); " if flags else ""
     more += "__uint(numa_node, 0); " if "NUMA" in flags else ""
     source = table(kind, entries, "u32", "u64", "counts", more) + COUNT_BY_23

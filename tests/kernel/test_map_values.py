@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from probefleet_agent.kernel import maps, syscall
 from probefleet_cli.failures import BadInput
+from probefleet_wire.map_types import Flag
 
 from tests.kernel import policies
 from tests.kernel.support import call_getppid
@@ -165,6 +166,115 @@ ON_CALL
     with policies.run(policies.c_policy(source, maps=written, outputs=outputs, interval="1s")) as run:
         call_getppid(997)
         assert run.rows("calls")[("1",)] == 1000 * maps.possible_cpus() + 997
+
+
+KINDS = {
+    "HASH": "",
+    "PERCPU_HASH": "",
+    "LRU_HASH": "",
+    "LRU_PERCPU_HASH": "",
+    "ARRAY": "",
+    "PERCPU_ARRAY": "",
+    "LPM_TRIE": "__uint(map_flags, BPF_F_NO_PREALLOC);",
+}
+
+
+def test_values_of_every_type_that_takes_them_change_live() -> None:
+    """Each map's program adds one to what the policy wrote: a changed value begins anew, one that stays counts on."""
+    source = "struct prefix { __u32 prefixlen; __be32 address; };\n"
+    for kind, more in KINDS.items():
+        key = "struct prefix" if kind == "LPM_TRIE" else "u32"
+        parts = f"__uint(type, BPF_MAP_TYPE_{kind}); __uint(max_entries, 8); __type(key, {key}); {more}"
+        source += f'struct {{ {parts} __type(value, u64); }} m_{kind.lower()} SEC(".maps");\n'
+    source += "ON_CALL\n{\n\tstruct prefix host = { 32, bpf_htonl(0x0a010203) };\n\tu32 key = 3;\n\tu64 *found;\n"
+    source += "\tif (!ours())\n\t\treturn 0;\n"
+    for kind in KINDS:
+        key = "&host" if kind == "LPM_TRIE" else "&key"
+        source += f"\tfound = bpf_map_lookup_elem(&m_{kind.lower()}, {key});\n\tif (found)\n\t\t*found += 1;\n"
+    source += "\treturn 0;\n}\n"
+    outputs = [
+        {"name": kind.lower().replace("_", "-"), "from": {"map": f"m_{kind.lower()}"}, "gauge": {"merge": "max"}}
+        for kind in KINDS
+    ]
+
+    def writing(value: int, other: int) -> dict[str, Any]:
+        def entries(kind: str) -> list[dict[str, Any]]:
+            keys = ("10.0.0.0/8", "192.0.2.0/24") if kind == "LPM_TRIE" else (3, 4)
+            return [{"key": key, "value": each} for key, each in zip(keys, (value, other), strict=True)]
+
+        written = [{"name": f"m_{kind.lower()}", "values": entries(kind)} for kind in KINDS]
+        return policies.c_policy(source, maps=written, outputs=outputs, interval="1s")
+
+    def held(run: policies.Run) -> dict[str, dict[str, int]]:
+        run.measured.sample_rest()
+        found: dict[str, dict[str, int]] = {}
+        for kind in KINDS:
+            (pin,) = policies.folder().glob(f"probefleet/instances/*/map_m_{kind.lower()}")
+            with syscall.obj_get(str(pin)) as fd:
+                keys, values = maps.read(fd, maps.info(fd))
+            totals = values.reshape(len(values), -1).view("<u8").sum(axis=1).tolist()
+            found[kind] = {bytes(key).hex(): total for key, total in zip(keys, totals, strict=True) if total}
+        return found
+
+    def wanted(value: int, other: int, calls: int) -> dict[str, dict[str, int]]:
+        each_kind: dict[str, dict[str, int]] = {}
+        for kind in KINDS:
+            cpus = maps.possible_cpus() if "PERCPU" in kind else 1
+            keys = ("080000000a000000", "18000000c0000200") if kind == "LPM_TRIE" else ("03000000", "04000000")
+            each_kind[kind] = {keys[0]: value * cpus + calls, keys[1]: other * cpus}
+        return each_kind
+
+    with policies.run(writing(1000, 7)) as run:
+        call_getppid(997)
+        assert held(run) == wanted(1000, 7, 997)
+        run.apply(writing(1000, 9))
+        call_getppid(23)
+        assert held(run) == wanted(1000, 9, 1020), "an entry that the edit leaves alone counts on"
+        run.apply(writing(2000, 9))
+        call_getppid(5)
+        assert held(run) == wanted(2000, 9, 5)
+
+
+@pytest.mark.parametrize("kind", ["HASH", "ARRAY"])
+def test_a_map_that_programs_may_only_read_is_filled_by_the_policy(kind: str) -> None:
+    source = f"""
+struct {{ __uint(type, BPF_MAP_TYPE_{kind}); __uint(max_entries, 4); __uint(map_flags, BPF_F_RDONLY_PROG);
+	__type(key, u32); __type(value, u64); }} step SEC(".maps");
+u64 sum = 0;
+ON_CALL
+{{
+	u32 key = 3;
+	u64 *found = bpf_map_lookup_elem(&step, &key);
+	if (ours() && found)
+		sum += *found;
+	return 0;
+}}
+"""
+    outputs = [{"name": "sum", "from": {"map": ".bss", "value": "sum"}, "counter": {}}]
+
+    def writing(value: int) -> dict[str, Any]:
+        written = [{"name": "step", "values": [{"key": 3, "value": value}]}]
+        return policies.c_policy(source, maps=written, outputs=outputs, interval="1s")
+
+    with policies.run(writing(23)) as run:
+        call_getppid(997)
+        run.apply(writing(1))
+        call_getppid(5)
+        assert run.output("sum")["total"]["value"] == 997 * 23 + 5
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_step")
+        with syscall.obj_get(str(pin)) as fd:
+            assert maps.info(fd).flags & Flag.RDONLY_PROG
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [("BPF_F_RDONLY", "keeps user space from writing"), ("BPF_F_WRONLY_PROG", "programs may not read")],
+)
+def test_a_map_that_its_flags_close_takes_no_values(flag: str, says: str) -> None:
+    source = COUNT.replace("__uint(max_entries, 4);", f"__uint(max_entries, 4); __uint(map_flags, {flag});")
+    manifest = policies.c_policy(source, maps=[rules((1, {"bucket": 1}))], **COUNTS)
+    with pytest.raises(BadInput, match=says):
+        policies.prepare(manifest)
 
 
 WRONG: list[tuple[list[dict[str, Any]], str]] = [
