@@ -19,7 +19,8 @@ from probefleet_agent import execute, map_growing
 from probefleet_agent.engine import Engine
 from probefleet_agent.errors import KernelError, ObjectError
 from probefleet_agent.kernel import maps, mounts, pins, syscall
-from probefleet_cli import local_pods, measurement, preparation
+from probefleet_cli import local_pods, preparation
+from probefleet_core import aggregate, result
 from probefleet_wire.v1 import stream_pb2
 
 from tests.kernel import policies
@@ -374,12 +375,19 @@ def prepared_for(entries: int) -> list[preparation.Prepared]:
     return policies.prepare(probe_map(entries=entries), writer(), filler())
 
 
-def pushed(engine: Engine, version: int, entries: int) -> measurement.Measurement:
-    """The engine with both policies, and an aggregate that knows nothing yet."""
-    prepared = prepared_for(entries)
-    pods = local_pods.find()
-    engine.apply(preparation.push(prepared, pods=pods, namespace=None, version=version))
-    return measurement.Measurement(engine, prepared, measurement.Nobody())
+def pushed(engine: Engine, version: int, entries: int) -> None:
+    """Both policies, with a ProbeMap of this size."""
+    engine.apply(preparation.push(prepared_for(entries), pods=local_pods.find(), namespace=None, version=version))
+
+
+def measured(engine: Engine) -> result.Result:
+    """What an operator that knows nothing yet makes of the first policy."""
+    merged = aggregate.Aggregate(result.PolicyFacts.of(prepared_for(SMALL)[0].planned.plan))
+    engine.hello()
+    batch = engine.collect(time.time_ns(), force=True)
+    assert batch is not None
+    merged.apply("here", 1, batch, time.time_ns())
+    return merged.result(time.time_ns(), selected_nodes=frozenset({"here"}), names=local_pods.LocalPods().name_of)
 
 
 def _die(*_: object, **__: object) -> None:
@@ -442,17 +450,17 @@ def test_an_agent_killed_at_any_step_has_grown_the_map_or_not(folder: Path) -> N
             total += 23
             assert entries_of(engine) == {7: total, **FILLED}, step
             version += 1
-            measured = pushed(engine, version, 2 * entries)
+            pushed(engine, version, 2 * entries)
             entries *= 2
             call_getppid(5)
             total += 5
             assert entries_of(engine) == {7: total, **FILLED}, step
             assert engine.status().probe_maps[0].max_entries == entries
-            measured.sample_rest()
-            report = measured.reports()[0]
-            rows = {tuple(row["key"]): row["value"] for row in report["outputs"][0]["total"]["rows"]}
-            assert rows[("7",)] == total, step
-            why = [gap.why for gap in measured.results()[0].gaps]
+            found = measured(engine)
+            (output,) = found.outputs
+            rows = dict(zip(output.total.labels, output.total.values[:, 0].tolist(), strict=True))
+            assert {str(key[0]): value for key, value in rows.items()}["7"] == total, (step, rows)
+            why = [gap.why for gap in found.gaps]
             assert why[-1].endswith("62 were handed over"), why
             if not decided and step != "one program is detached":
                 assert why[-2] == "the agent ended while it let a shared map grow, which it then gave up", why
