@@ -104,7 +104,7 @@ test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 test-vm: setup test-packages ## the same in a virtual machine with kprobes
 	@tests/kernel/vm fetch $(VM_SUITE)
 	@$(MAKE) -s -C tests/workloads
-	@tests/kernel/vm run $(VM_SUITE) --seconds 900 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
+	@tests/kernel/vm run $(VM_SUITE) --seconds 1500 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
 		tests/kernel/vm_only tests/kernel/test_links.py $(wildcard tests/kernel/test_catalog_*.py) \
 		tests/kernel/test_cli_run.py::test_a_run_counts_a_workload_exactly
 scale: setup ## one operator under 5,000 simulated agents, about three minutes

@@ -86,7 +86,6 @@ static __always_inline void note(cgroup_id_t cgroup, const struct sock_common *c
 		probefleet_map_ipv4(event->remote, BPF_CORE_READ(common, skc_daddr));
 	}
 	event->local_port = BPF_CORE_READ(common, skc_num);
-	/* Of a request only the pair is set (ir_rmt_port); both have it. */
 	event->remote_port = bpf_ntohs(BPF_CORE_READ(common, skc_dport));
 	event->cgroup = cgroup;
 

@@ -62,12 +62,19 @@ def wire(attachment: catalog.Attachment) -> plan_pb2.Attachment:
 
 def ways(probe: catalog.Probe, prefer: str = "") -> tuple[catalog.Attachment, ...]:
     """Of each alternative the first way that this kernel has, or that whose programs end so, or which is called so."""
+    return tuple(each for each in probe.attachments() if each.program in _chosen(probe.name, prefer))
+
+
+@functools.cache
+def _chosen(name: str, prefer: str) -> frozenset[str]:
+    """The programs. Whether a function can be traced is dear to ask, in an emulated machine by seconds."""
+    probe = the_catalog().probes[name]
     preferred = sorted(
         probe.attachments(), key=lambda each: bool(prefer) and prefer != each.way and not each.program.endswith(prefer)
     )
     asked = [wire(each) for each in preferred]
-    chosen = {each.program for each in agents_ways.choose(asked, [links.supported(each) for each in asked], probe.name)}
-    return tuple(each for each in preferred if each.program in chosen)
+    found = agents_ways.choose(asked, [links.supported(each) for each in asked], name)
+    return frozenset(each.program for each in found)
 
 
 class Running:
