@@ -21,15 +21,14 @@ def choose(
 ) -> list[plan_pb2.Attachment]:
     """Those to attach, in the plan's order; the refusal of the first that cannot be done without."""
     taken: dict[str, str] = {}
-    failures: dict[str, list[str]] = {}
+    failures: dict[str, dict[str, list[str]]] = {}
     for group, way in dict.fromkeys(_way(each) for each in attachments if each.alternative):
-        needed = [
-            f"{each.program}: {refusal}"
-            for each, refusal in zip(attachments, refusals, strict=True)
-            if _way(each) == (group, way) and refusal is not None and not each.optional
-        ]
-        failures.setdefault(group, []).extend(needed)
-        if not needed:
+        whole, reasons = True, failures.setdefault(group, {})
+        for each, refusal in zip(attachments, refusals, strict=True):
+            if _way(each) == (group, way) and refusal is not None and not each.optional:
+                whole = False
+                reasons.setdefault(str(refusal), []).append(each.program)
+        if whole:
             taken.setdefault(group, way)
     chosen = []
     for each, refusal in zip(attachments, refusals, strict=True):
@@ -39,9 +38,10 @@ def choose(
             chosen.append(each)
         elif not each.optional:
             raise refusal
-    for group, words in failures.items():
+    for group, reasons in failures.items():
         if group not in taken:
-            raise UnsupportedFeature(f"any way to {group} of {title}", why="; ".join(words))
+            words = [f"{', '.join(programs)}: {reason}" for reason, programs in reasons.items()]
+            raise UnsupportedFeature(f"way for {group} of {title}", why="; ".join(words))
     return chosen
 
 

@@ -47,10 +47,12 @@ def test_a_program_without_a_way_is_one_of_its_own() -> None:
 
 
 def test_where_no_way_is_there_each_says_why() -> None:
+    reasons = [NoSuchTarget("tracepoint sock_send_length")] * 2 + [UnsupportedFeature("fentry")] * 3
     with pytest.raises(UnsupportedFeature) as error:
-        chosen("sent_typed", "received")
-    assert "any way to traffic of catalog/traffic" in str(error.value)
-    assert "sent_typed: " in str(error.value) and "received: " in str(error.value)
+        ways.choose(ALL[:5], reasons, "catalog/traffic")
+    said = str(error.value)
+    assert said.startswith("this kernel has no way for traffic of catalog/traffic: sent_typed, received_typed: ")
+    assert "; sent, received: this kernel has no fentry" in said
 
 
 def test_what_cannot_be_done_without_is_refused_with_its_own_reason() -> None:
