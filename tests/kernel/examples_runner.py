@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from probefleet_agent.kernel import features
+
+from tests.kernel import command_line
 
 BPFFS = Path("/sys/fs/bpf")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,7 +27,7 @@ SECONDS = 600
 class Run:
     """One `probefleet run`; its reports by the policy's name, once it has ended."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: command_line.Started) -> None:
         self.process = process
         self.reports: dict[str, dict[str, Any]] = {}
 
@@ -73,8 +75,10 @@ class Run:
 def running(*files: Path | str, links: int = 0, instances: int = 0, arguments: Sequence[str] = ()) -> Iterator[Run]:
     """Start it and wait until so many programs are attached; leaving ends it and reads the reports."""
     paths = [str(EXAMPLES / file) if isinstance(file, str) else str(file) for file in files]
-    command = [sys.executable, "-m", "probefleet_cli.main", "run", *paths, "--output", "json", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if links and not features.perf_link():
+        # Before Linux 5.15 most links cannot be pinned; an instance has its name once all of its are made.
+        links, instances = 0, sum(Path(path).read_text().count("\nkind: ProbePolicy") for path in paths) or 1
+    process = command_line.start("run", *paths, "--output", "json", *arguments)
     run = Run(process)
     try:
         deadline = time.monotonic() + SECONDS
@@ -88,9 +92,4 @@ def running(*files: Path | str, links: int = 0, instances: int = 0, arguments: S
             run.end()
         assert not run.pins.exists(), "nothing is left"
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            stream.close()
+        process.close()

@@ -63,10 +63,15 @@ def _include() -> tuple[Path, ...]:
 @functools.cache
 def compile_object(source: str, prelude: bool = True) -> bytes:
     """C in, the bytes of a BPF object out."""
+    return clang_object((PRELUDE if prelude else "") + source)
+
+
+def clang_object(text: str) -> bytes:
+    """What clang makes of this text."""
     machine = {"x86_64": "x86", "aarch64": "arm64"}[os.uname().machine]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"test_{hashlib.sha256(source.encode()).hexdigest()[:8]}.bpf.c"
-        path.write_text((PRELUDE if prelude else "") + source)
+        path = Path(folder) / f"test_{hashlib.sha256(text.encode()).hexdigest()[:8]}.bpf.c"
+        path.write_text(text)
         includes = [f"-I{each}" for each in _include()]
         command = ["clang", "-g", "-O2", "-Wall", "-target", "bpf", f"-D__TARGET_ARCH_{machine}", *includes]
         done = subprocess.run([*command, "-c", str(path), "-o", f"{path}.o"], capture_output=True, text=True)

@@ -8,7 +8,8 @@ exit status, and whatever it wrote to $VM_OUT. Called by hand, by make, and by p
 qemu emulates two CPUs; the host's whole file system is the guest's, read only, under a layer of memory, so
 the command sees the same project, interpreter and libraries, and its changes end with the guest. /tmp and
 /run are empty there. stdout and stderr travel over virtio ports, byte by byte as they were written; the
-kernel's console is kept aside and shown only when the guest fails.
+kernel's console is kept aside and shown only when the guest fails. Over a third port the command may ask the
+host (`vm_questions`), where the caller has somebody to answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import BinaryIO
 if not __package__:  # started as a program, by a python3 that does not know where the project lies
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.kernel import vm_kernels
+from tests.kernel import vm_kernels, vm_questions
 
 VmError = vm_kernels.VmError
 
@@ -78,13 +79,14 @@ def run(
     environment: Mapping[str, str] | None = None,
     stdout: BinaryIO | None = None,
     stderr: BinaryIO | None = None,
+    answer: Callable[[bytes], bytes] | None = None,
 ) -> Completed:
     """Boot `kernel` (a suite, or the start of a release), run `argv` in `cwd` as root, and power off.
 
     Files that the command writes to $VM_OUT appear in `out` at once. `environment` is added to PATH, HOME and
     VM (the guest's release, so that a program knows where it is). `stdout` and `stderr` receive the output as
-    it comes; it is returned whole in any case. Raises VmTimeoutError after `seconds`, VmError when the guest
-    ends without a status.
+    it comes; it is returned whole in any case. `answer` is called, in a thread, with what programs in the guest
+    ask by `vm_questions.ask`. Raises VmTimeoutError after `seconds`, VmError when the guest ends without a status.
     """
     chosen = vm_kernels.find(kernel)
     vm_kernels.require("qemu-system-x86_64", "cpio", "busybox", "modprobe")
@@ -99,7 +101,10 @@ def run(
             name: stack.enter_context(_Stream(sink))
             for name, sink in (("out", stdout), ("err", stderr), ("console", None))
         }
-        guest = stack.enter_context(_Guest(_command(chosen, memory, job=job, out=out, streams=streams), streams))
+        if answer is not None:
+            stack.enter_context(vm_questions.answered(job / "questions", answer))
+        command = _command(chosen, memory, job=job, out=out, streams=streams, questions=answer is not None)
+        guest = stack.enter_context(_Guest(command, streams))
         late = guest.wait(seconds, started=job / "started")
         text = {name: stream.text() for name, stream in streams.items()}
         status = job / "status"
@@ -210,7 +215,13 @@ def _write_job(
 
 
 def _command(
-    kernel: vm_kernels.Kernel, memory: str, *, job: Path, out: Path, streams: Mapping[str, _Stream]
+    kernel: vm_kernels.Kernel,
+    memory: str,
+    *,
+    job: Path,
+    out: Path,
+    streams: Mapping[str, _Stream],
+    questions: bool = False,
 ) -> list[str]:
     """The qemu command line."""
     shares = {
@@ -238,6 +249,9 @@ def _command(
             f"file,id={name},path=/dev/fdset/{port},append=on",
         ]
         command += ["-device", f"virtserialport,nr={port},chardev={name},name={name}"]
+    if questions:
+        command += ["-chardev", f"socket,id=questions,path={job / 'questions'}"]
+        command += ["-device", "virtserialport,nr=3,chardev=questions,name=questions"]
     for tag, (path, options) in shares.items():
         command += ["-fsdev", f"local,id={tag},path={path},security_model=none{options}"]
         command += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import pytest
 import yaml
 from probefleet_agent.kernel import features
 
+from tests.kernel import command_line
 from tests.workloads import run as workloads
 
 BPFFS = Path("/sys/fs/bpf")
@@ -108,29 +107,25 @@ def policy(path: Path, program: dict[str, Any], **spec: Any) -> Path:
 
 
 @contextmanager
-def running(file: Path, *, links: int) -> Iterator[subprocess.Popen[str]]:
+def running(file: Path, *, links: int) -> Iterator[command_line.Started]:
     """`probefleet run FILE`, once it has attached all its programs."""
-    command = [sys.executable, "-m", "probefleet_cli.main", "run", str(file), "--output", "json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = command_line.start("run", str(file), "--output", "json")
     try:
         pins = BPFFS / f"probefleet-run-{process.pid}" / "probefleet" / "instances"
         deadline = time.monotonic() + SECONDS
-        # bpffs tells nobody of new names. A name without digits in front is still being built.
-        while len(list(pins.glob("[0-9a-f]*/link_*"))) < links:
+        # bpffs tells nobody of new names. A name without digits in front is still being built. Before Linux 5.15 there
+        # are no links to pin.
+        name, least = ("link_*", links) if features.perf_link() else ("manifest", 1)
+        while len(list(pins.glob(f"[0-9a-f]*/{name}"))) < least:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "it did not attach"
             time.sleep(0.05)
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            stream.close()
+        process.close()
 
 
-def report_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+def report_of(process: command_line.Started) -> dict[str, Any]:
     """End it as a user does, and take its report."""
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=SECONDS)

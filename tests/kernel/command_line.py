@@ -1,0 +1,111 @@
+"""`probefleet …` started by a test, as a user starts it; in an emulated machine as a fork of the test's own process.
+
+Python takes 15 s on an emulated CPU to start and to import the command; a fork has done that already, and is a process
+like any other: its own pid, its own signals, its own output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+
+from tests.kernel import vm_questions
+
+
+class Process:
+    """What `subprocess.Popen` would be, as far as tests of the command need it."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.returncode: int | None = None
+        # Closed by close(), as the process is ended by it.
+        self._files = tuple(tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self._become(arguments)
+        self._ended = os.pidfd_open(self.pid)
+
+    def _become(self, arguments: Sequence[str]) -> None:
+        """In the fork: `probefleet`, with nothing of pytest's but the memory."""
+        status = 1
+        with contextlib.suppress(BaseException):
+            for number, file in enumerate(self._files, start=1):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            warnings.resetwarnings()
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+            sys.argv = ["probefleet", *arguments]
+            from probefleet_cli import main
+
+            status = main.main()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+    def poll(self) -> int | None:
+        """Its exit status, if it has ended."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it has ended."""
+        if self.poll() is None and not select.select([self._ended], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("probefleet", timeout or 0)
+        status = self.poll()
+        assert status is not None
+        return status
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it printed, once it has ended."""
+        self.wait(timeout)
+        for each in self._files:
+            each.seek(0)
+        said, errors = (each.read().decode() for each in self._files)
+        return said, errors
+
+    def send_signal(self, number: int) -> None:
+        """As `kill` does."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """End it, if it has not ended, and keep nothing of it."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+        os.close(self._ended)
+        for each in self._files:
+            each.close()
+
+
+class _Command(subprocess.Popen[str]):
+    def close(self) -> None:
+        """End it, if it has not ended, and keep nothing of it."""
+        if self.poll() is None:
+            self.kill()
+        self.wait()
+        for stream in (self.stdout, self.stderr):
+            assert stream is not None
+            stream.close()
+
+
+Started = Process | _Command
+
+
+def start(*arguments: str) -> Started:
+    """`probefleet` with these arguments, running."""
+    if vm_questions.there():
+        return Process(arguments)
+    command = [sys.executable, "-m", "probefleet_cli.main", *arguments]
+    return _Command(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
