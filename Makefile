@@ -9,7 +9,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest -q
 CLUSTER := tests/cluster/cluster
-# The kernel of which `make test` boots a virtual machine: Debian 12's own, with kprobes.
+# Linux 5.10, 6.1, 6.12 and the newest. `make test` boots this one of them in a virtual machine.
+KERNELS := bullseye bookworm bookworm-backports sid
 VM_SUITE ?= bookworm
 # Pure modules: their branch coverage is held at 95 %, each by itself.
 PURE := $(addprefix probefleet_core.,policy planner placement aggregate report) \
@@ -101,12 +102,9 @@ test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel
 	echo "== test-vm"; cat build/test-vm.log; exit $$((e2e | vm))
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
-test-vm: setup test-packages ## the same in a virtual machine with kprobes
-	@tests/kernel/vm fetch $(VM_SUITE)
+test-vm: setup test-packages ## what docs/kernels.md says of one of its kernels; VM_SUITE=sid takes another
 	@$(MAKE) -s -C tests/workloads
-	@tests/kernel/vm run $(VM_SUITE) --seconds 1500 -- $(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider \
-		tests/kernel/vm_only tests/kernel/test_links.py $(wildcard tests/kernel/test_catalog_*.py) \
-		tests/kernel/test_cli_run.py::test_a_run_counts_a_workload_exactly
+	@$(PYTHON) -m tests.kernel.matrix run $(VM_SUITE)
 scale: setup ## one operator under 5,000 simulated agents, about three minutes
 	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run
 record: setup test-packages ## take the recorded frames of tests/recordings anew, on this machine's kernel
@@ -115,6 +113,14 @@ record: setup test-packages ## take the recorded frames of tests/recordings anew
 test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
 	@tests/kernel/vm fetch $(VM_SUITE)
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q tests/e2e)
+
+.PHONY: test-kernels record-kernels test-all
+test-kernels: setup test-packages ## the same of all: Linux 5.10, 6.1, 6.12 and the newest, and this machine's
+	@$(MAKE) -s -C tests/workloads
+	@$(PYTHON) -m tests.kernel.matrix run here $(KERNELS)
+record-kernels: venv ## what test-kernels saw last becomes the table of docs/kernels.md
+	@$(PYTHON) -m tests.kernel.matrix record
+test-all: check test-kernel test-kernels test-e2e test-foreign ## everything there is, on every kernel; hours
 
 .PHONY: test-foreign
 # Programs that nobody here wrote, unchanged: Debian's bpfcc-tools and bpftrace, as policies on Linux 6.12.

@@ -266,8 +266,6 @@ class _Follower:
                 state.spoil(each)
             if it.src != FROM_HELPER or it.imm in _CALL_BACK:
                 state.changed({ANY})
-                if any(FRAME in each.may for each in arguments):  # a function may write below the pointer as well
-                    state.slots.clear()
             state.changed({name for each in arguments for name in each.pointed("map")})
             if it.src == FROM_FUNCTION:  # it may give a pointer to a value of any map back
                 result = Value("unknown", may=frozenset({f"entry {ANY}"}))

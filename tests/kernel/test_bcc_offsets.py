@@ -1,7 +1,8 @@
 """BCC's trap: clang lays structs out for this machine, BPF's back end for BPF. They have to agree, member by member.
 
 For every struct that programs commonly read, BCC compiles the address of every member (bit-fields have none), and the
-offset in the instructions is compared with this kernel's BTF. Runs on any kernel that has BTF, also in a VM.
+offset in the instructions is compared with this kernel's BTF; or with another's: a compiler sees nothing of a kernel
+but its types, so PROBEFLEET_TEST_BTF=FILE asks the same of a kernel that is not running.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from probefleet_agent.kernel import bcc
+from probefleet_agent.kernel import bcc, btf_kernel
 from probefleet_wire import btf_c
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_types import Kind, Struct, Union
 
 HEADERS = Path(f"/tmp/probefleet-test-headers-{os.getuid()}")
-VMLINUX = Path("/sys/kernel/btf/vmlinux")
+VMLINUX = Path(os.environ.get("PROBEFLEET_TEST_BTF") or btf_kernel.file())
 STRUCTS = """
 task_struct sock sock_common inet_sock inet_connection_sock tcp_sock udp_sock unix_sock socket inode file dentry qstr
 path vfsmount super_block address_space page folio sk_buff request bio gendisk block_device net_device net
@@ -64,6 +65,8 @@ def result_of(code: bytes) -> int:
     raise AssertionError("no exit")
 
 
+@pytest.mark.of_types
+@pytest.mark.shows("besides/bcc-offsets")
 def test_every_member_lies_where_btf_says(btf: Btf) -> None:
     wanted: dict[str, int] = {}
     lines = []
@@ -81,7 +84,7 @@ def test_every_member_lies_where_btf_says(btf: Btf) -> None:
     # BCC takes a limited source at a time.
     for start in range(0, len(lines), 700):
         source = "\n".join(line.partition(" //")[0] for line in lines[start : start + 700])
-        program = bcc.compile(source, headers_root=HEADERS, timeout_seconds=400)
+        program = bcc.compile(source, headers_root=HEADERS, vmlinux=VMLINUX, timeout_seconds=400)
         found = {function.name: result_of(function.instructions) for function in program.functions}
         assert len(found) == len(lines[start : start + 700])
         wrong += [
@@ -92,13 +95,15 @@ def test_every_member_lies_where_btf_says(btf: Btf) -> None:
     assert wrong == []
 
 
+@pytest.mark.of_types
+@pytest.mark.shows("besides/bcc-offsets")
 def test_sizes_agree_too(btf: Btf) -> None:
     """An array of structs steps by their size: also what BPF's back end computes."""
     sizes = {name: btf.size_of(type_id) for name in STRUCTS if (type_id := btf.find(name, Kind.STRUCT))}
     source = "\n".join(
         f"u64 s_{name}(struct {name} *p) {{ return (u64)(p + 1); }}" for name, size in sizes.items() if size
     )
-    program = bcc.compile(source, headers_root=HEADERS, timeout_seconds=400)
+    program = bcc.compile(source, headers_root=HEADERS, vmlinux=VMLINUX, timeout_seconds=400)
     found = {function.name.removeprefix("s_"): result_of(function.instructions) for function in program.functions}
     assert found == {name: size for name, size in sizes.items() if size}
 

@@ -39,6 +39,7 @@ def transfers(probe: Running, cgroup: Path | None = None) -> dict[str, tuple[int
 # filetop
 
 
+@pytest.mark.shows("probe/filetop")
 def test_997_reads_and_23_writes_of_a_file(web: Path, tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(bytes(997 * 101))
@@ -155,6 +156,7 @@ def pages(probe: Running, cgroup: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("what", ["block device", "file"])
+@pytest.mark.shows("probe/cachestat")
 def test_997_pages_that_are_not_there_are_misses_and_then_hits(web: Path, tmp_path: Path, what: str) -> None:
     with disk(997, mounted=tmp_path / "disk" if what == "file" else None) as path:
         forget(path)

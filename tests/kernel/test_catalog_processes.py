@@ -34,6 +34,7 @@ def web() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("way", ["btf", "raw"])
+@pytest.mark.shows("probe/execsnoop")
 def test_23_execs_are_counted_and_recorded_with_their_arguments(web: Path, way: str) -> None:
     with run.start("execs", 23, "--failing", 5, cgroup=web) as workload, Running("execsnoop", prefer=way) as probe:
         workload.go()
@@ -76,6 +77,7 @@ def test_a_full_ring_loses_records_but_no_count(web: Path) -> None:
         assert ring_full + submitted >= 23
 
 
+@pytest.mark.shows("probe/opensnoop")
 def test_997_opens_of_which_23_fail(web: Path, tmp_path: Path) -> None:
     path = tmp_path / "opened"
     path.touch()
@@ -142,6 +144,7 @@ def until_nothing_was_hidden(attempt: Callable[[], tuple[int, int]]) -> None:
     raise AssertionError(f"never exact: {seen}")
 
 
+@pytest.mark.shows("probe/runqlat")
 def test_as_many_waits_as_the_scheduler_says(web: Path) -> None:
     def attempt() -> tuple[int, int]:
         with run.start("wakes", 997, cgroup=web) as workload:
@@ -204,6 +207,7 @@ def test_ended_tasks_wait_no_longer() -> None:
         assert len(probe.rows("waiting")[0]) < alive + 100
 
 
+@pytest.mark.shows("probe/profile")
 def test_samples_are_as_many_as_the_cpu_time_and_say_the_function(web: Path) -> None:
     with run.start("spin", 2, cgroup=web) as workload, Running("profile", frequency="199") as probe:
         workload.go()
@@ -257,7 +261,7 @@ def kernel_names(probe: Running, stack: int) -> list[str]:
     return symbols.Symbolizer().kernel(addresses[addresses != 0])
 
 
-@pytest.mark.parametrize("preempted", ["false", "true"])
+@pytest.mark.parametrize("preempted", [pytest.param("false", marks=pytest.mark.shows("probe/offcputime")), "true"])
 def test_997_sleeps_have_their_time_and_their_stack(web: Path, preempted: str) -> None:
     """The ledger's switches are the sleeps, with the last one, which has not ended."""
 

@@ -54,6 +54,7 @@ def address(value: object) -> str:
 
 @pytest.mark.parametrize("way", ["btf", "raw"])
 @pytest.mark.parametrize("to", ["127.0.0.1", "::1"])
+@pytest.mark.shows("probe/tcpconnlat")
 def test_997_connections_are_997_latencies(web: Path, way: str, to: str) -> None:
     with run.echo_server(address=to) as port, run.start("connects", 997, port, to, cgroup=web) as workload:
         with Running("tcpconnlat", prefer=way) as probe:
@@ -91,6 +92,7 @@ def test_a_refused_pods_connections_are_not_measured(web: Path) -> None:
 
 @pytest.mark.parametrize("way", ["btf", "raw"])
 @pytest.mark.parametrize("to", ["127.0.0.1", "::1"])
+@pytest.mark.shows("probe/tcplife")
 def test_both_ends_of_23_connections_say_the_same_bytes(web: Path, way: str, to: str) -> None:
     """Each sends 65,537 bytes and gets them back; the client's pod connected, the server's pod accepted."""
     total = 23 * 65537
@@ -118,6 +120,7 @@ def test_connections_that_fail_have_no_life(web: Path) -> None:
 
 
 @pytest.mark.parametrize("queued", ["false", "true"])
+@pytest.mark.shows("probe/biolatency")
 def test_requests_are_counted_by_operation_device_and_pod(web: Path, queued: str) -> None:
     with run.loop_device() as device, run.start("blockio", 997, device, "--writes", 23, cgroup=web) as workload:
         number = os.stat(device).st_rdev

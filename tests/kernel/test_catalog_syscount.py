@@ -30,6 +30,7 @@ def durations(probe: Running, cgroup: int, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("way", ["btf", "raw"])
+@pytest.mark.shows("probe/syscount")
 def test_997_calls_are_997_calls_and_997_durations(way: str) -> None:
     with (
         run.in_cgroup("web") as cgroup,

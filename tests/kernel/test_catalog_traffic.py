@@ -78,6 +78,7 @@ def of_port(probe: Running, port: int) -> dict[tuple[str, int, bool], tuple[int,
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("to", [LOCAL, "::1"])
+@pytest.mark.shows("probe/tcptop")
 def test_both_ends_of_23_connections_have_their_bytes(web: Path, way: str, to: str) -> None:
     needs_way("tcptop", way)
     total = 23 * 65537
@@ -182,6 +183,7 @@ def belonging_to(cgroup: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("way", ["btf", "raw"])
 @pytest.mark.parametrize("to", [lossy.FAR, lossy.FAR_6])
+@pytest.mark.shows("probe/tcpretrans")
 def test_23_syns_that_nobody_hears_are_sent_again_once_each(web: Path, way: str, to: str) -> None:
     with contextlib.ExitStack() as stack:
         wire = stack.enter_context(lossy.wire())

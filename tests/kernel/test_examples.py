@@ -47,6 +47,7 @@ def as_user(*command: object) -> None:
     )
 
 
+@pytest.mark.shows("example/hello-execve")
 def test_hello_world_says_so_23_times() -> None:
     with examples_runner.running("hello-execve.yaml", links=1) as run, workloads.start("execs", 23) as workload:
         workload.go()
@@ -56,6 +57,7 @@ def test_hello_world_says_so_23_times() -> None:
     assert len({each["pid"] for each in lines}) == 23
 
 
+@pytest.mark.shows("example/execs-by-uid", "program/bcc")
 def test_execs_are_counted_by_user() -> None:
     with examples_runner.running("execs-by-uid.yaml", links=1) as run:
         for _ in range(23):
@@ -64,6 +66,7 @@ def test_execs_are_counted_by_user() -> None:
     assert run.rows("execs-by-uid", "execs")[(str(USER),)] == 23
 
 
+@pytest.mark.shows("example/exec-records")
 def test_records_of_both_kinds_of_ring_say_pid_user_command_and_message() -> None:
     with examples_runner.running("exec-records.yaml", links=2) as run, workloads.start("execs", 23) as workload:
         workload.go()
@@ -99,6 +102,7 @@ def test_records_that_find_no_room_are_counted(policy: str, tmp_path: Path) -> N
     assert counts["received"] + counts["dropped"] + counts["lost"] == 997 * 128
 
 
+@pytest.mark.shows("example/functions")
 def test_inlined_and_called_functions_count_the_same() -> None:
     with examples_runner.running("functions.yaml", links=1) as run:
         as_user(workloads.binary("opens"), 997, "/dev/null")
@@ -156,6 +160,7 @@ def golden(name: str) -> list[str]:
     return (ROOT / "tests/golden/articles" / f"{name}.txt").read_text().splitlines(True)
 
 
+@pytest.mark.shows("example/trace-execve", "program/c")
 def test_execve_has_the_articles_columns_attached_by_section_and_by_name() -> None:
     with examples_runner.running("trace-execve.yaml", links=6) as run:
         with workloads.start("execs", 5, "--failing", 2) as workload:
@@ -172,6 +177,7 @@ def test_execve_has_the_articles_columns_attached_by_section_and_by_name() -> No
         assert run.counts(policy, "execves")["lost"] == 0
 
 
+@pytest.mark.shows("program/object")
 def test_an_object_runs_from_memory_when_its_file_is_deleted(tmp_path: Path) -> None:
     made = tmp_path / "trace_execve.bpf.o"
     made.write_bytes(
@@ -203,6 +209,7 @@ def test_an_object_runs_from_memory_when_its_file_is_deleted(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are those of x86-64")
+@pytest.mark.shows("example/tail-calls")
 def test_tail_calls_count_by_the_number_of_the_system_call() -> None:
     calls = workloads.binary("calls")
     with examples_runner.running("tail-calls.yaml", links=1) as run:

@@ -41,6 +41,7 @@ def make_calls(count: int, argument: int) -> None:
         assert workload.done()["calls"] == count
 
 
+@pytest.mark.shows("example/bpftrace-calls", "program/bpftrace")
 def test_maps_histograms_and_lines_of_the_example_are_exact() -> None:
     with examples_runner.running("bpftrace-calls.yaml", instances=1) as run:
         make_calls(23, 7)

@@ -47,6 +47,7 @@ def costs(run: examples_runner.Run) -> dict[tuple[str, str], int]:
     return {(key[1], key[2]): value for key, value in run.rows("map-types", "alone").items()}
 
 
+@pytest.mark.shows("example/map-types")
 def test_each_type_and_operation_has_its_cost(run: examples_runner.Run) -> None:
     found = costs(run)
     assert set(found) == MEASURED

@@ -27,6 +27,7 @@ def wire() -> Iterator[Wire]:
         yield made
 
 
+@pytest.mark.shows("example/packets-by-prefix")
 def test_packets_are_counted_by_the_longest_prefix_of_their_source(wire: Wire) -> None:
     with examples_runner.running("packets-by-prefix.yaml", links=1) as run:
         assert wire.send_here(997) == 997
@@ -52,6 +53,7 @@ def send_raw(wire: Wire, protocol: int, times: int, packet: bytes) -> None:
             sender.sendto(packet, ("192.0.2.1", 0))
 
 
+@pytest.mark.shows("example/xdp-root")
 def test_an_xdp_root_program_jumps_through_four_slots(wire: Wire) -> None:
     with examples_runner.running("xdp-root.yaml", links=1) as run:
         assert wire.send_here(997) == 997

@@ -117,6 +117,7 @@ def maps_of_programs(run: examples_runner.Run) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@pytest.mark.shows("example/pinned-by-tc")
 def test_a_map_that_tc_made_is_found_by_a_policy(wire: Wire, of_tc: int) -> None:
     with examples_runner.running("pinned-by-tc.yaml", links=1) as run:
         assert of_tc in maps_of_programs(run)["answered"], "the map that tc made, not another of that name"
@@ -139,6 +140,7 @@ def test_a_map_is_found_under_its_id_by_a_descriptor_of_each_ones_own(wire: Wire
     assert listed.stdout.startswith(f"{of_tc}: hash  name endpoints")
 
 
+@pytest.mark.shows("example/global-map")
 def test_two_policies_share_the_map_that_the_first_one_made(wire: Wire) -> None:
     with examples_runner.running("global-map.yaml", links=2) as run:
         (pin,) = (run.pins / "maps").glob("*/map_*")

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from probefleet_agent.kernel import mounts
 
 from tests.kernel import examples_runner
@@ -45,6 +46,7 @@ def shared_trace() -> str:
     return (root / "trace").read_text()
 
 
+@pytest.mark.shows("example/prints")
 def test_two_policies_that_print_at_once_have_their_own_lines_each() -> None:
     with examples_runner.running("prints.yaml", links=2) as run:
         with workloads.start("calls", RARER, 23, 7) as workload:

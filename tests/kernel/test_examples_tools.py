@@ -22,6 +22,7 @@ LOCAL = "127.0.0.1"
 HOST = "(host)"
 
 
+@pytest.mark.shows("example/tcptop")
 def test_tcptop_has_the_bytes_of_both_ends_by_peer_and_port() -> None:
     with examples_runner.running("tcptop.yaml", links=2) as run, workloads.echo_server() as port:
         workloads.run("connects", 23, port, "--bytes", 997)
@@ -33,6 +34,7 @@ def test_tcptop_has_the_bytes_of_both_ends_by_peer_and_port() -> None:
         }
 
 
+@pytest.mark.shows("example/tcpretrans")
 def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
     with lossy.wire() as wire, examples_runner.running("tcpretrans.yaml", links=2) as run:
         wire.lose()
@@ -47,6 +49,7 @@ def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
     assert [each["state"] for each in records] == ["syn_sent"] * 23
 
 
+@pytest.mark.shows("example/offcputime")
 def test_offcputime_has_every_long_sleep_of_a_process() -> None:
     def attempt() -> tuple[int, int]:
         with workloads.start("calls", "rare", 23, "--pause", 3000) as workload:
@@ -62,6 +65,7 @@ def test_offcputime_has_every_long_sleep_of_a_process() -> None:
     until_nothing_was_hidden(attempt)
 
 
+@pytest.mark.shows("example/filetop")
 def test_filetop_has_every_byte_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(bytes(997 * 101))
@@ -72,6 +76,7 @@ def test_filetop_has_every_byte_of_a_file(tmp_path: Path) -> None:
         assert rows == {(HOST, tmp_path.name[:31], "ledger.db"): value}
 
 
+@pytest.mark.shows("example/cachestat")
 def test_cachestat_tells_hits_from_misses_by_process() -> None:
     with workloads.loop_device(997 * 4096) as device, device.open("rb", buffering=0) as held:
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -94,6 +99,7 @@ def test_cachestat_tells_hits_from_misses_by_process() -> None:
     assert [value(output, warm) for output in ("hits", "misses", "added")] == [499, 0, 0]
 
 
+@pytest.mark.shows("example/pidstat")
 def test_pidstat_has_the_cpu_time_of_a_process_and_how_often_it_ran() -> None:
     def attempt() -> tuple[int, int]:
         with (
@@ -116,6 +122,7 @@ def test_pidstat_has_the_cpu_time_of_a_process_and_how_often_it_ran() -> None:
     until_nothing_was_hidden(attempt)
 
 
+@pytest.mark.shows("example/kvm-exits")
 def test_kvm_exits_has_every_byte_that_a_guest_writes() -> None:
     """The hardware's exits are counted where there is hardware: KVM without it has none."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -147,6 +154,7 @@ def test_where_there_are_no_kprobes_a_policy_says_so(file: str) -> None:
     assert "this kernel has no kprobes: it was built without CONFIG_KPROBES; take a tracepoint" in done.stderr
 
 
+@pytest.mark.shows("example/execsnoop")
 def test_execsnoop_has_every_program_that_a_workload_starts() -> None:
     with examples_runner.running("execsnoop.yaml", links=1) as run, workloads.start("execs", 23) as workload:
         workload.go()
@@ -157,6 +165,7 @@ def test_execsnoop_has_every_program_that_a_workload_starts() -> None:
     assert mine == [f"execs exit {number}" for number in range(23)]
 
 
+@pytest.mark.shows("example/runqlat")
 def test_runqlat_has_every_wait_of_a_process() -> None:
     def attempt() -> tuple[int, int]:
         with workloads.start("calls", "rare", 997, "--pause", 100) as workload:
@@ -171,6 +180,7 @@ def test_runqlat_has_every_wait_of_a_process() -> None:
     until_nothing_was_hidden(attempt)
 
 
+@pytest.mark.shows("example/profile")
 def test_profile_has_the_samples_of_the_cpu_time_that_a_process_used() -> None:
     with workloads.start("spin", 2) as workload:
         arguments = ["--pid", str(workload.pid)]
@@ -185,6 +195,7 @@ def test_profile_has_the_samples_of_the_cpu_time_that_a_process_used() -> None:
     assert hot >= 0.9 * samples
 
 
+@pytest.mark.shows("example/opens")
 def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "opened"
     path.touch()
@@ -196,6 +207,7 @@ def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
     assert [each["file"] for each in run.records("opens", "events")] == [str(path)] * 23 + [f"{path}.missing"] * 5
 
 
+@pytest.mark.shows("example/tcplife")
 def test_tcplife_has_every_connection_that_ended() -> None:
     with examples_runner.running("tcplife.yaml", links=1) as run, workloads.echo_server() as port:
         workloads.run("connects", 23, port, "--bytes", 997)
@@ -204,6 +216,7 @@ def test_tcplife_has_every_connection_that_ended() -> None:
         assert rows == {(HOST, str(port), "false"): value, (HOST, str(port), "true"): value}
 
 
+@pytest.mark.shows("example/biolatency")
 def test_biolatency_has_every_request_of_a_device() -> None:
     with workloads.loop_device() as device, examples_runner.running("biolatency.yaml", links=3) as run:
         workloads.run("blockio", 997, device, "--writes", 23)

@@ -28,6 +28,7 @@ def here(folder: Path, *, next_at: int) -> Path:
     return path
 
 
+@pytest.mark.shows("example/user-functions")
 def test_uprobes_and_static_probes_see_every_call_and_its_arguments(tmp_path: Path) -> None:
     with workloads.start("sums", COUNT, SUMS) as workload:
         policies = here(tmp_path, next_at=workload.ready["next_at"])

@@ -169,6 +169,7 @@ os._exit(0)
     process.stdout.close()
 
 
+@pytest.mark.shows("attach/iterator")
 def test_lines_are_events_each_interval_and_after_a_restart(folder: Path, child: subprocess.Popen[str]) -> None:
     with node(folder, LINES % child.pid) as made:
         expected = sorted(f"pid {child.pid} tid {name}" for name in os.listdir(f"/proc/{child.pid}/task"))
@@ -179,6 +180,7 @@ def test_lines_are_events_each_interval_and_after_a_restart(folder: Path, child:
         assert sorted(lines(made.interval())) == expected
 
 
+@pytest.mark.shows("attach/interval")
 def test_iterators_and_syscall_programs_run_once_an_interval_before_maps_are_read(
     folder: Path, child: subprocess.Popen[str]
 ) -> None:
@@ -190,6 +192,7 @@ def test_iterators_and_syscall_programs_run_once_an_interval_before_maps_are_rea
             assert sorted(totals) == [number, number, 23 * number]
 
 
+@pytest.mark.shows("example/tcp-sockets")
 def test_tcp_sockets_are_counted_by_state_in_the_nodes_network() -> None:
     with network.namespace() as here, interfaces.entered(here), contextlib.ExitStack() as stack:
         network.ip("link", "set", "lo", "up")
@@ -260,6 +263,7 @@ def test_maps_are_lines(folder: Path) -> None:
         assert lines(measured.interval()) == ["map of 7919"]
 
 
+@pytest.mark.shows("example/open-files")
 def test_open_files_are_counted_by_process(child: subprocess.Popen[str]) -> None:
     with examples_runner.running("open-files.yaml", links=1) as run:
         pass

@@ -89,26 +89,36 @@ def count(source: str, target: plan_pb2.Attachment, work: object, times: int) ->
 
 
 @pytest.mark.parametrize("times", [997, 23])
+@pytest.mark.shows("attach/rawTracepoint")
 def test_raw_tracepoint_counts_each_call(times: int) -> None:
     assert count(RAW, attachment("on_it", raw_tracepoint={"name": "sys_enter"}), call_getppid, times) == times
 
 
 @pytest.mark.parametrize("times", [997, 23])
+@pytest.mark.shows("attach/tracepoint")
 def test_tracepoint_counts_each_call(times: int) -> None:
     target = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
     assert count(TRACEPOINT, target, call_getppid, times) == times
 
 
 @pytest.mark.parametrize("times", [997, 23])
+@pytest.mark.shows("attach/tpBtf")
 def test_tp_btf_counts_each_call(times: int) -> None:
     needs(features.tp_btf)
     assert count(TP_BTF, attachment("on_it", tp_btf={"name": "sys_enter"}), call_getppid, times) == times
 
 
 @pytest.mark.parametrize("on_return", [False, True])
+@pytest.mark.shows("attach/syscall")
 def test_syscall_is_its_tracepoint_for_a_tracepoint_program(on_return: bool) -> None:
     target = attachment("on_it", syscall={"name": "getppid", "on_return": on_return})
     assert count(TRACEPOINT, target, call_getppid, 997) == 997
+
+
+UPROBES = [
+    pytest.param(False, marks=pytest.mark.shows("attach/uprobe")),
+    pytest.param(True, marks=pytest.mark.shows("attach/uretprobe")),
+]
 
 
 def call_labs(times: int) -> None:
@@ -116,13 +126,13 @@ def call_labs(times: int) -> None:
         libc.labs(-1)
 
 
-@pytest.mark.parametrize("on_return", [False, True])
+@pytest.mark.parametrize("on_return", UPROBES)
 def test_uprobe_by_symbol_counts_each_call(on_return: bool) -> None:
     target = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "on_return": on_return})
     assert count(UPROBE, target, call_labs, 997) == 997
 
 
-@pytest.mark.parametrize("on_return", [False, True])
+@pytest.mark.parametrize("on_return", UPROBES)
 def test_uprobe_by_offset_counts_each_call(on_return: bool) -> None:
     with elf_file.open_file(Path(libc_path())) as elf:
         offset = elf.file_offset("labs")
@@ -146,6 +156,7 @@ def test_uprobe_paths_are_the_nodes_when_a_root_is_given() -> None:
     assert "no file /nowhere/" in str(links.supported(target, root="/nowhere"))
 
 
+@pytest.mark.shows("attach/perfEvent")
 def test_perf_event_runs_on_every_cpu_by_period() -> None:
     """cpu-clock every million ns of CPU time: a busy loop gives about a thousand a second."""
     with Loaded(PERF) as loaded:
@@ -206,6 +217,7 @@ def test_a_cache_event_that_the_machine_lacks_is_unsupported(name: str) -> None:
         links.attach(loaded.programs["on_it"], attachment("p", perf_event={"event": name, "period": 1000}))
 
 
+@pytest.mark.shows("attach/perfEvent")
 def test_page_faults_are_counted_one_by_one() -> None:
     """A software event with period 1 is exact: one for each page that is touched for the first time."""
     source = 'SEC("perf_event") int on_it(void *ctx) { return ours() ? hit() : 0; }'
@@ -264,7 +276,19 @@ with Loaded(source, pid=int(pid)) as loaded:
 """
 
 
-@pytest.mark.parametrize("which", ["uprobe", "tracepoint", "raw_tracepoint", "tp_btf", "perf_event"])
+OUTLIVES = pytest.mark.shows("attach/pinned links outlive the agent")
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("uprobe", marks=OUTLIVES),
+        "tracepoint",
+        pytest.param("raw_tracepoint", marks=OUTLIVES),
+        "tp_btf",
+        "perf_event",
+    ],
+)
 def test_pinned_links_outlive_the_process_that_made_them(root: pins.Root, which: str) -> None:
     if which not in ("raw_tracepoint", "tp_btf"):
         needs(features.perf_link)
@@ -291,14 +315,26 @@ def test_pinned_links_outlive_the_process_that_made_them(root: pins.Root, which:
         assert int(maps.sum_lost(hits)[0]) == before + 997, "removing the pins detaches"
 
 
+KPROBES = [
+    pytest.param(False, marks=pytest.mark.shows("attach/kprobe")),
+    pytest.param(True, marks=pytest.mark.shows("attach/kretprobe")),
+]
+HANDLER = {"x86_64": "__x64_sys_getppid", "aarch64": "__arm64_sys_getppid"}[os.uname().machine]
+
+
+@pytest.mark.parametrize("on_return", KPROBES)
+def test_kprobes_count_exactly(on_return: bool) -> None:
+    needs(features.kprobes)
+    target = attachment("on_it", kprobe={"function": HANDLER, "on_return": on_return})
+    assert links.supported(target) is None
+    assert count(KPROBE, target, call_getppid, 997) == 997
+
+
 @pytest.mark.parametrize("on_return", [False, True])
-def test_kprobes_count_exactly_or_are_refused_in_words(on_return: bool) -> None:
-    prefixed = {"x86_64": "__x64_sys_getppid", "aarch64": "__arm64_sys_getppid"}[os.uname().machine]
-    target = attachment("on_it", kprobe={"function": prefixed, "on_return": on_return})
+def test_without_kprobes_they_are_refused_in_words(on_return: bool) -> None:
     if features.kprobes():
-        assert links.supported(target) is None
-        assert count(KPROBE, target, call_getppid, 997) == 997
         return
+    target = attachment("on_it", kprobe={"function": HANDLER, "on_return": on_return})
     refusal = links.supported(target)
     assert isinstance(refusal, UnsupportedFeature)
     assert str(refusal).startswith("this kernel has no kprobes: it was built without CONFIG_KPROBES")
@@ -306,13 +342,19 @@ def test_kprobes_count_exactly_or_are_refused_in_words(on_return: bool) -> None:
         links.attach(loaded.programs["on_it"], target)
 
 
-@pytest.mark.parametrize("on_return", [False, True])
+@pytest.mark.parametrize("on_return", KPROBES)
 def test_syscall_is_a_kprobe_on_its_handler_for_a_kprobe_program(on_return: bool) -> None:
+    needs(features.kprobes)
     target = attachment("on_it", syscall={"name": "getppid", "on_return": on_return})
-    if not features.kprobes():
-        assert isinstance(links.supported(target, program_section="kprobe"), UnsupportedFeature)
-        return
     assert count(KPROBE, target, call_getppid, 23) == 23
+
+
+def test_without_kprobes_a_system_call_takes_no_kprobe_program() -> None:
+    if features.kprobes():
+        return
+    for on_return in (False, True):
+        target = attachment("on_it", syscall={"name": "getppid", "on_return": on_return})
+        assert isinstance(links.supported(target, program_section="kprobe"), UnsupportedFeature)
 
 
 def refused(target: plan_pb2.Attachment, section: str = "") -> str:

@@ -96,6 +96,7 @@ USDT = attachment("on_it", usdt={"path": "/marks", "provider": "marks", "name": 
 
 
 @pytest.mark.parametrize("target", [UPROBE, USDT], ids=["uprobe", "usdt"])
+@pytest.mark.shows("attach/uprobe in pods")
 def test_a_file_that_two_pods_share_is_probed_once(containers: tuple[Path, Path], target: plan_pb2.Attachment) -> None:
     assert links.supported(target, root="/proc/1/root") is None, "what a pod lacks is said when it is there"
     assert containers[0].stat().st_dev != containers[1].stat().st_dev

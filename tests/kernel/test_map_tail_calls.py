@@ -60,6 +60,7 @@ def priority_max(times: int) -> None:
         os.sched_get_priority_max(os.SCHED_OTHER)
 
 
+@pytest.mark.shows("map/prog-array")
 def test_every_slot_leads_to_its_program_and_an_edit_goes_on_counting() -> None:
     with policies.run(policy({GETPPID: "on_parent", str(GET_PRIORITY_MAX): "on_priority"})) as run:
         call_getppid(997)

@@ -56,6 +56,7 @@ def as_dict(keys: np.ndarray, values: np.ndarray) -> dict[int, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["batch", "each"])
+@pytest.mark.shows("map/{kind}")
 def test_every_kind_counts_exactly(kind: str, way: str) -> None:
     """Per-CPU kinds run on one CPU: a new key's first update would otherwise race with another CPU's."""
     entries = 23 if kind.endswith("ARRAY") else 4096

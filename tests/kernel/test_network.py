@@ -181,6 +181,7 @@ def start(root: pins.Root) -> Start:
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["generic", "native"])
+@pytest.mark.shows("attach/xdp")
 def test_xdp_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, native: bool) -> None:
     with start(XDP, 2, xdp={"interfaces": [wire.near], "native": native}) as running:
         assert wire.send_here(TIMES) == TIMES, "the program answers XDP_DROP, and is not heard"
@@ -191,6 +192,7 @@ def test_xdp_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, nati
 
 
 @pytest.mark.parametrize("egress", [False, True], ids=["ingress", "egress"])
+@pytest.mark.shows("attach/tc")
 def test_tc_counts_each_packet_and_lets_all_pass(wire: Wire, start: Start, egress: bool) -> None:
     with start(TC, -1, tc={"interfaces": [wire.near], "egress": egress}) as running:
         assert (wire.send_there if egress else wire.send_here)(TIMES) == TIMES
@@ -267,6 +269,7 @@ def test_two_tc_programs_both_count(wire: Wire, start: Start) -> None:
         assert (first.hits(), second.hits()) == (TIMES, TIMES)
 
 
+@pytest.mark.shows("attach/socketFilter")
 def test_a_socket_filter_counts_each_packet_and_keeps_none_from_others(wire: Wire, start: Start) -> None:
     with start(SOCKET, 0, socket_filter={"interfaces": [wire.near]}) as running:
         assert wire.send_here(TIMES) == TIMES
@@ -289,6 +292,7 @@ def in_cgroup(name: str) -> Iterator[str]:
         folder.rmdir()
 
 
+@pytest.mark.shows("attach/cgroupSkb")
 def test_cgroup_skb_counts_what_the_cgroup_sends_and_lets_it_go(wire: Wire, start: Start) -> None:
     with in_cgroup("pf-test-skb") as path:
         with start(CGROUP_SKB, 1, cgroup_skb={"cgroup": path, "egress": True}) as running:
@@ -297,6 +301,7 @@ def test_cgroup_skb_counts_what_the_cgroup_sends_and_lets_it_go(wire: Wire, star
         assert wire.send_there(23) == 23
 
 
+@pytest.mark.shows("attach/cgroupSock")
 def test_cgroup_sock_counts_sockets_and_forbids_none(start: Start) -> None:
     with in_cgroup("pf-test-sock") as path:
         with start(SOCK_CREATE, 1, cgroup_sock={"cgroup": path}) as running:

@@ -32,6 +32,7 @@ int on_it(void *ctx)
 GETPPID = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
 
 
+@pytest.mark.shows("map/perf-event-array")
 def test_every_record_comes_once_across_the_end_of_the_ring() -> None:
     """997 records of 32 bytes through rings of 4096 on each CPU."""
     numbers: list[int] = []

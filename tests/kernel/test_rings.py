@@ -74,6 +74,7 @@ int on_it(void *ctx)
 GETPPID = attachment("on_it", tracepoint={"category": "syscalls", "name": "sys_enter_getppid"})
 
 
+@pytest.mark.shows("map/ringbuf")
 def test_every_record_comes_once_and_in_order_across_the_end_of_the_ring() -> None:
     """997 records of 32 bytes through a ring of 4096: it wraps seven times."""
     numbers: list[int] = []

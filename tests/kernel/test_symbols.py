@@ -91,6 +91,7 @@ def test_stacks_of_a_busy_program_name_its_functions_and_their_order(tmp_path: P
     assert symbolizer.resolved > 0
 
 
+@pytest.mark.shows("map/stack-trace")
 def test_kernel_stacks_begin_where_the_program_was_called() -> None:
     with Loaded(BY_TRACEPOINT) as loaded:
         with links.attach(loaded.programs["on_it"], attachment("on_it", raw_tracepoint={"name": "sys_enter"})):

@@ -81,6 +81,7 @@ def test_an_unknown_id_is_not_there() -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+@pytest.mark.shows("besides/cost")
 def test_statistics_count_each_run() -> None:
     needs(features.bpf_stats)
     source = 'SEC("tracepoint/syscalls/sys_enter_getppid") int on_it(void *ctx) { return hit(); }'

@@ -100,6 +100,7 @@ def loaded_for(*targets: plan_pb2.Attachment) -> Loaded:
 PROGRAMS = ("on_one", "on_two", "on_gc", "without_arguments")
 
 
+@pytest.mark.shows("attach/usdt")
 def test_one_argument_is_read_at_every_call(marks: run.Workload) -> None:
     wanted = target("on_one", run.build() / "marks", "marks", "one")
     assert links.supported(wanted) is None
@@ -112,6 +113,7 @@ def test_one_argument_is_read_at_every_call(marks: run.Workload) -> None:
         assert sums(loaded) == {"calls": COUNT, "sum": sum(NUMBERS), "negative": COUNT // 23, "even": 0, "arguments": 1}
 
 
+@pytest.mark.shows("attach/usdt")
 def test_two_arguments_are_read_behind_their_semaphore(marks: run.Workload) -> None:
     wanted = target("on_two", run.build() / "marks", "marks", "two")
     with loaded_for(wanted) as loaded:

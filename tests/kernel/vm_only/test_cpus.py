@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from probefleet_agent.kernel import links, links_network
 
 from tests.kernel.support import Loaded, attachment, wait_until
@@ -13,6 +14,8 @@ from tests.kernel.test_links import PERF
 ONLINE = Path("/sys/devices/system/cpu/cpu1/online")
 
 
+@pytest.mark.skipif("VM" not in os.environ, reason="not this machine's to switch off")
+@pytest.mark.shows("attach/a CPU that comes online")
 def test_a_cpu_that_was_offline_is_sampled_again() -> None:
     target = attachment("on_it", perf_event={"event": "cpu-clock", "period": 1_000_000})
     with Loaded(PERF) as loaded:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from probefleet_agent.kernel import features
 
 from tests.kernel import examples_runner
+from tests.kernel.support import needs
 from tests.workloads import run as workloads
 
 pytestmark = pytest.mark.timeout(2 * examples_runner.SECONDS)
@@ -30,7 +32,9 @@ def exchange() -> int:
     return port
 
 
+@pytest.mark.shows("example/tcp-sends")
 def test_tcp_sendmsg_is_counted_and_by_the_second() -> None:
+    needs(features.kprobes)
     with examples_runner.running("tcp-sends.yaml", links=1) as run:
         exchange()
     # One send each way; nothing else in the machine speaks TCP.
@@ -39,7 +43,9 @@ def test_tcp_sendmsg_is_counted_and_by_the_second() -> None:
     assert output["kind"] == "counter" and output["unit"] == "calls" and "ratePerSecond" in output
 
 
+@pytest.mark.shows("example/probe-execve")
 def test_execve_by_kprobe_has_the_articles_columns() -> None:
+    needs(features.kprobes)
     with examples_runner.running("probe-execve.yaml", links=2) as run:
         with workloads.start("execs", 5, "--failing", 2) as workload:
             workload.go()

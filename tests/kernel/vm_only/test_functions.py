@@ -17,7 +17,7 @@ from probefleet_agent.errors import NoSuchTarget, UnsupportedFeature, VerifierEr
 from probefleet_agent.kernel import btf_kernel, features, kernel_functions, links, links_function, symbols
 from probefleet_wire.v1 import plan_pb2
 
-from tests.kernel.support import Loaded, attachment, call_getppid
+from tests.kernel.support import Loaded, attachment, call_getppid, needs
 
 pytestmark = pytest.mark.timeout(120)
 libc = ctypes.CDLL(None)
@@ -80,11 +80,15 @@ def count(source: str, target: plan_pb2.Attachment, work: Callable[[int], None],
 
 
 @pytest.mark.parametrize("times", [997, 23])
+@pytest.mark.shows("attach/fentry")
 def test_fentry_counts_each_call(times: int) -> None:
+    needs(features.fentry)
     assert count(FENTRY, attachment("on_it", fentry={"function": GETPRIORITY}), call_getpriority, times) == times
 
 
+@pytest.mark.shows("attach/fexit")
 def test_fexit_sees_the_result() -> None:
+    needs(features.fentry)
     target = attachment("on_it", fentry={"function": GETPRIORITY, "on_return": True})
     assert count(FEXIT, target, call_getpriority, 997) == 997
 
@@ -120,7 +124,9 @@ def test_notrace_is_said() -> None:
 
 
 @pytest.mark.parametrize("on_return", [False, True])
+@pytest.mark.shows("attach/kprobe by pattern")
 def test_a_pattern_counts_every_function_that_fits(on_return: bool) -> None:
+    needs(features.kprobes)
     # getppid and getpriority and their like: called here alone in this process, so many times each.
     target = attachment(
         "on_it", kprobe_pattern={"pattern": GETPPID.replace("getppid", "getp?i*"), "on_return": on_return}
@@ -135,7 +141,7 @@ def test_a_pattern_counts_every_function_that_fits(on_return: bool) -> None:
 
 
 def test_a_pattern_tells_its_functions_apart() -> None:
-    assert features.cookies(), "bpf_get_func_ip() came with Linux 5.15"
+    needs(features.cookies)  # bpf_get_func_ip() came with them, in Linux 5.15
     target = attachment("on_it", kprobe_pattern={"pattern": GETPPID.replace("getppid", "get*")})
     with Loaded(BY_FUNCTION, target=target) as loaded:
         with links.attach(loaded.programs["on_it"], target) as link:
@@ -177,7 +183,9 @@ def open_files(times: int) -> None:
         os.close(os.open("/proc/self/stat", os.O_RDONLY))
 
 
+@pytest.mark.shows("attach/lsm")
 def test_an_lsm_hook_is_watched_exactly() -> None:
+    needs(features.fentry)
     assert count(LSM, attachment("on_it", lsm={"hook": "file_open"}), open_files, 997) == 997
 
 

@@ -7,9 +7,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from probefleet_agent.kernel import features
 from probefleet_wire import elf_strip
 
-from tests.kernel.support import compile_object
+from tests.kernel.support import compile_object, needs
 from tests.kernel.vm_only.test_kprobes import SECONDS, make_calls, policy, report_of, running, totals
 from tests.workloads import run as workloads
 
@@ -82,6 +83,7 @@ char LICENSE[] SEC("license") = "GPL";
 
 @pytest.mark.timeout(2 * SECONDS)
 def test_a_pattern_a_trampoline_and_a_hook_count_exactly(tmp_path: Path) -> None:
+    needs(features.cookies)  # bpf_get_func_ip() came with them, in Linux 5.15
     outputs = [
         {"name": name, "from": {"map": name}, "counter": {}, "groupBy": ["key"]}
         for name in ("functions", "answers", "openers")

@@ -1,0 +1,87 @@
+"""docs/kernels.md's table is what the tests showed: made of the committed results, and of nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.kernel.matrix import cells, plugin, results, table
+from tests.kernel.matrix.results import Outcome
+
+TESTS = cells.ROOT / "tests" / "kernel"
+HERE = results.Result("6.1.0-50-amd64", "#1 SMP Debian", "x86_64", True, "2026-11-26", {"passed": 2}, {})
+
+
+def test_the_document_says_what_the_results_say() -> None:
+    text = table.DOCUMENT.read_text()
+    assert table.BEGIN in text and table.END in text
+    made = table.written_into(text, results.committed())
+    assert text == made, "python -m tests.kernel.matrix table makes it anew"
+
+
+def test_a_changed_word_would_be_noticed() -> None:
+    found = [replace(each, cells={**each.cells, "attach/kprobe": "yes, surely"}) for each in results.committed()]
+    assert table.DOCUMENT.read_text() != table.written_into(table.DOCUMENT.read_text(), found or [HERE])
+
+
+def test_every_mark_names_a_row() -> None:
+    known = set(cells.cells())
+    texts = [path.read_text() for path in TESTS.rglob("test_*.py")]
+    marks = {
+        name
+        for text in texts
+        for part in re.findall(r"mark\.shows\(([^)]*)\)", text)
+        for name in re.findall(r'"([^"]+)"', part)
+    }
+    assert len(marks) > 50
+    assert {name for name in marks if "{" not in name} <= known
+
+
+def test_every_result_is_one_that_a_run_can_have() -> None:
+    for each in results.committed():
+        assert each.tests["passed"] > 50
+        for cell, word in each.cells.items():
+            assert re.fullmatch(r"yes|not tried|(no|in part|fails): .+", word), cell
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "word"),
+    [
+        ([], "not tried"),
+        ([Outcome("passed"), Outcome("passed")], "yes"),
+        ([Outcome("passed"), Outcome("failed", "997 != 996")], "fails: 997 != 996"),
+        ([Outcome("skipped", "no kprobes"), Outcome("skipped", "no kprobes")], "no: no kprobes"),
+        ([Outcome("passed"), Outcome("skipped", "no perf link")], "in part: no perf link"),
+    ],
+)
+def test_a_cell_is_the_sum_of_its_tests(outcomes: list[Outcome], word: str) -> None:
+    found = results.by_cell([replace(each, cells=("attach/kprobe",)) for each in outcomes])
+    assert found["attach/kprobe"] == word
+    assert set(found) == set(cells.cells()), "what nobody tried is there, and says so"
+
+
+def test_parts_of_a_run_make_a_whole_one() -> None:
+    first = results.Run("6.1.0", "#1", "x86_64", True, "2026-11-25", {"a": Outcome("passed"), "b": Outcome("failed")})
+    second = replace(first, tried_on="2026-11-26", outcomes={"b": Outcome("passed"), "c": Outcome("skipped", "why")})
+    found = second.after(first)
+    assert found.tried_on == "2026-11-26"
+    assert found.result().tests == {"passed": 2, "skipped": 1, "failed": 0}
+    assert replace(second, release="6.2.0").after(first).outcomes.keys() == {"b", "c"}, "another kernel's are its own"
+
+
+def test_what_worked_and_works_no_more_is_named() -> None:
+    before = replace(HERE, cells={"attach/tc": "yes", "attach/xdp": "yes", "attach/lsm": "no: no fentry"})
+    now = replace(HERE, cells={"attach/tc": "no: no tcx", "attach/xdp": "yes", "attach/lsm": "not tried"})
+    assert results.lost(before, now) == ["attach/tc: worked on 6.1.0-50-amd64, now no: no tcx"]
+
+
+def test_a_parameter_becomes_the_rows_name() -> None:
+    assert cells.named("map/{kind}", {"kind": "LRU_PERCPU_HASH", "way": "batch"}) == "map/lru-percpu-hash"
+
+
+def test_a_skip_is_a_reason_in_a_few_words() -> None:
+    words = "Skipped: this kernel lacks syscall_programs; PROBEFLEET_TEST_FORCE=syscall_programs runs it all the same"
+    report = pytest.TestReport("test", ("", 0, ""), {}, "skipped", ("file.py", 1, words), "call")
+    assert plugin._why(report) == "no syscall programs"
