@@ -123,7 +123,7 @@ def stacks_lines(output: Json, *, limit: int = 10) -> list[str]:
         found += [f"    {frame}" for frame in reversed(stack.split(";"))]
     if not part["rows"]:
         found.append("  nothing yet")
-    return found
+    return found + [text for line in summary.nameless(output) for text in ("", f"  {line}")]
 
 
 def stacks(output: Json) -> dict[str, int]:

@@ -14,7 +14,7 @@ The operator applies it, the query API answers with it, ``probefleet run`` print
                 window, total   {value, percentiles{p50, p90, p99}, atLeast[], buckets[{from, to, count}],
                                  rows[{key[], value, ratePerSecond, percentiles, atLeast[], buckets[]}],
                                  other{rows, value}},
-                events {received, submitted, lost, dropped, records[{field: text}]}}
+                frames {named, unknown}, events {received, submitted, lost, dropped, records[{field: text}]}}
     summary[]  lines, for kubectl describe
 """
 
@@ -32,7 +32,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_core import format as humane
 from probefleet_core import summary
-from probefleet_core.result import Cost, Events, Label, OutputResult, Result, Rows
+from probefleet_core.result import STACK, Cost, Events, Label, OutputResult, Result, Rows
 
 Json: TypeAlias = dict[str, Any]
 
@@ -205,6 +205,8 @@ def _output(output: OutputResult, detail: Detail) -> Json:
         body["scale"] = SCALES.get(plan.histogram.scale, "log2")
         if plan.histogram.step:
             body["step"] = _integer(plan.histogram.step)
+    if plan.kind == plan_pb2.Output.STACKS and STACK in output.group_by:
+        body["frames"] = _frames(output.total, output.group_by.index(STACK))
     if output.fullest is not None:
         fill = output.fullest
         body["mapFill"] = {"node": fill.node, "map": plan.map, "entries": fill.entries, "maxEntries": fill.max_entries}
@@ -223,6 +225,19 @@ def _output(output: OutputResult, detail: Detail) -> Json:
     if all_rows > limit:
         body["truncated"] = f"{limit} of {humane.count(all_rows)} rows are shown, the rest is in other"
     return body
+
+
+def _frames(rows: Rows, column: int) -> Json:
+    """Frames of the stacks' rows, each as often as its stack was counted: those with a function's name, and those
+    without, ``[unknown]`` or ``[libfoo.so]``. The first part of a folded stack is the command.
+    """
+    named = unknown = 0
+    for label, weight in zip(rows.labels, rows.weights.tolist(), strict=True):
+        frames = str(label[column]).split(";")[1:]
+        nameless = sum(frame.startswith("[") and not frame.startswith("[vdso]") for frame in frames)
+        unknown += nameless * weight
+        named += (len(frames) - nameless) * weight
+    return {"named": _integer(named), "unknown": _integer(unknown)}
 
 
 def _rows(rows: Rows, output: OutputResult, limit: int, detail: Detail) -> Json:

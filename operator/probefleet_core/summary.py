@@ -100,9 +100,19 @@ def output_lines(output: Json, *, rows: int, histograms: int, whole: bool = Fals
         found += [f"  {line}" for line in table(part, output, rows)]
     elif kind != "histogram" and not part["rows"]:
         found.append("  nothing yet")
+    found += [f"  {line}" for line in nameless(output)]
     if output.get("truncated"):
         found.append(f"  ({output['truncated']})")
     return found
+
+
+def nameless(output: Json) -> list[str]:
+    """How much of the stacks is without names, where anything is."""
+    frames = output.get("frames", {"named": 0, "unknown": 0})
+    if not frames["unknown"]:
+        return []
+    share = humane.percent(frames["unknown"] / (frames["unknown"] + frames["named"]))
+    return [f"{share} of the frames have no name: [unknown], or [FILE] where only that is known"]
 
 
 def histogram(buckets: Sequence[Json], unit: str) -> list[str]:

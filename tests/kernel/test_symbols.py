@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,99 @@ def test_a_function_that_was_inlined_says_so() -> None:
                 targets.check_function(gone)
     with pytest.raises(NoSuchTarget, match=r"near: .*tcp_sendmsg"):
         targets.check_function("tcp_sendmsgs")
+
+
+def build(path: Path, name: str, *flags: str) -> None:
+    """A program that does nothing for ever, with a function of this name."""
+    # A build id is of the code, and not of its names.
+    code = f"volatile int id = {len(name)}; __attribute__((noinline)) void {name}(void) {{ pause(); }}"
+    source = f"#include <unistd.h>\n{code}\nint main(void) {{ for (;;) {name}(); }}\n"
+    command = ["clang", "-O1", "-fno-inline", "-Wl,--build-id=sha1", *flags, "-x", "c", "-", "-o", str(path)]
+    subprocess.run(command, input=source, text=True, check=True)
+
+
+def place(path: Path, name: str) -> int:
+    """Where in the file the function lies."""
+    with elf_file.open_file(path) as elf:
+        found = elf.file_offset(name)
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def running(*command: str, executable: str) -> Iterator[int]:
+    """The process that has the executable mapped, as it calls it itself."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            maps_of = Path(f"/proc/{process.pid}/maps")
+            # execve closes Popen's pipe before it maps the file; a shell comes before it.
+            wait_until(lambda: f" {executable}\n" in maps_of.read_text())
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def name_at(pid: int, executable: str, offset: int, symbolizer: symbols.Symbolizer) -> str:
+    text = Path(f"/proc/{pid}/maps").read_text()
+    mapping = next(each for each in symbols.executable_mappings(text) if each.path == executable)
+    (found,) = symbolizer.user(pid, np.array([mapping.start + offset - mapping.offset], np.uint64))
+    return found
+
+
+def hidden_by(folder: Path, at: Path, executable: str) -> list[str]:
+    """A command that runs the executable in a mount namespace of its own, where ``folder`` lies over ``at``."""
+    return ["unshare", "--mount", "sh", "-c", f'mount --bind "{folder}" "{at}" && exec "{executable}"']
+
+
+@pytest.mark.parametrize("map_files", [True, False], ids=["by-map-files", "by-its-root"])
+def test_a_process_has_the_files_of_its_own_mount_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, map_files: bool
+) -> None:
+    """Two programs lie at one path: here one, in the container another."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, name in ((here, "probefleet_of_the_node"), (there, "probefleet_of_the_container")):
+        folder.mkdir()
+        build(folder / "app", name)
+    if not map_files:  # as without CAP_CHECKPOINT_RESTORE
+        monkeypatch.setattr(symbols._Wanted, "path", lambda self: Path(f"{self.root()}{self.mapping.path}"))
+    app, symbolizer = str(here / "app"), symbols.Symbolizer()
+    offsets = place(here / "app", "probefleet_of_the_node"), place(there / "app", "probefleet_of_the_container")
+    with running(app, executable=app) as node, running(*hidden_by(there, here, app), executable=app) as container:
+        names = [name_at(pid, app, at, symbolizer) for pid, at in zip((node, container), offsets, strict=True)]
+    assert names == ["probefleet_of_the_node", "probefleet_of_the_container"]
+    assert (symbolizer.resolved, symbolizer.unknown) == (2, 0)
+
+
+def test_a_stripped_program_is_named_by_its_build_id_in_its_own_mount_namespace(tmp_path: Path) -> None:
+    """Its full table lies in the container, and not on the node: there it is only the file that is known."""
+    app, debug = tmp_path / "app", tmp_path / "debug"
+    build(app, "probefleet_of_the_debug_file")
+    offset, build_id = place(app, "probefleet_of_the_debug_file"), symbols.build_id(app)
+    kept = debug / ".build-id" / build_id[:2]
+    kept.mkdir(parents=True)
+    # By a link, as distributions have it; an absolute one is the container's own.
+    (debug / "app.debug").write_bytes(app.read_bytes())
+    (kept / f"{build_id[2:]}.debug").symlink_to("/usr/lib/debug/app.debug")
+    subprocess.run(["strip", "--strip-all", str(app)], check=True)
+    at, symbolizer = Path("/usr/lib/debug"), symbols.Symbolizer()
+    at.mkdir(exist_ok=True)
+    with running(str(app), executable=str(app)) as node:
+        assert name_at(node, str(app), offset, symbolizer) == "[app]"
+    with running(*hidden_by(debug, at, str(app)), executable=str(app)) as container:
+        assert name_at(container, str(app), offset, symbolizer) == "probefleet_of_the_debug_file"
+    assert (symbolizer.resolved, symbolizer.unknown) == (1, 1)
+
+
+def test_a_debug_file_of_another_program_names_nothing(tmp_path: Path) -> None:
+    app, debug, other = tmp_path / "app", tmp_path / "debug", tmp_path / "other"
+    build(app, "probefleet_right")
+    build(other, "probefleet_wrong_one")
+    offset, build_id = place(app, "probefleet_right"), symbols.build_id(app)
+    kept = debug / ".build-id" / build_id[:2]
+    kept.mkdir(parents=True)
+    (kept / f"{build_id[2:]}.debug").write_bytes(other.read_bytes())
+    subprocess.run(["strip", "--strip-all", str(app)], check=True)
+    at = Path("/usr/lib/debug")
+    at.mkdir(exist_ok=True)
+    with running(*hidden_by(debug, at, str(app)), executable=str(app)) as container:
+        assert name_at(container, str(app), offset, symbols.Symbolizer()) == "[app]"

@@ -90,6 +90,14 @@ def test_an_event_in_one_line_leaves_out_what_is_empty() -> None:
     assert render.event_line({"time": "t", "comm": "ls", "args": "", "pid": 0}) == "time=t  comm=ls  pid=0"
 
 
+def test_stacks_without_names_say_how_many_they_are() -> None:
+    output = status("profile")["outputs"][0]  # type: ignore[index]
+    whole = render.stacks_lines(output)
+    output = {**output, "frames": {"named": 75, "unknown": 25}}
+    line = "  25% of the frames have no name: [unknown], or [FILE] where only that is known"
+    assert render.stacks_lines(output) == [*whole, "", line]
+
+
 def test_folded_stacks_are_what_flame_graph_tools_read() -> None:
     counts = render.stacks(status("profile")["outputs"][0])  # type: ignore[index]
     assert render.folded(counts) == (

@@ -126,6 +126,22 @@ def test_a_report_reads_as_its_golden_one(name: str) -> None:
     golden(f"report-{name}.yaml", yaml.safe_dump(status, sort_keys=False, allow_unicode=True, width=160))
 
 
+def test_frames_without_a_name_are_counted_as_often_as_their_stacks() -> None:
+    """The command is no frame; the vDSO's has a name; `[k]` marks the kernel's."""
+    aggregate = Aggregate(facts(counter("pod", name="stacks", kind=O.STACKS, unit="samples")))
+    node = FakeNode("node-1", keys=("pod_uid", "stack"), output="stacks")
+    node.add("uid-web-1", "[odd];main;[libz.so.1];[unknown];[unknown]_[k]", count=23)
+    node.add("uid-web-1", "web;main;[vdso];do_syscall_64_[k]", count=997)
+    node.add("uid-cart", "cart", count=17)
+    send(aggregate, node, 10)
+    status = report.status(ask(aggregate, 11, "node-1"))
+    (output,) = status["outputs"]
+    assert output["frames"] == {"unknown": 3 * 23, "named": 23 + 3 * 997}
+    line = "2.2% of the frames have no name: [unknown], or [FILE] where only that is known"
+    assert f"  {line}" in status["summary"]
+    assert summary.nameless(report.status(profile())["outputs"][0]) == []
+
+
 def test_columns_say_what_matters_at_a_glance() -> None:
     assert report.columns(slow_connects()) == {
         "coverage": "3/4",

@@ -1,7 +1,8 @@
 """Addresses in stacks become names of functions: the kernel's by /proc/kallsyms, a process's by its mapped files.
 
-``decode`` resolves each stack once, here on the node, before stacks are merged. Files are opened through
-/proc/PID/root, so a container's libraries are its own. What cannot be named is ``[unknown]`` (or ``[libfoo.so]`` where
+``decode`` resolves each stack once, here on the node, before stacks are merged. Files are those that the process has
+mapped, found by /proc/PID/map_files or below /proc/PID/root, so a container's libraries are its own; so are the files
+of symbols (by build id) that belong to stripped ones. What cannot be named is ``[unknown]`` (or ``[libfoo.so]`` where
 only the file is known), and counted.
 """
 
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from probefleet_agent.kernel import elf_file
+from probefleet_agent.errors import NoSuchTarget
+from probefleet_agent.kernel import elf_file, roots
 
 UNKNOWN = "[unknown]"
 # Symbol tables are kept for this many bytes from one reading to the next; the agent is to stay small.
@@ -27,12 +29,14 @@ CACHE_BYTES = 8 << 20
 MAX_MAPS_LINES = 65536
 _SYMBOL = re.compile(rb"^([0-9a-f]+) [tTwW] (\S+)", re.MULTILINE)
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ (\d+) *(.*)$")
-_DEBUG = Path("/usr/lib/debug/.build-id")
+_DEBUG = "/usr/lib/debug/.build-id"
 
 _libc = ctypes.CDLL(None)
 Addresses = npt.NDArray[np.uint64]
 _File = tuple[elf_file.Functions, npt.NDArray[np.uint64]]  # with its segments
-_FileKey = tuple[int, int, int]  # device, inode, time of its last change
+#: Device, inode, time of its last change; and the process's mount namespace and root: what a container has under
+#: /usr/lib/debug names its own frames, and no other's.
+_FileKey = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +133,17 @@ class _Wanted:
         return path
 
     def key(self) -> _FileKey | None:
-        """Which file it is, whoever maps it; ``None`` where it cannot be found."""
+        """Which file it is, whoever maps it and sees the same files; ``None`` where it cannot be found."""
         try:
-            status = self.path().stat()
+            status, root = self.path().stat(), Path(self.root()).stat()
+            mounts = Path(f"/proc/{self.pid}/ns/mnt").stat()
         except OSError:
             return None
-        return status.st_dev, status.st_ino, status.st_mtime_ns
+        return status.st_dev, status.st_ino, status.st_mtime_ns, mounts.st_ino, root.st_ino
+
+    def root(self) -> str:
+        """The process's own root."""
+        return f"/proc/{self.pid}/root"
 
 
 def executable_mappings(text: str) -> list[Mapping]:
@@ -226,24 +235,28 @@ class Symbolizer:
                     functions, segments, build_id = elf.functions(), elf.segments(), elf.build_id()
             except (OSError, elf_file.NotElf):
                 continue
-            self._files[key] = self._with_debug_file(functions, build_id), segments
+            self._files[key] = _with_debug_file(functions, build_id, wanted.root()), segments
             while len(self._files) > 1 and sum(each.nbytes for each, _ in self._files.values()) > CACHE_BYTES:
                 self._files.popitem(last=False)
             return self._files[key]
         return None
 
-    @staticmethod
-    def _with_debug_file(functions: elf_file.Functions, build_id: str) -> elf_file.Functions:
-        """Debian's -dbgsym packages keep the full table of a stripped file under its build id."""
-        path = _DEBUG / build_id[:2] / f"{build_id[2:]}.debug"
-        if len(build_id) < 8 or not path.exists():
-            return functions
+
+def _with_debug_file(functions: elf_file.Functions, build_id: str, root: str) -> elf_file.Functions:
+    """The full table of a stripped file, which debug packages keep under its build id: below the process's own root,
+    or in the agent's.
+    """
+    if len(build_id) < 8:
+        return functions
+    path = f"{_DEBUG}/{build_id[:2]}/{build_id[2:]}.debug"
+    for at in (root, ""):
         try:
-            with elf_file.open_file(path) as elf:
-                full = elf.functions()
-        except (OSError, elf_file.NotElf):
-            return functions
+            with elf_file.open_file(Path(roots.in_root(path, at))) as elf:
+                full = elf.functions() if elf.build_id() == build_id else functions
+        except (OSError, elf_file.NotElf, NoSuchTarget):
+            continue
         return full if len(full.starts) > len(functions.starts) else functions
+    return functions
 
 
 def _mappings(pid: int) -> list[Mapping]:

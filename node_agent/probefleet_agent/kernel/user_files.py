@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 
 from probefleet_agent.errors import NoSuchTarget
-from probefleet_agent.kernel import targets
+from probefleet_agent.kernel import roots, targets
 
 # sysdeps/generic/dl-cache.h of glibc: header of the new format, and one entry.
 _MAGIC = b"glibc-ld.so.cache1.1"
@@ -23,7 +23,6 @@ _ENTRY = struct.Struct("<iIIIQ")
 _FLAGS = {"x86_64": 0x0303, "aarch64": 0x0A03}
 _LIBRARY_FOLDERS = ("/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/local/lib")
 _PROGRAM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
-MAX_LINKS = 40
 MAX_CACHE_BYTES = 16 << 20
 
 
@@ -31,35 +30,12 @@ def locate(path: str, root: str = "") -> str:
     """Where to open a file: ``path`` below ``root``, or the library or program of that name there. NoSuchTarget."""
     root = root.rstrip("/")
     if path.startswith("/"):
-        return in_root(path, root) if root else path
+        return roots.in_root(path, root) if root else path
     found = _by_name(path, root)
     if found is None:
         near = targets.near(path, sorted({name.partition(".so")[0] for name in _cached(root)}))
         raise NoSuchTarget(f"library or program {path}", near, where="on this node")
-    return in_root(found, root)
-
-
-def in_root(path: str, root: str) -> str:
-    """``path`` below ``root``, its links followed as a process with that root would."""
-    rest, at, links = path.split("/")[::-1], "", 0
-    while rest:
-        part = rest.pop()
-        if part in ("", "."):
-            continue
-        if part == "..":
-            at = at.rpartition("/")[0]
-            continue
-        try:
-            target = str(Path(f"{root}{at}/{part}").readlink())
-        except OSError:  # no link, or not there: whoever opens it will say
-            at = f"{at}/{part}"
-            continue
-        links += 1
-        if links > MAX_LINKS:
-            raise NoSuchTarget(f"file {path}", why="its links lead in a circle", where="on this node")
-        at = "" if target.startswith("/") else at
-        rest += target.split("/")[::-1]
-    return f"{root}{at}" or "/"
+    return roots.in_root(found, root)
 
 
 def _by_name(name: str, root: str) -> str | None:
@@ -76,14 +52,14 @@ def _by_name(name: str, root: str) -> str | None:
             if found := _first(root, folder, wanted):
                 return found
     for folder in _PROGRAM_FOLDERS:
-        if os.path.isfile(in_root(f"{folder}/{name}", root)):  # noqa: PTH113 (a root that may not be read has no files)
+        if os.path.isfile(roots.in_root(f"{folder}/{name}", root)):  # noqa: PTH113 (a root that may not be read has no files)
             return f"{folder}/{name}"
     return None
 
 
 def _first(root: str, folder: str, wanted: str) -> str | None:
     try:
-        names = sorted(each.name for each in Path(in_root(folder, root)).iterdir())
+        names = sorted(each.name for each in Path(roots.in_root(folder, root)).iterdir())
     except OSError:
         return None
     fits = [each for each in names if each == wanted or each.startswith(f"{wanted}.so")]
@@ -93,7 +69,7 @@ def _first(root: str, folder: str, wanted: str) -> str | None:
 def _cached(root: str) -> dict[str, str]:
     """Library → path, as the loader of that root has it; empty without a cache that can be read."""
     try:
-        with Path(in_root("/etc/ld.so.cache", root)).open("rb") as file:
+        with Path(roots.in_root("/etc/ld.so.cache", root)).open("rb") as file:
             data = file.read(MAX_CACHE_BYTES)
     except OSError:
         return {}
