@@ -173,7 +173,8 @@ class Bindings:
         stacks = None
         if output.kind == plan_pb2.Output.STACKS:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
-            stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups) if traces else None
+            programs = frozenset(loaded.programs)
+            stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups, programs) if traces else None
         bound.tables[output.name] = collect.TableReader(
             bound.plan, output, layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline
         )

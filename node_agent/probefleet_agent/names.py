@@ -12,7 +12,7 @@ import os
 import platform
 import pwd
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +94,30 @@ def _forks() -> int:
     return int(found[1]) if found else 0
 
 
-class StackReader:
-    """``collect.Stacks`` over one stack trace map."""
+#: What a program is called in a kernel's stack, and what stands between it and the place that it is at.
+_PROGRAM = re.compile(r"bpf_prog_[0-9a-f]{16}_(\w+)")
+_BETWEEN = re.compile(
+    r"bpf_trace_run\d+|__bpf_trace_\w+|__traceiter_\w+|trace_call_bpf|perf_trace_\w+|perf_call_bpf_\w+|bpf_trampoline_\w+"
+)
 
-    def __init__(self, fd: Fd, symbolizer: Symbolizer, lookups: MachineLookups) -> None:
-        self._fd, self._info = fd, maps.info(fd)
+
+def without_own(innermost_first: Sequence[str], programs: Collection[str]) -> Sequence[str]:
+    """A stack without the frames of the program that took it. Those of others stay: they are where time goes."""
+    own = _PROGRAM.fullmatch(innermost_first[0]) if innermost_first else None
+    # The kernel knows a program by 15 characters where it has no BTF of it.
+    if own is None or not any(own[1] in (name, name[:15]) for name in programs):
+        return innermost_first
+    first = 1
+    while first < len(innermost_first) and _BETWEEN.fullmatch(innermost_first[first]):
+        first += 1
+    return innermost_first[first:]
+
+
+class StackReader:
+    """``collect.Stacks`` over one stack trace map, of an instance with these programs."""
+
+    def __init__(self, fd: Fd, symbolizer: Symbolizer, lookups: MachineLookups, programs: Collection[str] = ()) -> None:
+        self._fd, self._info, self._programs = fd, maps.info(fd), programs
         self._symbolizer, self._lookups = symbolizer, lookups
         self.collisions = 0
 
@@ -117,7 +136,8 @@ class StackReader:
                 parts += reversed(next(named))
             kernel = self._addresses(kernel_id)
             if kernel is not None:
-                parts += [f"{name}_[k]" for name in reversed(self._symbolizer.kernel(kernel))]
+                functions = without_own(self._symbolizer.kernel(kernel), self._programs)
+                parts += [f"{name}_[k]" for name in reversed(functions)]
             found.append(";".join(part.replace(";", ":") for part in parts))
         return found
 

@@ -49,3 +49,26 @@ def test_no_more_names_are_kept_than_there_is_room_for(monkeypatch: pytest.Monke
     for pid in (1 << 23, 2 << 23, 3 << 23, 1 << 23, 4 << 23):
         lookups.learn(pid, f"c{pid >> 23}")
     assert [lookups.command(each << 23) for each in (1, 2, 3, 4)] == ["c1", "", "c3", "c4"]
+
+
+PROGRAM = "bpf_prog_216d6d6d346f835b_sched_switch"
+
+
+@pytest.mark.parametrize(
+    ("stack", "left"),
+    [
+        ([PROGRAM, "bpf_trace_run4", "__schedule", "schedule"], ["__schedule", "schedule"]),
+        ([PROGRAM, "trace_call_bpf", "perf_call_bpf_enter", "__schedule"], ["__schedule"]),
+        (["__schedule", "schedule"], ["__schedule", "schedule"]),
+        ([], []),
+        # Of another instance: that is where time goes.
+        (
+            ["bpf_prog_216d6d6d346f835b_sys_enter", "bpf_trace_run2"],
+            ["bpf_prog_216d6d6d346f835b_sys_enter", "bpf_trace_run2"],
+        ),
+        (["__schedule", PROGRAM], ["__schedule", PROGRAM]),
+        (["bpf_prog_216d6d6d346f835b_a_name_of_more_", "bpf_trace_run1", "work"], ["work"]),
+    ],
+)
+def test_a_stack_begins_where_the_program_was_called_not_in_it(stack: list[str], left: list[str]) -> None:
+    assert names.without_own(stack, {"sched_switch", "a_name_of_more_than_fits"}) == left
