@@ -132,5 +132,5 @@ def _together(before: result.PodName, now: result.PodName) -> result.PodName:
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # not there, or not for everybody to see
         return []

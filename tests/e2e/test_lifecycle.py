@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,16 @@ def test_an_edit_rolls_out_one_instance_and_others_count_on(namespace: str) -> N
     assert kube.report("edited", namespace)["observedGeneration"] == 2
 
 
+#: After `kubectl delete` nothing of a policy is on any node.
+DELETE_SECONDS = 5.0
+
+
+def bpftool(kind: str) -> list[dict[str, Any]]:
+    """All programs or links of the kernel, which the nodes share."""
+    found: list[dict[str, Any]] = json.loads(kube.run("bpftool", "--json", kind, "list").stdout)
+    return found
+
+
 def test_deleting_leaves_no_program_link_or_pin_and_no_report(namespace: str) -> None:
     name = f"on_{uuid.uuid4().hex[:8]}"
     kube.apply(
@@ -128,15 +140,21 @@ def test_deleting_leaves_no_program_link_or_pin_and_no_report(namespace: str) ->
     kube.wait_programmed("brief", namespace)
     before = {node: agents.pins(node) for node in agents.pods()}
     assert all(any(name in pin for pin in pins) for pins in before.values()), before
-    assert all(name in agents.programs(node) for node in before)
+    programs = {each["id"] for each in bpftool("prog") if each.get("name") == name}
+    links = {each["id"] for each in bpftool("link") if each.get("prog_id") in programs}
+    assert len(programs) == len(links) == len(before) == 3
+    kube.eventually(lambda: kube.report("brief", namespace), "a report")
+
+    began = time.monotonic()
     kube.kubectl("delete", "probepolicy", "brief", "-n", namespace)
 
     def gone() -> bool:
-        return not any(name in pin for node in before for pin in agents.pins(node)) and not any(
-            name in agents.programs(node) for node in before
-        )
+        left = {each["id"] for each in bpftool("prog")} & programs | {each["id"] for each in bpftool("link")} & links
+        return not left and not kube.get("probereport", "brief", namespace)
 
-    kube.eventually(gone, f"the end of program {name} on every node", seconds=10)
-    kube.eventually(lambda: not kube.get("probereport", "brief", namespace), "the end of the report", seconds=10)
+    kube.eventually(gone, f"the end of program {name}, its links and its report", seconds=2 * DELETE_SECONDS)
+    took = time.monotonic() - began
+    assert took <= DELETE_SECONDS
+    assert [pin for node in before for pin in agents.pins(node) if name in pin] == []
     events = json.loads(kube.kubectl("get", "events", "-n", namespace, "-o", "json"))["items"]
     assert not [event for event in events if event.get("type") == "Warning" and "brief" in json.dumps(event)]

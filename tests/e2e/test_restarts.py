@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,48 @@ def test_kill_9_of_the_operator_loses_and_doubles_no_record(namespace: str, plug
     # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
     assert listed == list(range(997 - len(listed), 997))
     assert listed
+
+
+# What the kernel ends with the agent's process.
+
+SCRIPT = """
+tracepoint:syscalls:sys_enter_sched_get_priority_max
+/comm == "calls"/
+{
+    @calls[pid] = count();
+}
+"""
+
+
+def test_what_ends_with_an_agent_leaves_a_gap_that_the_report_shows(namespace: str) -> None:
+    spec = {
+        "scope": "Cluster",
+        "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": "node1"}}},
+        "program": {"bpftrace": {"script": SCRIPT}},
+        "interval": "1s",
+    }
+    kube.apply(kube.policy("script", namespace, spec))
+    kube.wait_programmed("script", namespace)
+
+    def counted() -> list[int]:
+        """By process, and every process is a pod's; those of other tests' pods on this machine count as many, too."""
+        return list(kube.totals(kube.report("script", namespace), "calls").values())
+
+    kube.apply(kube.pod("before", namespace, ["calls", "rare", "211"], node="node1"))
+    kube.eventually(lambda: counted().count(211) == 1, "211 calls of the first pod")
+    assert kube.report("script", namespace)["gaps"] == []
+    killed = time.time()
+    agents.kill("node1")
+
+    def gap() -> dict[str, str] | None:
+        return next(iter(kube.report("script", namespace)["gaps"]), None)
+
+    shown = kube.eventually(gap, "a gap in the report")
+    assert (shown["node"], shown["why"]) == ("node1", "bpftrace ends with the agent's process")
+    start, end = (datetime.fromisoformat(shown[each]).timestamp() for each in ("start", "end"))
+    # The agent notes each second that it lives; by then the next one has begun.
+    assert killed - 5 < start < end < time.time()
+    assert any(line.startswith("gap on node1: ") for line in kube.report("script", namespace)["summary"])
+    kube.apply(kube.pod("after", namespace, ["calls", "rare", "307"], node="node1"))
+    kube.eventually(lambda: counted().count(307) == 1, "307 calls of the second pod")
+    assert counted().count(211) == 1, "what was counted before stays"

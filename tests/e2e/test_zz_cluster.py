@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.cluster.kubebox import settings
 from tests.e2e import agents, kube
 from tests.e2e.test_lifecycle import PROGRAM
 from tests.e2e.test_restarts import SYSCOUNT, finish_counting, start_counting
@@ -125,6 +127,20 @@ def count_once(name: str, namespace: str, node: str) -> None:
     kube.eventually(
         lambda: kube.totals(kube.report("syscount", namespace), "calls").get((name,)) == 997, f"997 calls of {name}"
     )
+
+
+def count_static(namespace: str, number: int) -> str:
+    """997 calls of a static pod, which only the kubelet makes, are in the report of `syscount`; its name."""
+    node = settings.layout(None).node(settings.NodeNumber(number))
+    manifest = kube.pod("static", namespace, ["calls", "rare", "997"])
+    (node.static_pods / "static.yaml").write_text(yaml.safe_dump(manifest))
+    name = f"static-{node.name}"
+    kube.eventually(lambda: kube.get("pod", name, namespace), "the kubelet shows its static pod")
+    kube.kubectl("wait", f"pod/{name}", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    kube.eventually(
+        lambda: kube.totals(kube.report("syscount", namespace), "calls").get((name,)) == 997, f"997 calls of {name}"
+    )
+    return name
 
 
 # An upgrade.
@@ -363,6 +379,7 @@ def test_a_node_joins_and_dies(namespace: str, fourth_node: str) -> None:
     took = kube.eventually(running, "every matching policy on the new node") - since.timestamp()
     assert took <= JOIN_SECONDS
     count_once("newcomer", namespace, fourth_node)
+    static = count_static(namespace, JOINING)
     covered(namespace, 4, 4)
 
     cluster("leave", str(JOINING))
@@ -374,7 +391,8 @@ def test_a_node_joins_and_dies(namespace: str, fourth_node: str) -> None:
     covered(namespace, 3, 3)
     count_once("survivor", namespace, "node1")
     # What the dead node had counted is not taken back.
-    assert kube.totals(kube.report("syscount", namespace), "calls") == {("newcomer",): 997, ("survivor",): 997}
+    counts = {("newcomer",): 997, (static,): 997, ("survivor",): 997}
+    assert kube.totals(kube.report("syscount", namespace), "calls") == counts
 
 
 # The end.

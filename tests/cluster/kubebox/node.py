@@ -58,6 +58,7 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     """Start a node with every image that was loaded, and return, by log, what has to live."""
     for name in ("log", "cni-configuration", "volume-plugins", "kubelet"):
         (node.directory / name).mkdir(parents=True)
+    node.static_pods.mkdir()
     for point in MOUNT_POINTS:
         point.mkdir(exist_ok=True)
     processes.make_group(node.group)
@@ -180,6 +181,7 @@ def _write_configuration(layout: Layout, node: NodeLayout) -> None:
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "containerRuntimeEndpoint": f"unix://{node.socket}",
+        "staticPodPath": str(node.static_pods),
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": f"/{node.group}",
         "failCgroupV1": False,

@@ -112,6 +112,11 @@ class NodeLayout:
         return self.directory / "containerd.sock"
 
     @property
+    def static_pods(self) -> Path:
+        """Manifests that the kubelet runs by itself."""
+        return self.directory / "static-pods"
+
+    @property
     def pid_file(self) -> Path:
         """Process id of containerd, the process that holds the node's mount namespace."""
         return self.directory / "containerd.pid"
