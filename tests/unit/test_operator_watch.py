@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from probefleet_operator import inventory, objects, reflector
+from probefleet_operator import api, handlers, inventory, objects, reflector
 
 from tests.fakes.api_server import FakeApiServer
 
@@ -261,3 +263,50 @@ def test_any_order_of_events_converges(order: list[tuple[str, int, bool]], liste
             store.observe("ProbePolicy", policy(uid, version, generation=version), gone=gone)
     found = store.all("ProbePolicy")
     assert {uid: raw["metadata"]["resourceVersion"] for uid, raw in found.items()} == {"a": "4", "c": "8"}
+
+
+# What is kept, and where kopf lives.
+
+
+def test_of_pods_and_nodes_only_what_names_and_selects_is_kept() -> None:
+    long = ["x" * 1000] * 100
+    bulky = {"managedFields": long, "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "y" * 100_000}}
+    raw = pod("web", **bulky)
+    raw["spec"] |= {"containers": [{"name": "main", "env": long}], "volumes": long}
+    raw["status"] |= {"conditions": long}
+    assert len(pickle.dumps(inventory.trim_pod(raw))) < 500
+    machine = node("node1")
+    machine["metadata"] |= bulky
+    machine["status"] |= {"images": long, "volumesInUse": long}
+    assert len(pickle.dumps(inventory.trim_node(machine))) < 500
+
+
+async def test_kopf_has_a_thread_and_a_loop_of_its_own_and_hands_events_to_the_main_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    main, blocked, go_on = asyncio.get_running_loop(), threading.Event(), threading.Event()
+    found: dict[str, Any] = {}
+
+    async def operator(**_: Any) -> None:
+        found["thread"], found["loop"] = threading.current_thread().name, asyncio.get_running_loop()
+        blocked.set()
+        go_on.wait(10)  # nothing turns in this loop now
+        await kopf_thread._on_event("ProbePolicy", {"type": "ADDED", "object": {"metadata": {"name": "x"}}})
+
+    def sink(kind: objects.Kind, raw: dict[str, Any], gone: bool) -> None:
+        found["sink"] = (kind, raw["metadata"]["name"], gone, asyncio.get_running_loop())
+
+    monkeypatch.setattr(handlers.kopf, "operator", operator)
+    kopf_thread = handlers.KopfThread(api.Access(server="https://nowhere"), sink)
+    kopf_thread.start()
+    await asyncio.to_thread(blocked.wait, 10)
+    turned = asyncio.Event()
+    main.call_soon(turned.set)
+    await asyncio.wait_for(turned.wait(), 5)
+    assert "sink" not in found, "the main loop turns while kopf's is blocked"
+    go_on.set()
+    await until(lambda: "sink" in found)
+    assert found["sink"] == ("ProbePolicy", "x", False, main)
+    assert found["thread"] == "kopf" and found["loop"] is not main
+    await kopf_thread.stop()
+    assert kopf_thread.failure is None
