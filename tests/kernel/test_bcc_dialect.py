@@ -103,3 +103,42 @@ int f(void *ctx)
 """)
     (sends,) = program.maps
     assert [field.name for field in sends.record] == ["pid", "comm"]
+
+
+def test_a_record_with_a_union_that_has_no_name_is_described_by_all_its_readings() -> None:
+    program = compiled("""
+struct sent {
+	u32 kind;
+	union {
+		struct { u32 pid; char comm[16]; } enter;
+		char path[64];
+		int result;
+	};
+};
+BPF_PERF_OUTPUT(sends);
+int f(void *ctx)
+{
+	struct sent sent = {};
+	return sends.perf_submit(ctx, &sent, sizeof(sent));
+}
+""")
+    (sends,) = program.maps
+    names = {field.name: field.offset_bytes for field in sends.record}
+    assert names == {"kind": 0, "enter.pid": 4, "enter.comm": 8, "path": 4, "result": 4}
+    assert sends.record_bytes == 68
+
+
+def test_inline_functions_of_kernel_headers_that_btf_cannot_give() -> None:
+    compiled("""
+#include <linux/skbuff.h>
+#include <linux/scatterlist.h>
+int f(struct pt_regs *ctx, struct sk_buff *given, struct scatterlist *list)
+{
+	struct sk_buff skb; struct scatterlist sg;
+	bpf_probe_read_kernel(&skb, sizeof(skb), given);
+	bpf_probe_read_kernel(&sg, sizeof(sg), list);
+	if (sg_is_chain(&sg) || sg_is_last(&sg) || !sg_chain_ptr(&sg))
+		return 0;
+	return skb_rx_queue_recorded(&skb) ? skb_get_rx_queue(&skb) : 0;
+}
+""")

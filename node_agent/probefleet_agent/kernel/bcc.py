@@ -372,8 +372,11 @@ def _map(told: dict[str, Any], names: Mapping[int, str], btf: Btf | None) -> Bcc
 
 
 def _record(fields: Sequence[str], btf: Btf | None) -> tuple[tuple[Field, ...], int]:
-    """The layout of what is submitted. BCC tells ``name#type`` of its members; the struct of these names is the one."""
-    wanted = tuple(each.partition("#")[0] for each in fields)
+    """The layout of what is submitted. BCC tells ``name#type`` of its members; the struct of these names is the one.
+
+    Members without a name (a union within) are told without one, and theirs are the record's own.
+    """
+    wanted = tuple(name for each in fields if (name := each.partition("#")[0]))
     if btf is None or not wanted:
         return (), 0
     for type_id in range(1, len(btf)):

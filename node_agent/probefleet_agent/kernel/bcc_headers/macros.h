@@ -189,5 +189,12 @@
 #define IS_ERR(pointer) IS_ERR_VALUE((unsigned long)(pointer))
 #define PTR_ERR(pointer) ((long)(pointer))
 
+/* include/linux/skbuff.h, include/linux/scatterlist.h: inline functions there */
+#define skb_rx_queue_recorded(skb) ((skb)->queue_mapping != 0)
+#define skb_get_rx_queue(skb) ((skb)->queue_mapping - 1)
+#define sg_is_chain(sg) ((sg)->page_link & 1UL)
+#define sg_is_last(sg) ((sg)->page_link & 2UL)
+#define sg_chain_ptr(sg) ((struct scatterlist *)((sg)->page_link & ~3UL))
+
 /* include/linux/log2.h, for BPF_STACK_TRACE's sizes */
 #define roundup_pow_of_two(n) ((n) <= 1 ? 1UL : 1UL << (64 - __builtin_clzl((n) - 1)))
