@@ -21,7 +21,7 @@ from probefleet_wire import btf_check, kept, map_layout
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import Elf, ElfError
-from probefleet_wire.observe_only import refused_helpers
+from probefleet_wire.observe_only import named_by_number, refused_helpers
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import joining, map_contents, map_fit, observing, pinned_by_others, ways
@@ -349,6 +349,8 @@ class Executor:
         code = b"".join(section.data for section in elf.sections if section.executable)
         if helpers := refused_helpers(code):
             raise NotObserving(instance.title, helpers)
+        if numbers := named_by_number(code):
+            raise NotObserving.because(instance.title, f"it names {', '.join(numbers)}: that could be anybody's")
         with pinned_by_others.opened(instance) as foreign:
             shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps} | foreign
             sizes = {size.map: size.max_entries for size in instance.map_sizes}

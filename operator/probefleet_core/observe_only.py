@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.btf_types import Kind
 from probefleet_wire.elf import Elf
-from probefleet_wire.observe_only import REFUSED_HELPERS, refused_helpers
+from probefleet_wire.observe_only import REFUSED_HELPERS, named_by_number, refused_helpers
 
 from probefleet_core import interval_targets, network_targets, values
 
@@ -83,6 +83,12 @@ def refused_in_object(data: bytes, parsed: BpfObject) -> Iterator[Refusal]:
     for section in Elf.parse(data).sections:
         if section.executable:
             called |= dict.fromkeys(refused_helpers(section.data))
+            for what in named_by_number(section.data):
+                yield Refusal(
+                    f"it names {what}",
+                    "a number could be of any map that the agent has open",
+                    "Name the map in C: a compiler leaves a relocation.",
+                )
     for name in called:
         yield _calls(name)
     btf = parsed.btf

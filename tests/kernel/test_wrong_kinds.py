@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from probefleet_agent import execute
+from probefleet_agent.errors import NotObserving
+from probefleet_agent.kernel import mounts, pins
 from probefleet_cli.failures import BadInput
+from probefleet_wire.v1 import plan_pb2
 
-from tests.kernel import policies
-from tests.kernel.damage import descriptors, in_the_kernel, pins
+from tests.kernel import damage, policies
 from tests.kernel.support import compile_object
 
 pytestmark = pytest.mark.kernel
@@ -83,6 +86,11 @@ WRONG: dict[str, Callable[[], policies.Manifest]] = {
     "stack-unseen-by-the-compiler": lambda: c(STACK_UNSEEN),
     "instruction-limit": lambda: c(TOO_LONG),
     "tail-call-types": lambda: c(OTHER_TYPE, tailCalls=[{"map": "slots", "entries": {1: "other"}}]),
+    # r0 = a kfunc, by its number in the kernel's types; r1 = a map, by a descriptor of the agent's.
+    "kernel-function-by-number": lambda: c(program('asm volatile(".8byte 0x0001e24000002085" ::: "r0");\nreturn 0;')),
+    "map-by-descriptor": lambda: c(
+        program('asm volatile(".8byte 0x0000000300001118\\n.8byte 0" ::: "r1");\nreturn 0;')
+    ),
     "unknown-map": lambda: c(MAP, outputs=[{"name": "x", "from": {"map": f"{TAG}_m"}, "topk": {}}]),
     "value-does-not-fit": lambda: c(
         MAP, maps=[{"name": f"{TAG}_n", "values": [{"key": 1, "value": 1 << 64}]}], budget={"mapMemory": "1Mi"}
@@ -121,16 +129,31 @@ def said(manifest: policies.Manifest) -> str:
 def test_it_is_refused_in_whole_sentences_and_leaves_nothing(name: str) -> None:
     said(c(MAP))  # what stays open once it is needed: the kernel's types, its statistics
     gc.collect()
-    before = descriptors()
+    before = damage.descriptors()
     text = said(WRONG[name]())
     gc.collect()
-    assert descriptors() == before
-    assert not policies.folder().exists() or pins(policies.folder()) == 0
+    assert damage.descriptors() == before
+    assert not policies.folder().exists() or damage.pins(policies.folder()) == 0
     names, deadline = [f"{TAG}_n", f"{TAG}_good", f"{TAG}_bad"], time.monotonic() + 20
-    while in_the_kernel(names) and time.monotonic() < deadline:
+    while damage.in_the_kernel(names) and time.monotonic() < deadline:
         time.sleep(0.02)  # the kernel lets go of programs after a grace period
-    assert in_the_kernel(names) == []
+    assert damage.in_the_kernel(names) == []
     compare(name, text)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "says"),
+    [("0x0001e24000002085", "calls function 123456 of the kernel"), ("0x0000000300001118", "a map by a descriptor")],
+)
+def test_the_agent_looks_again(instruction: str, says: str) -> None:
+    """It is root, and whoever sends it a plan need not be our operator."""
+    body = f'asm volatile(".8byte {instruction}\\n.8byte 0" ::: "r0", "r1"); return 0;'
+    data = compile_object(f'SEC("raw_tp/sys_enter") int it(void *ctx) {{ {body} }}')
+    instance = plan_pb2.Instance(digest="c" * 32, title="object/it")
+    instance.attachments.add(program="it").raw_tracepoint.name = "sys_enter"
+    executor = execute.Executor(pins.root(mounts.BPFFS))
+    with pytest.raises(NotObserving, match=says):
+        executor.load(instance, blob=data, probe_maps={}, budget_bytes=0, filter_on=False)
 
 
 def compare(name: str, text: str) -> None:
