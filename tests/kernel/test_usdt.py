@@ -69,6 +69,21 @@ int BPF_USDT(on_gc, int generation)
 	return 0;
 }
 SEC("usdt")
+int BPF_USDT(on_twelve, long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l)
+{
+	struct sums *sums = found();
+
+	if (!sums)
+		return 0;
+	sums->calls++;
+	/* Each has a weight of its own: one in another's place would be seen. */
+	sums->sum += a + 2 * b + 3 * c + 4 * d + 5 * e + 6 * f + 7 * g + 8 * h + 9 * i + 10 * j + 11 * k;
+	sums->even += l == 12;
+	sums->negative += a < 0 && c < 0 && k < 0;
+	sums->arguments = bpf_usdt_arg_cnt(ctx);
+	return 0;
+}
+SEC("usdt")
 int without_arguments(void *ctx) { return hit(); }
 """
 COUNT = 997
@@ -97,7 +112,7 @@ def loaded_for(*targets: plan_pb2.Attachment) -> Loaded:
     return Loaded(SOURCE, **{name: types.get(name, next(iter(types.values()))) for name in PROGRAMS})
 
 
-PROGRAMS = ("on_one", "on_two", "on_gc", "without_arguments")
+PROGRAMS = ("on_one", "on_two", "on_gc", "on_twelve", "without_arguments")
 
 
 @pytest.mark.shows("attach/usdt")
@@ -122,6 +137,24 @@ def test_two_arguments_are_read_behind_their_semaphore(marks: run.Workload) -> N
             assert marks.done() == {"calls": COUNT, "heard": COUNT}
         even = COUNT // 2
         expected = {"calls": COUNT, "sum": sum(NUMBERS), "negative": COUNT // 23, "even": even, "arguments": 2}
+        assert sums(loaded) == expected
+
+
+def test_twelve_arguments_are_each_in_their_place(marks: run.Workload) -> None:
+    """In registers, in memory and in the instruction; of four bytes and of eight."""
+    wanted = target("on_twelve", run.build() / "marks", "marks", "twelve")
+    with loaded_for(wanted) as loaded:
+        with links.attach(loaded.programs["on_twelve"], wanted):
+            marks.go()
+            assert marks.done()["calls"] == COUNT
+        squares = sum(i * i for i in range(1, 12))
+        expected = {
+            "calls": COUNT,
+            "sum": squares * sum(NUMBERS),
+            "negative": COUNT // 23,
+            "even": COUNT,
+            "arguments": 12,
+        }
         assert sums(loaded) == expected
 
 
