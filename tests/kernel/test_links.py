@@ -140,6 +140,12 @@ def test_uprobe_by_offset_counts_each_call(on_return: bool) -> None:
     assert count(UPROBE, target, call_labs, 23) == 23
 
 
+@pytest.mark.shows("attach/library by name")
+@pytest.mark.parametrize("name", ["libc", "c", "libc.so.6"])
+def test_a_library_is_found_by_its_name(name: str) -> None:
+    assert count(UPROBE, attachment("on_it", uprobe={"path": name, "symbol": "labs"}), call_labs, 23) == 23
+
+
 def test_uprobe_of_one_process_leaves_others_alone() -> None:
     other = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "pid": 1})
     mine = attachment("on_it", uprobe={"path": libc_path(), "symbol": "labs", "pid": os.getpid()})

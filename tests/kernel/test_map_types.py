@@ -320,6 +320,7 @@ LISTED = {
     "DEVMAP": ("__uint(max_entries, 4); __type(key, u32); __type(value, u32);", "it holds network devices"),
     "DEVMAP_HASH": ("__uint(max_entries, 4); __type(key, u32); __type(value, u32);", "it holds network devices"),
     "CPUMAP": ("__uint(max_entries, 2); __type(key, u32); __type(value, u32);", "it holds queues of CPUs"),
+    "REUSEPORT_SOCKARRAY": ("__uint(max_entries, 4); __type(key, u32); __type(value, u64);", "it holds sockets"),
     "XSKMAP": ("__uint(max_entries, 2); __type(key, u32); __type(value, u32);", "it holds sockets"),
     "USER_RINGBUF": ("__uint(max_entries, 4096);", "user space writes it"),
     "INODE_STORAGE": ("__uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, u64);", "lie in inodes"),

@@ -19,7 +19,8 @@ def table(found: Sequence[results.Result]) -> str:
     for each in found:
         where = "virtual machine, emulated" if each.emulated else "the machine that builds it"
         counts = ", ".join(f"{number} {state}" for state, number in each.tests.items() if number)
-        lines.append(f"| {each.series} | {each.release}: {each.version} | {where} | {counts} | {each.tried_on} |")
+        exactly = f"{each.release}, {each.version}" if each.version else each.release
+        lines.append(f"| {each.series} | {exactly} | {where} | {counts} | {each.tried_on} |")
     for section, title in cells.TITLES.items():
         names = dict.fromkeys(name for each in found for name in each.cells if name.startswith(f"{section}/"))
         if not names:
