@@ -41,7 +41,7 @@ def test_every_mark_names_a_row() -> None:
 
 def test_every_result_is_one_that_a_run_can_have() -> None:
     for each in results.committed():
-        assert each.tests["passed"] > 50
+        assert each.tests["passed"] > 0
         for cell, word in each.cells.items():
             assert re.fullmatch(r"yes|not tried|(no|in part|fails): .+", word), cell
 
