@@ -47,6 +47,8 @@ class TooLarge(ProbefleetError):
 def join(root: pins.Root, loaded: Loaded, plan: plan_pb2.Plan) -> None:
     """Before the policy is bound, and named in the manifest: its counts begin now."""
     if loaded.running is not None:
+        # A second or two: what it has not said yet was counted before, too.
+        loaded.running.ask()
         loaded.running.pump(complete=True)
     joined = Joined(0, loaded.lost(), loaded.runs().recursion_misses)
     loaded.joined[plan.policy_uid] = joined
