@@ -105,10 +105,12 @@ def add_events(
             if waited and not force and isinstance(ring, RingReader) and _is_calm(ring, reader.cursor):
                 continue
             reader.read_ns = now_ns
-            records = ring.read(reader.cursor, _RING_READ_BYTES)
+            layout = reader.layout
+            read = ring.read(reader.cursor, _RING_READ_BYTES)
+            # Of records that are shorter than their type there may be so many that the whole would not fit in memory.
+            records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
             if not len(records) and records.end_position == reader.cursor and reader.announced:
                 continue
-            layout = reader.layout
             data = _records(records, layout.value_bytes)
             identities.know(collect.cgroups_in(_as_keys(layout), data), now_ns)
             began = reader.mark
@@ -123,7 +125,8 @@ def add_events(
             reader.announced = True
             # Not where records are held back for want of an identity: they come no sooner by reading on.
             whole = records.end_position == reader.cursor
-            behind = behind or (whole and reader.cursor - began.position > _RING_READ_BYTES // 2)
+            much = reader.cursor - began.position > _RING_READ_BYTES // 2 or len(records) < len(read)
+            behind = behind or (whole and much)
             counts = instance.lost_of(uid)
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
@@ -165,6 +168,7 @@ def cgroups_in_use(loaded: Mapping[Digest, Loaded], bindings: Bindings) -> set[i
             ring = bindings.ring(bound.digest, source)
             position = max(reader.settled.position, ring.consumer_position())
             while (records := ring.read(position, _RING_READ_BYTES)).end_position > position:
+                records = records.first(max(1, 2 * _RING_READ_BYTES // max(reader.layout.value_bytes, 1)))
                 data = _records(records, reader.layout.value_bytes)
                 found.update(collect.cgroups_in(_as_keys(reader.layout), data))
                 position = records.end_position

@@ -13,6 +13,7 @@ import pytest
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.kernel import btf_kernel, links, maps, rings, syscall
 
+from tests.kernel import policies
 from tests.kernel.support import Loaded, attachment, call_getppid, needs
 
 SIZE = 4096
@@ -127,8 +128,8 @@ def test_records_of_many_sizes() -> None:
             assert records.lengths.tolist() == [(8, 20, 64)[n % 3] for n in range(997)]
             assert records.array(np.dtype([("number", "<u8")]))["number"].tolist() == list(range(997))
             assert struct.unpack_from("<Q", records.bytes_at(996))[0] == 996
-            with pytest.raises(ProbefleetError, match="8 bytes, its type 24"):
-                records.array(EVENT)
+            filled = records.array(np.dtype([("number", "<u8"), ("rest", "<u8", 2)]))
+            assert filled["number"].tolist() == list(range(997)) and not filled["rest"][0].any()
             del records
 
 
@@ -273,3 +274,26 @@ def _bss(loaded: Loaded) -> syscall.Fd:
             return fd
         fd.close()
     raise AssertionError("no .bss")
+
+
+def test_a_policys_records_may_be_shorter_than_their_type() -> None:
+    """As of a program that submits a text with its length; one policy's records must not stop the others'."""
+    source = """
+    struct event { u64 value; char text[4096]; };
+    struct {
+        __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 1 << 16); __type(value, struct event);
+    } events SEC(".maps");
+    ON_CALL
+    {
+        struct { u64 value; char text[8]; } some = {.value = 7, .text = "short"};
+        if (ours())
+            bpf_ringbuf_output(&events, &some, sizeof(some), 0);
+        return 0;
+    }
+    """
+    with policies.run(policies.c_policy(source)) as run:
+        for _ in range(997):
+            os.getppid()
+        found = run.output("events")
+    assert found["events"]["received"] == 997
+    assert {(each["value"], each["text"]) for each in found["events"]["records"]} == {("7", "short")}

@@ -57,12 +57,18 @@ class Records:
         return len(self.positions)
 
     def array(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
-        """The records as a structured array (a copy). Each has to be at least as long as ``dtype``."""
+        """The records as a structured array (a copy). Programs submit less than the type where its end is not used (a
+        text of some length): what a record does not hold is zeros.
+        """
         if not len(self):
             return np.empty(0, dtype)
-        shortest = int(self.lengths.min())
-        if shortest < dtype.itemsize:
-            raise ProbefleetError(f"a record has {shortest} bytes, its type {dtype.itemsize}")
+        if int(self.lengths.min()) < dtype.itemsize:
+            filled = np.zeros((len(self), dtype.itemsize), np.uint8)
+            held = np.minimum(self.lengths, dtype.itemsize)
+            for length in np.unique(held).tolist():
+                chosen = np.flatnonzero(held == length)
+                filled[chosen, :length] = self.data[self.offsets[chosen, None] + np.arange(length)]
+            return filled.view(dtype).reshape(len(self))
         steps = np.diff(self.offsets)
         first = int(self.offsets[0])
         if not len(steps) or (steps == steps[0]).all():
@@ -71,6 +77,15 @@ class Records:
             return view.copy()
         rows = self.data[self.offsets[:, None] + np.arange(dtype.itemsize)]
         return np.ascontiguousarray(rows).view(dtype).reshape(len(self))
+
+    def first(self, count: int) -> Records:
+        """No more than so many of them; the rest is read next time."""
+        if count >= len(self):
+            return self
+        positions = self.positions[:count]
+        return Records(
+            positions, self.data, self.offsets[:count], self.lengths[:count], end_position=int(self.positions[count])
+        )
 
     def bytes_at(self, index: int) -> bytes:
         """One record's bytes."""
