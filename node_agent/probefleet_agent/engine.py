@@ -54,10 +54,10 @@ class Engine:
     def __init__(self, root: pins.Root, *, cgroup_root: str, node: str, stats: bool, files_root: str) -> None:
         self.node = node
         self._root = root
-        self._installed = Installed(root, files_root, cgroup_root)
         self._files_root = files_root
         self._followed_ns = 0
-        self._tracker = Tracker(root)
+        self._tracker = Tracker(root)  # first: where it begins anew, it takes away what the tree has of the agent's own
+        self._installed = Installed(root, files_root, cgroup_root)
         self._identities = Identities(self._tracker, cgroup_root=cgroup_root)
         self._marks = Marks(root)
         self._bindings = Bindings(self._identities.book, self._marks)
@@ -156,6 +156,7 @@ class Engine:
         self._wanted, self._specs = wanted, specs
         if all(plan.HasField("instance") for plan in wanted.values()):
             self._installed.drop_unadopted()
+            self._installed.forget_attempts({Digest(plan.instance.digest) for plan in wanted.values()})
             self._bindings.forget_strangers()
         self._reconcile()
         while wait and self._installed.starting:

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import execute, map_contents, map_growing
+from probefleet_agent.attempts import Attempts
 from probefleet_agent.errors import CannotGrow, ProbefleetError
 from probefleet_agent.kernel import bcc, pins
 from probefleet_agent.kernel.spread import Pods
@@ -60,6 +61,7 @@ class Installed:
         self.map_failures: dict[MapUid, Failure] = {}
         self._root = root
         self._executor = execute.Executor(root, files_root, cgroup_root)
+        self._attempts = Attempts(root)
         self._unadopted: set[Digest] = set()
         self._unadopted_maps: set[MapUid] = set()
         self._blobs: dict[str, bytes] = {}
@@ -117,13 +119,15 @@ class Installed:
         started_ns = time.monotonic_ns()
         try:
             self._require_maps(instance)
-            loaded = self._executor.load(
-                instance,
-                blob=self._blobs.get(instance.object.sha256),
-                probe_maps={uid: handle for uid, (_, handle) in self.maps.items()},
-                budget_bytes=min((p.budget.map_memory_bytes for p in plans if p.budget.map_memory_bytes), default=0),
-                filter_on=filter_on,
-            )
+            budgets = [plan.budget.map_memory_bytes for plan in plans if plan.budget.map_memory_bytes]
+            with self._attempts.noted(digest):
+                loaded = self._executor.load(
+                    instance,
+                    blob=self._blobs.get(instance.object.sha256),
+                    probe_maps={uid: handle for uid, (_, handle) in self.maps.items()},
+                    budget_bytes=min(budgets, default=0),
+                    filter_on=filter_on,
+                )
         except (ProbefleetError, ValueError, KeyError, OSError) as error:
             self._fail(instance, error)
             return
@@ -163,6 +167,10 @@ class Installed:
         self.map_failures = {
             uid: why for uid, why in self.map_failures.items() if uid in specs - changed_maps and not changed
         }
+
+    def forget_attempts(self, wanted: Set[Digest]) -> None:
+        """What nobody wants any more may be tried anew when somebody does."""
+        self._attempts.keep_only(wanted)
 
     def begin(self, instance: plan_pb2.Instance) -> None:
         """Start the process of an instance that has one, which takes seconds."""
@@ -313,6 +321,7 @@ class Installed:
         for _, handle in self.maps.values():
             handle.fd.close()
         self.loaded, self.starting, self.maps = {}, {}, {}
+        self._attempts.close()
 
     def _fail(self, instance: plan_pb2.Instance, error: Exception) -> None:
         failure = self.failures[Digest(instance.digest)] = Failure.of(error)

@@ -142,8 +142,13 @@ def test_uprobe_by_offset_counts_each_call(on_return: bool) -> None:
 
 @pytest.mark.shows("attach/library by name")
 @pytest.mark.parametrize("name", ["libc", "c", "libc.so.6"])
-def test_a_library_is_found_by_its_name(name: str) -> None:
-    assert count(UPROBE, attachment("on_it", uprobe={"path": name, "symbol": "labs"}), call_labs, 23) == 23
+@pytest.mark.parametrize("root", ["", "/proc/self/root"], ids=["own-files", "the-nodes-files"])
+def test_a_library_is_found_by_its_name(name: str, root: str) -> None:
+    target = attachment("on_it", uprobe={"path": name, "symbol": "labs"})
+    assert links.supported(target, root=root) is None
+    with Loaded(UPROBE) as loaded, links.attach(loaded.programs["on_it"], target, root=root):
+        call_labs(997)
+        assert loaded.hits() == 997
 
 
 def test_uprobe_of_one_process_leaves_others_alone() -> None:
