@@ -3,7 +3,7 @@ containers: it lists what a test puts into it.
 
 Not modelled: filters (we send none), images, exec, stats, events, and every call that would change something: those are
 UNIMPLEMENTED, so a client that made one would fail. Sandboxes do not become NOTREADY and are not collected by time; a
-test takes them out.
+test takes them out. What a real containerd answers is tried in tests/e2e/test_one_node.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``probefleet run -n`` and ``-l``: exact counts of the pods that are meant, also of those that come later, and words
 where there are none. Pods are cgroups named as the kubelet names them, and a container runtime that is a fake behind a
-real socket says what they are called."""
+real socket says what they are called; tests/e2e/test_one_node.py asks a real one."""
 
 from __future__ import annotations
 
