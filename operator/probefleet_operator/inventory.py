@@ -21,6 +21,7 @@ from probefleet_core import placement, values
 from probefleet_operator import api, reflector
 
 TOMBSTONE_SECONDS = 3600.0
+MAX_CONTAINERS = 64  # remembered of one pod: it may be in a crash loop for days
 MAX_TOMBSTONES = 200_000  # 100 bytes each: a cluster that churns 55 pods a second
 
 
@@ -95,10 +96,10 @@ def trim_pod(raw: api.Json) -> Pod:
     """A Pod object without what neither names nor selects."""
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     containers = {
-        container["containerID"].partition("://")[2]: container["name"]
+        found.partition("://")[2]: container["name"]
         for group in ("containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses")
         for container in status.get(group) or ()
-        if container.get("containerID")
+        for found in _container_ids(container)
     }
     # A static pod's cgroup is named by its config hash; the kubelet tells it in this annotation of the mirror pod.
     static_uid = (metadata.get("annotations") or {}).get("kubernetes.io/config.mirror")
@@ -113,6 +114,14 @@ def trim_pod(raw: api.Json) -> Pod:
         finished=status.get("phase") in ("Succeeded", "Failed"),
         mirror=bool(static_uid),
     )
+
+
+def _container_ids(status: api.Json) -> Iterator[str]:
+    """The container's own and, where it was started anew, that of the one before: what it did is still counted."""
+    last = ((status.get("lastState") or {}).get("terminated") or {}).get("containerID")
+    for found in (last, status.get("containerID")):
+        if found:
+            yield found
 
 
 def trim_owned(raw: api.Json) -> Owned:
@@ -137,6 +146,8 @@ class Inventory:
         self._node_by_name: dict[str, Node] = {}
         self._pods_by_node: dict[str, dict[str, placement.Pod]] = {}  # tombstones included
         self._tombstones: OrderedDict[str, tuple[float, Pod]] = OrderedDict()
+        # All containers that were seen of a pod, by its uid: a status tells of the last two only.
+        self._containers: dict[str, Mapping[str, str]] = {}
         # Owners outlive their pods' counts only through the names already given.
         self._workload_names: dict[str, Owner] = {}
 
@@ -184,6 +195,10 @@ class Inventory:
         buried = self._tombstones.get(uid)
         return buried[1] if buried else None
 
+    def containers(self, pod: Pod) -> Mapping[str, str]:
+        """Names of its containers by their ids, those that were started anew included."""
+        return self._containers.get(pod.uid, pod.containers)
+
     def nodes_of(self, pod: Pod) -> tuple[str, ...]:
         """Who may speak for a pod: its node. Of a static pod's uid nobody can tell: several nodes may have it."""
         return () if pod.mirror else (pod.node,)
@@ -220,10 +235,19 @@ class Inventory:
                 uid=values.PodUid(pod.uid), namespace=pod.namespace, labels=pod.labels, node=values.NodeName(pod.node)
             )
             self._pods_by_node.setdefault(pod.node, {})[pod.uid] = placed
+            self._remember_containers(pod)
             self.workload(pod)  # learns the owner's name while the owner lives
         if gone:
             self._bury(pod)
         self._on_pod(pod, gone)
+
+    def _remember_containers(self, pod: Pod) -> None:
+        earlier = self._containers.get(pod.uid, {})
+        if earlier.keys() <= pod.containers.keys():
+            self._containers[pod.uid] = pod.containers
+        else:
+            both = {**earlier, **pod.containers}
+            self._containers[pod.uid] = dict(list(both.items())[-MAX_CONTAINERS:])
 
     def _bury(self, pod: Pod) -> None:
         now = time.monotonic()
@@ -234,6 +258,7 @@ class Inventory:
             if now - buried_at < TOMBSTONE_SECONDS and len(self._tombstones) <= MAX_TOMBSTONES:
                 break
             del self._tombstones[oldest.uid]
+            self._containers.pop(oldest.uid, None)
             if here := self._pods_by_node.get(oldest.node):
                 here.pop(oldest.uid, None)
                 if not here:

@@ -150,7 +150,7 @@ class Results:
             name=pod.name,
             workload_kind=owner.kind,
             workload=owner.name,
-            containers=pod.containers,
+            containers=self._names.containers(pod),
             nodes=self._names.nodes_of(pod),
         )
 

@@ -93,6 +93,28 @@ async def test_a_deleted_pod_is_still_known_by_name() -> None:
         assert [each.uid for each in kept.pods_of("node1")] == ["u-web"], "its counts may still be in the kernel"
 
 
+async def test_a_container_that_was_started_anew_keeps_its_name() -> None:
+    def status(now: str, before: str = "") -> dict[str, Any]:
+        last = {"terminated": {"containerID": f"containerd://{before}"}} if before else {}
+        return {"containerStatuses": [{"name": "main", "containerID": f"containerd://{now}", "lastState": last}]}
+
+    fake = FakeApiServer()
+    path = "/api/v1/namespaces/shop/pods/web"
+    fake.put(path, {**pod("web"), "status": status("c-2", "c-1")})  # the operator came after the first one had ended
+    async with known(fake) as (kept, _):
+
+        def names() -> dict[str, str]:
+            found = kept.pod("u-web")
+            return dict(kept.containers(found)) if found else {}
+
+        assert names() == {"c-1": "main", "c-2": "main"}
+        for number in range(3, 101):
+            fake.put(path, {**pod("web"), "status": status(f"c-{number}", f"c-{number - 1}")})
+            await until(lambda number=number: f"c-{number}" in names())
+        last = range(101 - inventory.MAX_CONTAINERS, 101)
+        assert names() == {f"c-{number}": "main" for number in last}, "bounded: the newest"
+
+
 async def test_tombstones_are_let_go_after_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeApiServer()
     fake.put("/api/v1/namespaces/shop/pods/old", pod("old"))
@@ -102,6 +124,7 @@ async def test_tombstones_are_let_go_after_their_time(monkeypatch: pytest.Monkey
         fake.delete("/api/v1/namespaces/shop/pods/old")
         await until(lambda: ("old", True) in told)
         assert kept.pod("u-old") is None
+        assert list(kept._containers) == ["u-new"]
         assert [each.uid for each in kept.pods_of("node1")] == ["u-new"]
 
 
