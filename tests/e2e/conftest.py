@@ -1,7 +1,12 @@
-"""Probefleet on a real cluster, installed by helm as a user does. Skips nothing: without a cluster these tests fail."""
+"""Probefleet on a real cluster, installed by helm as a user does. Skips nothing: without a cluster these tests fail.
+
+Tests run beside each other, in namespaces of their own. Those marked `alone` disturb the release or the cluster, or
+look at all that a node has: `make test-e2e` runs them after the others, one by one.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -13,13 +18,24 @@ from tests.e2e import kube
 
 
 @pytest.fixture(scope="session")
-def installed() -> str:
+def installed(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> str:
     """The chart, installed or upgraded to this tree's images; the system namespace. It stays for the next run."""
     assert os.environ.get("KUBECONFIG"), (
         "no cluster: run these as `make test-e2e` (it makes one), or name yours by KUBECONFIG"
     )
     if os.environ.get("PROBEFLEET_TEST_INSTALLED"):
         return kube.SYSTEM  # while writing tests: what runs is taken as it is
+    # One of the workers of a run installs it, the others wait for it.
+    done = tmp_path_factory.getbasetemp().parent / f"installed-{testrun_uid}"
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _install()
+            done.touch()
+    return kube.SYSTEM
+
+
+def _install() -> None:
     kube.run(
         "helm", "upgrade", "--install", "probefleet", str(kube.ROOT / "charts/probefleet"), "--namespace", kube.SYSTEM,
         "--create-namespace", "--values", str(kube.VALUES), "--wait", "--timeout", "3m", seconds=200,
@@ -28,7 +44,6 @@ def installed() -> str:
     kube.kubectl("-n", kube.SYSTEM, "rollout", "restart", "deployment,daemonset")
     for each in kube.kubectl("-n", kube.SYSTEM, "get", "deployment,daemonset", "-o", "name").split():
         kube.kubectl("-n", kube.SYSTEM, "rollout", "status", each, "--timeout=120s", seconds=130)
-    return kube.SYSTEM
 
 
 @pytest.fixture

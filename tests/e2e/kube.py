@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = "probefleet-system"
@@ -134,6 +135,16 @@ def totals(status: Mapping[str, Any], output: str) -> dict[tuple[str, ...], int]
                 rows["(other)",] = int(each["total"]["other"]["value"])
             return rows
     return {}
+
+
+def metric(name: str, **labels: str) -> float:
+    """A sample of the operator's /metrics, read as Prometheus would, through the API server; 0 where there is none."""
+    path = f"/api/v1/namespaces/{SYSTEM}/services/probefleet-operator:http/proxy/metrics"
+    for family in text_string_to_metric_families(kubectl("get", "--raw", path)):
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return float(sample.value)
+    return 0.0
 
 
 def events_of(status: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,33 @@ def test_23_programs_of_a_pod_are_23_records_in_report_and_plugin(namespace: str
     lines = kube.kubectl("probefleet", "events", "execs", "-n", namespace).splitlines()
     assert len(lines) == 23
     assert all("starter" in line for line in lines)
+
+
+def test_events_are_followed_as_they_come(namespace: str, plugin: Path) -> None:
+    names = ("first", "second")
+    kube.apply(*(kube.pod(name, namespace, ["execs", "23", "--hold"], node="node2") for name in names))
+    kube.kubectl("wait", "pod/first", "pod/second", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    kube.apply(kube.policy("execs", namespace, EXECSNOOP))
+    kube.wait_programmed("execs", namespace)
+    kube.eventually(lambda: kube.report("execs", namespace), "a report")
+    command = ["kubectl", "probefleet", "events", "execs", "-n", namespace, "--follow", "-o", "json"]
+    # Who is started in the background of a shell is started with Ctrl-C ignored; a person's terminal does not do that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert following.stdout is not None
+        for name in names:
+            kube.kubectl("attach", "-i", name, "-n", namespace, stdin="go")
+            records = [json.loads(following.stdout.readline()) for _ in range(23)]
+            assert {record["pod"] for record in records} == {name}
+            assert [int(record["arguments"].split()[2]) for record in records] == list(range(23))
+        following.send_signal(signal.SIGINT)
+        assert following.communicate(timeout=20)[0] == ""
+        assert following.returncode == 0, "Ctrl-C is how it ends"
+    finally:
+        signal.signal(signal.SIGINT, before)
+        following.kill()
+        following.communicate()
 
 
 def test_the_plugin_lists_every_node_of_a_policy(namespace: str, plugin: Path) -> None:

@@ -132,6 +132,38 @@ def bpftool(kind: str) -> list[dict[str, Any]]:
     return found
 
 
+def test_suspend_and_ttl_take_the_programs_and_leave_policy_and_report(namespace: str) -> None:
+    name = f"on_{uuid.uuid4().hex[:8]}"
+    spec = {"scope": "Cluster", "program": {"c": {"source": PROGRAM.format(name=name)}}, "interval": "1s"}
+
+    def running() -> list[str]:
+        return [
+            node
+            for node in agents.pods()
+            if name in agents.programs(node) or any(name in pin for pin in agents.pins(node))
+        ]
+
+    def state() -> str:
+        return str(kube.get("probepolicy", "brief", namespace).get("status", {}).get("columns", {}).get("status"))
+
+    kube.apply(kube.policy("brief", namespace, spec))
+    kube.wait_programmed("brief", namespace)
+    assert len(running()) == 3
+    kube.kubectl("patch", "ppol", "brief", "-n", namespace, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    kube.eventually(lambda: not running(), "the end of the program on every node", seconds=20)
+    kube.eventually(lambda: state() == "Suspended", "a status that says so")
+
+    kube.kubectl("patch", "ppol", "brief", "-n", namespace, "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    kube.wait_programmed("brief", namespace)
+    assert len(running()) == 3
+
+    # Of the policy's age: so long it has lived already.
+    kube.kubectl("patch", "ppol", "brief", "-n", namespace, "--type=merge", "-p", '{"spec": {"ttl": "1s"}}')
+    kube.eventually(lambda: not running(), "the end of the program on every node", seconds=20)
+    kube.eventually(lambda: state() == "Expired", "a status that says so")
+    assert kube.report("brief", namespace), "what was measured can still be read"
+
+
 def test_deleting_leaves_no_program_link_or_pin_and_no_report(namespace: str) -> None:
     name = f"on_{uuid.uuid4().hex[:8]}"
     kube.apply(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e import agents, kube
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(300)]
 
 SYSCOUNT = {
     "scope": "Namespace",
@@ -86,10 +86,10 @@ def received(namespace: str) -> int:
     return int(kube.events_of(kube.report("execs", namespace)).get("received", 0))
 
 
-def start_recording(namespace: str) -> subprocess.Popen[str]:
+def start_recording(namespace: str, *, seconds: int = 12) -> subprocess.Popen[str]:
     """23 programs have been started on node2, and 997 are being started on node1: the one who started those."""
     kube.apply(
-        kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", "12000"], node="node1"),
+        kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", str(seconds * 1000)], node="node1"),
         kube.pod("quiet", namespace, ["execs", "23", "--hold"], node="node2"),
     )
     kube.kubectl("wait", "pod/busy", "pod/quiet", "-n", namespace, "--for=condition=Ready", "--timeout=60s")

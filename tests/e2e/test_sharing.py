@@ -240,6 +240,7 @@ def accepted(name: str, namespace: str) -> dict[str, str] | None:
     return next((each for each in conditions if each["type"] == "Accepted" and each["status"] != "Unknown"), None)
 
 
+@pytest.mark.alone
 def test_two_policies_of_one_program_share_it_and_each_counts_from_when_it_came(namespace: str, plugin: Path) -> None:
     # A parameter that no other test uses, so that the program is this test's.
     call, number = "sched_get_priority_min", {"x86_64": 147, "aarch64": 126}[os.uname().machine]

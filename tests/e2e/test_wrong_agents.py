@@ -25,7 +25,7 @@ from probefleet_wire.v1 import stream_pb2
 from tests.e2e import agents, kube
 from tests.fakes.agent import FakeAgent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(120)]
 
 AUDIENCE = "probefleet-agent"
 SERVER_NAME = f"probefleet-operator.{kube.SYSTEM}.svc"
@@ -95,11 +95,9 @@ def operator_log() -> str:
     return kube.kubectl("logs", "-n", kube.SYSTEM, "deployment/probefleet-operator", "--tail=-1")
 
 
-def metric(name: str) -> float:
-    """One of the operator's metrics, with its labels."""
-    path = f"/api/v1/namespaces/{kube.SYSTEM}/services/probefleet-operator:http/proxy/metrics"
-    found = re.search(rf"^{re.escape(name)} (\S+)$", kube.kubectl("get", "--raw", path), re.MULTILINE)
-    return float(found[1]) if found else 0.0
+def unauthenticated() -> float:
+    """How many streams the operator has refused for their token."""
+    return kube.metric("probefleet_streams_refused_total", code="UNAUTHENTICATED")
 
 
 def check_event(node: str, *words: str) -> None:
@@ -132,7 +130,7 @@ async def stranger(port: int, node: str, token: str, *, hello: bool = True) -> A
     ],
 )
 async def test_a_wrong_token(port: int, account: str, audience: str, words: str) -> None:
-    before = metric('probefleet_streams_refused_total{code="UNAUTHENTICATED"}')
+    before = unauthenticated()
     token = token_of("node1", account=account, audience=audience) if account else "nonsense"
     async with stranger(port, "node1", token, hello=False) as agent:
         refusal = await agent.refused()
@@ -141,7 +139,7 @@ async def test_a_wrong_token(port: int, account: str, audience: str, words: str)
     log = operator_log()
     assert words in log
     assert token == "nonsense" or token.split(".")[2] not in log
-    assert metric('probefleet_streams_refused_total{code="UNAUTHENTICATED"}') == before + 1
+    assert unauthenticated() == before + 1
 
 
 async def test_another_nodes_name(port: int) -> None:
@@ -197,7 +195,7 @@ def test_a_wrong_ca(port: int, tmp_path: Path) -> None:
     token.write_text(token_of("node1"))
     folder = Path("/sys/fs/bpf") / f"probefleet-stranger-{uuid.uuid4().hex[:6]}"
     folder.mkdir()
-    sessions = metric("probefleet_sessions")
+    sessions = kube.metric("probefleet_sessions")
     command = [
         str(Path(sys.executable).with_name("probefleet-agent")), f"--operator=127.0.0.1:{port}", "--node=node1",
         f"--ca-file={wrong}", f"--token-file={token}", f"--server-name={SERVER_NAME}", f"--bpffs={folder}",
@@ -211,4 +209,4 @@ def test_a_wrong_ca(port: int, tmp_path: Path) -> None:
     assert said["error"].startswith(f"the operator's certificate is not signed by a CA of {wrong}, or is for another")
     assert "nothing was sent to it, and what runs here goes on" in said["error"]
     folder.rmdir()  # it left nothing
-    assert metric("probefleet_sessions") == sessions == 3
+    assert kube.metric("probefleet_sessions") == sessions == 3

@@ -25,9 +25,9 @@ import yaml
 from tests.cluster.kubebox import settings
 from tests.e2e import agents, kube
 from tests.e2e.test_lifecycle import PROGRAM
-from tests.e2e.test_restarts import SYSCOUNT, finish_counting, start_counting
+from tests.e2e.test_restarts import SYSCOUNT, finish_counting, finish_recording, start_counting, start_recording
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(420)]
 
 NODES = (1, 2, 3)
 JOINING = 4
@@ -152,6 +152,21 @@ def test_helm_upgrade_loses_and_doubles_no_count(namespace: str) -> None:
     upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
     assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
     finish_counting(namespace)
+
+
+def test_helm_upgrade_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
+    attached = start_recording(namespace, seconds=60)
+    before = agents.pods()
+    upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
+    assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
+    listed = finish_recording(namespace, attached)
+    assert sorted(listed) == list(range(997))
+
+
+def test_helm_test_passes(installed: str) -> None:
+    said = kube.run("helm", "test", "probefleet", "--namespace", installed, "--logs", seconds=120).stdout
+    assert "Phase:          Succeeded" in said
+    assert "probefleet_sessions 3.0" in said
 
 
 # Two operators.
