@@ -8,7 +8,6 @@ token and CA, `go` and `stop` in; its log, and `removed` when no link is pinned 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import urllib.error
@@ -26,9 +25,10 @@ from tests.fakes.operator_process import OperatorProcess
 from tests.kernel import vm, vm_kernels
 from tests.workloads import run as workloads
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(360)]
+pytestmark = [pytest.mark.e2e, pytest.mark.vm, pytest.mark.timeout(360)]
 
-KERNEL = os.environ.get("VM_SUITE", "bookworm")
+#: Linux 6.1: from 5.15 on kprobes count on while the agent is gone.
+KERNEL = "bookworm"
 NAMESPACE, NODE = "probefleet", "vm"
 RESOURCES = "/apis/probefleet.io/v1alpha1/namespaces/shop"
 CALLS = workloads.BINARIES / "calls"
