@@ -23,7 +23,7 @@ MEASURED = (
     {("lookup", each) for each in TYPES} | {("update", each) for each in TYPES} | {("count", each) for each in COUNTED}
 )
 #: Of each operation and type, in one interval.
-BATCHES = 32
+BATCHES = 64
 
 
 @pytest.fixture(scope="module")
