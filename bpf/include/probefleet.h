@@ -58,6 +58,7 @@ typedef __be16 be_port_t; /* in network byte order */
 typedef __be32 ipv4_t;
 typedef u8 ipv6_t[16];
 typedef u8 ip_t[16];	   /* IPv6, or IPv4 mapped into it (::ffff:a.b.c.d) */
+typedef u64 endpoint_t;	   /* of probefleet_endpoints.h: the pod that has an address */
 typedef u64 nanoseconds_t; /* a length of time */
 typedef u64 ktime_t_ns;	   /* a moment, bpf_ktime_get_ns(): wall clock */
 typedef s32 stack_id_t;	   /* of bpf_get_stackid(); the two below say whose symbols to look up */

@@ -76,7 +76,7 @@ def add_tables(
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
-            table.uncounted.extend([*instance.followers.sentences(), *instance.troubles])
+            table.uncounted.extend([*instance.followers.sentences(), *instance.troubles, *instance.notes])
             table.gaps.extend(_gaps(instance, uid))
             batch.tables.append(table)
         joining.keep(instance, uid)
@@ -135,6 +135,7 @@ def add_events(
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before
             chunk.gaps.extend(_gaps(instance, uid))
+            chunk.uncounted.extend(instance.notes)
             chunk.start_position = began.position
             if began.counted is not None:
                 chunk.counted_before = began.counted

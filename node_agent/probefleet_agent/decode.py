@@ -152,10 +152,12 @@ def _pid(value: int, lookups: Lookups) -> str:
     return f"{command}[{value}]" if command else str(value)
 
 
-#: Decoders from one distinct number to its name.
+ALL_BITS = (1 << 64) - 1
+#: Decoders from one distinct number to its name. The operator puts a name to an endpoint, as it does to pod uids.
 _NAMES: Mapping[str, Callable[[int, Lookups], str]] = {
     "pid": _pid,
     "uid": lambda value, lookups: lookups.user(value) or str(value),
+    "endpoint": lambda value, _: f"endpoint:{value & ALL_BITS:016x}" if value else "(no pod)",
     "syscall": lambda value, lookups: syscalls.name(value, lookups.machine),
     "errno": lambda value, _: syscalls.error_name(value) if value <= 0 else str(value),
     "print_flags": lambda value, _: prints.flags(value),
@@ -176,6 +178,7 @@ TYPEDEFS: Mapping[str, str] = {
     "__be16": "big_endian",
     "__be32": "big_endian",
     "syscall_t": "syscall",
+    "endpoint_t": "endpoint",
     "errno_t": "errno",
     "ktime_t_ns": "ktime",
     "device_t": "device",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import batches, costs, iterating, joining, reconcile, samples
+from probefleet_agent import batches, costs, endpoints, iterating, joining, reconcile, samples
 from probefleet_agent.bindings import Bindings
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
@@ -62,6 +62,7 @@ class Engine:
         self._marks = Marks(root)
         self._bindings = Bindings(self._identities.book, self._marks)
         self._wanted: dict[PolicyUid, plan_pb2.Plan] = {}
+        self._endpoints = endpoints.Endpoints()
         self._specs: dict[MapUid, plan_pb2.ProbeMap] = {}
         self._settled = 0
         self._stream = samples.Stream()
@@ -140,6 +141,8 @@ class Engine:
         """
         if (push.term, push.version) <= (self._term, self._version):
             raise StalePush(f"push {push.term}.{push.version} is not newer than {self._term}.{self._version}")
+        if push.HasField("endpoints"):
+            self._endpoints.hear(push.endpoints)
         self._installed.keep_blobs(push.blobs)
         self._term, self._version = push.term, push.version
         self._identities.select(push)
@@ -163,6 +166,7 @@ class Engine:
             self._installed.wait()
             self._look()
         self._fill_filters()
+        self._endpoints.write(self._installed.shared(MapUid(endpoints.UID)))
         self._follow(time.time_ns())
         self._installed.forget_blobs(
             {plan.instance.object.sha256 for plan in wanted.values()} | {spec.sha256 for spec in specs.values()}
@@ -226,6 +230,8 @@ class Engine:
             if loaded[digest].runs_each_interval:
                 iterating.run(loaded[digest], self._files_root)
                 self._bindings.feed(loaded[digest])
+        for each in loaded.values():
+            each.notes = self._endpoints.sentences() if MapUid(endpoints.UID) in map_uids(each.instance) else []
         commits, self.behind = batches.add_events(
             batch, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
         )

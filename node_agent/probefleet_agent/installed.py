@@ -299,6 +299,10 @@ class Installed:
         self._root.remove_map(uid)
         handle.fd.close()
 
+    def shared(self, uid: MapUid) -> MapHandle | None:
+        """A ProbeMap's map, where it is here."""
+        return self.maps[uid][1] if uid in self.maps else None
+
     def keep_blobs(self, blobs: Iterable[stream_pb2.Blob]) -> None:
         """Take in the objects that came with a push."""
         for blob in blobs:

@@ -117,6 +117,7 @@ class Loaded:
     record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
+    notes: list[str] = field(default_factory=list)  # what its reports have to say of maps that the agent keeps
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     since_ns: int = 0  # wall clock

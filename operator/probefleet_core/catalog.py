@@ -136,6 +136,7 @@ class Catalog:
     """All probes by name, sorted."""
 
     probes: Mapping[str, Probe]
+    endpoints: bytes = b""  #: the object of the built-in map, see ``endpoints``
 
     def get(self, name: str) -> Probe | None:
         """The probe of that name."""
@@ -182,7 +183,8 @@ def load(catalog: Path | None = None) -> Catalog:
         probes[name] = parse_probe(name, path.read_text(encoding="utf-8"), found.read_bytes())
     if not probes:
         raise CatalogError(f"{catalog} holds no probe; set {ENVIRONMENT} to the folder that does")
-    return Catalog(MappingProxyType(probes))
+    endpoints = objects / "endpoints.bpf.o"
+    return Catalog(MappingProxyType(probes), endpoints.read_bytes() if endpoints.is_file() else b"")
 
 
 # Text and bytes to values -----------------------------------------------------------------------------------------

@@ -280,11 +280,12 @@ def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Recor
             label = joiner.label("container")
             for row, uid, each in zip(rows, uids, _part(kept.columns["container_id"], low, high), strict=True):
                 row["container"] = label(uid, each)
+    field = joiner.label("")
     for name, content in kept.columns.items():
         if name not in _IDENTITIES:
             for row, value in zip(rows, _part(content, low, high), strict=True):
                 # A program's field "node" does not take the place of the node's name.
-                row.setdefault(name, value)
+                row.setdefault(name, field(value))
     return rows
 
 

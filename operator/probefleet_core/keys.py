@@ -32,6 +32,8 @@ MAX_NODE_KEY_BYTES: Final = 32 << 20
 
 NODE: Final = "node"
 POD_UID: Final = "pod_uid"
+#: How agents write the number of an endpoint (``endpoints.MARK``).
+ENDPOINT: Final = "endpoint:"
 _POD_COLUMNS: Final = ("namespace", "workload", "pod")
 #: The wire's columns of each identity in groupBy.
 _WIRE: Final = {
@@ -170,7 +172,14 @@ class Joiner:
             "pod": self._pod,
             "container": self._container,
         }
-        return joins.get(group, _as_is)
+        return joins.get(group, self._field)
+
+    def _field(self, part: Label) -> Label:
+        """A program's own field: as it is, but the pod that an endpoint stands for by its name, wherever it runs."""
+        if not isinstance(part, str) or not part.startswith(ENDPOINT):
+            return part
+        pod = self._find(part)
+        return f"{pod.namespace}/{pod.name}" if pod else part
 
     def _find(self, uid: Label) -> result.PodName | None:
         """The pod's names; None for the host, the unknown, and pods that nobody has heard of."""
@@ -222,7 +231,3 @@ class Joiner:
 
 
 _SPECIAL: Final[dict[Label, str]] = {"": result.HOST, "?": result.UNKNOWN, result.OTHER: result.OTHER}
-
-
-def _as_is(part: Label) -> Label:
-    return part

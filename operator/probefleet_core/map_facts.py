@@ -10,7 +10,11 @@ from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.map_types import Flag, MapType, Read
 
 #: Of our own in every program that includes probefleet.h; and libbpf's in those that include usdt.bpf.h.
-OWN = frozenset({"probefleet_lost", "probefleet_filter", "__bpf_usdt_specs", "__bpf_usdt_ip_to_spec_id"})
+OWN = frozenset(
+    {
+        "probefleet_lost", "probefleet_filter", "probefleet_endpoints", "__bpf_usdt_specs", "__bpf_usdt_ip_to_spec_id",
+    }
+)  # fmt: skip
 #: Records that become an output by themselves: reading them takes them from nobody else.
 STREAMS = frozenset({MapType.RINGBUF, MapType.PERF_EVENT_ARRAY})
 MIN_RING_BYTES = 4096

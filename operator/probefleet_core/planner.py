@@ -27,6 +27,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_core import (
     bcc_source,
+    endpoints,
     errors,
     interval_outputs,
     map_contents,
@@ -188,6 +189,12 @@ def _shared_maps(
             problems.add(f"{path}.share.probeMap", f'"{use.probe_map}"', why=why, write=write)
             continue
         found[use.name] = compiled
+    if endpoints.MAP in own or (not parts.parsed and bcc_source.names(parts.source, endpoints.MAP)):
+        if request.catalog.endpoints:
+            found[endpoints.MAP] = endpoints.builtin(request.catalog.endpoints)
+        else:
+            why = "the map's object, endpoints.bpf.o, is not where the catalog's objects are"
+            problems.add("spec.program", f"<{endpoints.HEADER}>", why=why, write="Run `make bpf`, or leave it away.")
     return found
 
 

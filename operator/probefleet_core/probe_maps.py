@@ -35,6 +35,7 @@ typedef __be16 be_port_t;
 typedef __be32 ipv4_t;
 typedef u8 ipv6_t[16];
 typedef u8 ip_t[16];
+typedef u64 endpoint_t;
 typedef u64 nanoseconds_t;
 typedef u64 ktime_t_ns;
 typedef s32 stack_id_t;

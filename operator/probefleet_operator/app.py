@@ -144,6 +144,7 @@ class Operator:
             listener=merged,
             term=term,
             blob_of=blobs.get,
+            addresses=inventory_.endpoints,
             complain=lambda who, problem: recorder.warn(
                 who.as_pod(namespace=options.namespace),
                 "StreamRefused",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import grpc
 import structlog
-from probefleet_core import placement, values
+from probefleet_core import endpoints, placement, values
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_operator import inventory, metrics, objects, planning, session
@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 SETTLE_SECONDS = 0.05  # events of one `kubectl apply` come together
 MAX_SHARE = 0.2  # of the loop's time that deciding may take: at 5,000 nodes rounds get rarer instead of the loop late
+ENDPOINTS_SECONDS = 1.0  # nodes that share the map of endpoints hear of changes at most so often
 FIRST_PLANS_SECONDS = 10.0  # after a start, wait so long for all plans before the first push
 
 Names = Mapping[values.PolicyUid, frozenset[values.NodeName]]
@@ -44,6 +45,8 @@ class Controller:
         self._told: dict[values.NodeName, session.Desire] = {}  # what each open session was told
         self._previous: dict[values.NodeName, placement.NodeState] = {}
         self._began = time.monotonic()
+        self._endpoints = 0  # the version that nodes are told of
+        self._endpoints_due: asyncio.TimerHandle | None = None
         self.placement: placement.Placement | None = None
         self.decided = asyncio.Event()  # at least once, from complete lists
         self._inventory: inventory.Inventory
@@ -132,11 +135,20 @@ class Controller:
         """A pod came, went or changed. An agent whose pod is deleted has nothing more to say."""
         node = values.NodeName(pod.node)
         here = self._sessions.get(node)
+        if self._inventory.endpoints.version != self._endpoints and self._endpoints_due is None:
+            self._endpoints_due = asyncio.get_running_loop().call_later(ENDPOINTS_SECONDS, self._tell_endpoints)
         if here is None:
             return
         if gone and here.identity.pod_uid == pod.uid:
             here.close(grpc.StatusCode.UNAUTHENTICATED, "the agent's pod has been deleted")
         self.mark()
+
+    def _tell_endpoints(self) -> None:
+        """Addresses of pods have changed: nodes that share the map hear of it."""
+        self._endpoints_due = None
+        self._endpoints = self._inventory.endpoints.version
+        if any(_shares_endpoints(state) for state in self._previous.values()):
+            self.mark()
 
     # Deciding.
 
@@ -204,7 +216,9 @@ class Controller:
         here = self._sessions.get(node)
         if here is None:
             return False
-        desire = session.Desire(state, tuple(sorted(pod.uid for pod in self._inventory.pods_of(node))))
+        known = tuple(sorted(pod.uid for pod in self._inventory.pods_of(node)))
+        version = max(self._endpoints, 1) if _shares_endpoints(state) else 0
+        desire = session.Desire(state, known, version)
         self._previous[node] = state
         if self._told.get(node) == desire:
             return False
@@ -224,6 +238,10 @@ class Controller:
             # One that would refuse a push gets none; nodes that have not said what they run do not either.
             running=here.running if here and not here.ahead else None,
         )
+
+
+def _shares_endpoints(state: placement.NodeState) -> bool:
+    return any(each.uid == endpoints.UID for each in state.probe_maps)
 
 
 def expired(policy: values.ProbePolicy, now_ns: int) -> bool:

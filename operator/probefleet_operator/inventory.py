@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from probefleet_core import placement, values
+from probefleet_core import endpoints, placement, values
 
 from probefleet_operator import api, reflector
 
@@ -58,6 +58,7 @@ class Pod:
     owner: Owner | None
     containers: Mapping[str, str]  # container id (hex, without its scheme) → container name
     finished: bool  # Succeeded or Failed: its containers are gone, its counts are not
+    addresses: tuple[str, ...] = ()  # its own: none of a pod in its node's network, which has the node's
     mirror: bool = False  # of a static pod: its uid is its manifest's, which several nodes may have
 
 
@@ -112,6 +113,9 @@ def trim_pod(raw: api.Json) -> Pod:
         owner=controller_of(metadata),
         containers=containers,
         finished=status.get("phase") in ("Succeeded", "Failed"),
+        addresses=()
+        if spec.get("hostNetwork")
+        else tuple(each["ip"] for each in status.get("podIPs") or () if each.get("ip")),
         mirror=bool(static_uid),
     )
 
@@ -143,6 +147,7 @@ class Inventory:
         self._jobs = reflector.Reflector(
             client, "/apis/batch/v1/jobs", trim=trim_owned, sink=self._ignore, metadata_only=True
         )
+        self.endpoints = endpoints.Endpoints()
         self._node_by_name: dict[str, Node] = {}
         self._pods_by_node: dict[str, dict[str, placement.Pod]] = {}  # tombstones included
         self._tombstones: OrderedDict[str, tuple[float, Pod]] = OrderedDict()
@@ -237,6 +242,7 @@ class Inventory:
             self._pods_by_node.setdefault(pod.node, {})[pod.uid] = placed
             self._remember_containers(pod)
             self.workload(pod)  # learns the owner's name while the owner lives
+        self.endpoints.put(pod.uid, () if gone or pod.finished or pod.mirror else pod.addresses)
         if gone:
             self._bury(pod)
         self._on_pod(pod, gone)

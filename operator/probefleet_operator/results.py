@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import structlog
-from probefleet_core import aggregate, values
+from probefleet_core import aggregate, endpoints, values
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
@@ -141,6 +141,10 @@ class Results:
 
     def name_of(self, pod_uid: str) -> aggregate.PodName | None:
         """What a pod is called and whose it is; None for one that nobody has heard of in the last hour."""
+        if pod_uid.startswith(endpoints.MARK):
+            # Not a pod's uid, but what stands for it in programs that ask whose an address is.
+            digits = pod_uid.removeprefix(endpoints.MARK)
+            pod_uid = self._names.endpoints.pod(int(digits, 16)) or "" if len(digits) == 16 else ""
         pod = self._names.pod(pod_uid)
         if pod is None or not pod.node:
             return None  # not bound to a node, as far as we have heard: nobody can have counted for it

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
-from probefleet_core import placement, values
+from probefleet_core import endpoints, placement, values
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_operator import errors, identity
@@ -35,6 +35,7 @@ class Desire:
 
     state: placement.NodeState
     known_pods: Sequence[str]
+    endpoints: int = 0  #: the version that it is to hear of; 0: it does not share the map
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,14 @@ class Session:
     """The operator's side of one stream. Belongs to the main loop."""
 
     def __init__(
-        self, hello: stream_pb2.Hello, who: identity.Identity, *, number: int, term: int, blob_of: BlobOf
+        self,
+        hello: stream_pb2.Hello,
+        who: identity.Identity,
+        *,
+        number: int,
+        term: int,
+        blob_of: BlobOf,
+        addresses: endpoints.Endpoints | None = None,
     ) -> None:
         """`number` is larger than that of every session before."""
         self.number = number
@@ -70,6 +78,8 @@ class Session:
         self._term = term
         self._blob_of = blob_of
         self._carried: set[str] = set()
+        self._addresses = addresses
+        self._heard = 0  # the version of the endpoints that was sent last
         self._desire: Desire | None = None
         self._ack: int | None = None
         self._wake = asyncio.Event()
@@ -167,6 +177,12 @@ class Session:
                 continue
             room -= self._add(push, needed)
             push.probe_maps.append(probe_map)
+        if self._addresses is not None and any(each.uid == endpoints.UID for each in push.probe_maps):
+            if self._heard != self._addresses.version:
+                push.endpoints.CopyFrom(self._addresses.since(self._heard))
+                self._heard = self._addresses.version
+        else:
+            self._heard = 0
         # An agent keeps the objects of its newest push and no others: a policy that comes again brings its own again.
         self._carried &= {sha256 for plan in push.plans for sha256 in needed_objects(plan)} | {
             probe_map.sha256 for probe_map in push.probe_maps

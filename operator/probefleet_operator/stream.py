@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError
+from probefleet_core import endpoints
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_operator import authority, errors, identity, metrics, session
@@ -111,11 +112,12 @@ class Fleet:
         listener: Listener,
         term: int,
         blob_of: session.BlobOf,
+        addresses: endpoints.Endpoints | None = None,
         hello_seconds: float = HELLO_SECONDS,
         complain: Complain = _nobody,
     ) -> None:
         self._reviewer, self._listener, self._blob_of = reviewer, listener, blob_of
-        self._term = term
+        self._term, self._addresses = term, addresses
         self._hello_seconds = hello_seconds
         self._complain = complain
         self._unidentified = 0
@@ -174,7 +176,14 @@ class Fleet:
                 self._complain(who, str(problem))
                 raise
             self._opened += 1
-            return session.Session(hello, who, number=self._opened, term=self._term, blob_of=self._blob_of)
+            return session.Session(
+                hello,
+                who,
+                number=self._opened,
+                term=self._term,
+                blob_of=self._blob_of,
+                addresses=self._addresses,
+            )
         finally:
             self._unidentified -= 1
 

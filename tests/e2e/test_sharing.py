@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.e2e import agents, kube
 
@@ -83,17 +84,21 @@ print(json.dumps({"maps": maps, "programs": dict(users(root / "instances"))}))
 """
 
 
-def pins() -> dict[str, Any]:
-    """What the node has pinned: ProbeMaps (uid → kernel map id), and programs (path → kernel map ids)."""
+def agent() -> str:
+    """The name of the node's agent pod."""
     listed = json.loads(kube.kubectl("-n", kube.SYSTEM, "get", "pods", "-o", "json"))["items"]
-    agent = next(
-        each["metadata"]["name"]
+    return next(
+        str(each["metadata"]["name"])
         for each in listed
         if each["metadata"]["name"].startswith("probefleet-agent-")
         and each["spec"].get("nodeName") == NODE
         and "deletionTimestamp" not in each["metadata"]
     )
-    shell = ("-n", kube.SYSTEM, "exec", agent, "--", "/opt/probefleet/venv/bin/python3", "-c", _PINS)
+
+
+def pins() -> dict[str, Any]:
+    """What the node has pinned: ProbeMaps (uid → kernel map id), and programs (path → kernel map ids)."""
+    shell = ("-n", kube.SYSTEM, "exec", agent(), "--", "/opt/probefleet/venv/bin/python3", "-c", _PINS)
     found: dict[str, Any] = json.loads(kube.kubectl(*shell))
     return found
 
@@ -232,6 +237,48 @@ def test_a_shared_map_grows_under_its_programs(namespace: str) -> None:
         assert f"ProbeMap {namespace}/by-uid grew from 1,024 to 4,096 entries" in gap["why"]
     kube.kubectl("delete", "ppol", "writer", "reader", "-n", namespace)
     kube.kubectl("delete", "probemap", "by-uid", "-n", namespace)
+
+
+def test_a_connection_is_counted_under_the_pod_on_the_other_side(namespace: str) -> None:
+    """The example, from a pod on one node to a pod on another: what the map holds of it the operator told the agent."""
+    (example,) = yaml.safe_load_all((kube.ROOT / "examples/connects-by-pod.yaml").read_text())
+    spec = {**example["spec"], "nodes": ON_NODE, "interval": "1s"}
+    kube.apply(kube.policy("connects", namespace, spec))
+    kube.wait_programmed("connects", namespace)
+    kube.apply(kube.pod("server", namespace, ["connects", "--serve", "7000", "0.0.0.0"], node="node2"))
+    kube.kubectl("wait", "pod/server", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
+    address = kube.get("pod", "server", namespace)["status"]["podIP"]
+    # What the node knows, asked of its own map.
+    kube.eventually(
+        lambda: address in dumped("endpoints", "endpoints"), f"{address} in the endpoints of {NODE}", seconds=30
+    )
+    kube.apply(kube.pod("client", namespace, ["connects", "23", "7000", address], node=NODE))
+    kube.kubectl("wait", "pod/client", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+
+    def rows() -> dict[tuple[str, ...], int]:
+        return kube.totals(kube.report("connects", namespace), "connects")
+
+    pair = (f"{namespace}/client", f"{namespace}/server")
+    kube.eventually(lambda: rows().get(pair) == 23, f"23 of {pair}", seconds=30)
+    kube.kubectl("delete", "ppol", "connects", "-n", namespace)
+    kube.eventually(lambda: "endpoints" not in pins()["maps"], "the map has gone with its last user", seconds=30)
+
+
+def dumped(policy: str, name: str) -> str:
+    """A map of the node, as `probefleet map dump` shows it there."""
+    shell = (
+        "-n",
+        kube.SYSTEM,
+        "exec",
+        agent(),
+        "--",
+        "/opt/probefleet/venv/bin/probefleet",
+        "map",
+        "dump",
+        policy,
+        name,
+    )
+    return kube.kubectl(*shell)
 
 
 def accepted(name: str, namespace: str) -> dict[str, str] | None:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from probefleet_core import placement, values
+from probefleet_core import endpoints, placement, values
 from probefleet_operator import api, errors, identity, inventory, session
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -41,7 +41,13 @@ def raw_map(name: str, generation: int = 1, namespace: str = "shop", **spec: obj
 
 
 def open_session(
-    node: str, *, number: int = 1, term: int = 7, applied: tuple[int, int] = (0, 0), cpus: int = 2
+    node: str,
+    *,
+    number: int = 1,
+    term: int = 7,
+    applied: tuple[int, int] = (0, 0),
+    cpus: int = 2,
+    addresses: endpoints.Endpoints | None = None,
 ) -> session.Session:
     """An agent's session, of a pod `agent-NODE`; needs a running loop."""
     hello = stream_pb2.Hello(
@@ -55,7 +61,7 @@ def open_session(
         applied_version=applied[1],
     )
     who = identity.Identity(node, f"u-{node}", f"agent-{node}", f"agent-{node}", 0.0)
-    return session.Session(hello, who, number=number, term=term, blob_of=lambda sha256: b"zstd")
+    return session.Session(hello, who, number=number, term=term, blob_of=lambda sha256: b"zstd", addresses=addresses)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class FakeInventory:
     complete: bool = True
     found: dict[str, inventory.Node] = field(default_factory=dict)
     pods_by_node: dict[str, list[placement.Pod]] = field(default_factory=dict)
+    endpoints: endpoints.Endpoints = field(default_factory=endpoints.Endpoints)
 
     def add(self, *names: str, ready: bool = True) -> None:
         for name in names:
@@ -93,8 +100,8 @@ class FakePlans:
     refreshed: int = 0
     asked: asyncio.Event = field(default_factory=asyncio.Event)  # set each time
 
-    def add(self, uid: str, digest: str = "d1", *, ttl_ms: int = 0, created_ns: int = 0) -> None:
-        """A policy for all nodes, planned."""
+    def add(self, uid: str, digest: str = "d1", *, ttl_ms: int = 0, created_ns: int = 0, shares: str = "") -> None:
+        """A policy for all nodes, planned; ``shares``: a ProbeMap's uid."""
         policy = values.ProbePolicy(
             uid=values.PolicyUid(uid),
             namespace="shop",
@@ -108,7 +115,11 @@ class FakePlans:
         )
         instance = plan_pb2.Instance(digest=digest, object=plan_pb2.CoreObject(sha256=f"sha-{digest}"))
         plan = plan_pb2.Plan(policy_uid=uid, namespace="shop", name=uid, generation=1, instance=instance)
-        self.plans.append(placement.Candidate(policy.uid, "shop", uid, policy, plan))
+        probe_maps = (plan_pb2.ProbeMap(uid=shares, sha256=f"sha-{shares}"),) if shares else ()
+        if shares:
+            instance.shared_maps.add(map="shared", probe_map_uid=shares)
+            plan.instance.CopyFrom(instance)
+        self.plans.append(placement.Candidate(policy.uid, "shop", uid, policy, plan, probe_maps))
 
     def candidates(self) -> list[placement.Candidate]:
         return self.plans

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from probefleet_core import placement, values
+from probefleet_core import endpoints, placement, values
 from probefleet_operator import controller, inventory, objects, session
 from probefleet_wire.v1 import stream_pb2
 
@@ -255,3 +255,28 @@ async def test_before_any_decision_nobody_is_desired() -> None:
     assert setup.control.desired() == {}
     setup.store.observe("ProbePolicy", raw_policy("p"), gone=False)
     assert setup.control.policies() == 1
+
+
+async def test_a_pods_address_reaches_the_nodes_that_share_endpoints_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller, "ENDPOINTS_SECONDS", 0.001)
+    web = inventory.Pod("u-web", "web", "shop", "b", {}, None, {}, False, ("10.0.0.1",))
+    for shares in (endpoints.UID, ""):
+        async with running(Setup()) as setup:
+            setup.inventory.add("a", "b")
+            setup.plans.add("p", shares=shares)
+            opened = open_session("a", addresses=setup.inventory.endpoints)
+            setup.control.session_opened(opened)
+            await setup.round()
+            first = await push_of(opened)
+            assert first.endpoints.whole is bool(shares)
+            opened.take_status(ready(first))
+            setup.inventory.endpoints.put(web.uid, web.addresses)
+            setup.control.pod_changed(web, False)  # on a node that has no session
+            if shares:
+                told = (await push_of(opened)).endpoints
+                assert (told.whole, told.addresses) == (False, endpoints.packed("10.0.0.1"))
+            else:
+                await setup.round()
+                assert waits(opened)

@@ -139,7 +139,7 @@ def shipped() -> catalog.Catalog:
     probe = catalog.parse_probe(
         "syscount", (folder / "probe.yaml").read_text(), compiled((folder / "syscount.bpf.c").read_text())
     )
-    return catalog.Catalog({"syscount": probe})
+    return catalog.Catalog({"syscount": probe}, compiled((ROOT / "bpf/agent/endpoints.bpf.c").read_text()))
 
 
 def parsed(spec: Json, name: str = "slow") -> values.ProbePolicy:
@@ -761,6 +761,23 @@ def test_examples_can_be_planned(path: Path) -> None:
             elf = clang.compile_core(found.program.source, name="x.c", include_dirs=[ROOT / "bpf/include"]).object
         made = planner.plan(found, catalog=probes, elf=elf, probe_maps=shared, cpus=2)
         assert made.plan.outputs and made.plan.instance.digest
+
+
+def test_a_program_that_asks_whose_an_address_is_shares_the_built_in_map() -> None:
+    text = (ROOT / "examples/connects-by-pod.yaml").read_text()
+    found = policy.parse_policy(yaml.safe_load(text))
+    assert isinstance(found.program, values.CProgram)
+    elf = clang.compile_core(found.program.source, name="x.c", include_dirs=[ROOT / "bpf/include"]).object
+    made = planner.plan(found, catalog=shipped(), elf=elf, probe_maps={}, cpus=2)
+    (use,) = made.plan.instance.shared_maps
+    assert (use.map, use.probe_map_uid) == ("probefleet_endpoints", "endpoints")
+    assert [each.uid for each in made.probe_maps] == ["endpoints"]
+    assert made.probe_maps[0].sha256 in made.objects
+    assert [each.map for each in made.plan.outputs] == ["connects"]
+    assert dict(made.summary.maps)["probefleet_endpoints"] > 65_536 * 24, "counted whole, as every ProbeMap"
+    without = catalog.Catalog(shipped().probes)
+    with pytest.raises(errors.PolicyRefused, match=r"endpoints.bpf.o, is not where the catalog's objects are"):
+        planner.plan(found, catalog=without, elf=elf, probe_maps={}, cpus=2)
 
 
 def test_plans_are_the_same_every_time() -> None:

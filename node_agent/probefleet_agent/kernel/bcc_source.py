@@ -36,6 +36,7 @@ _PREFIXES: tuple[tuple[str, ProgramKind], ...] = (
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([A-Za-z0-9_][A-Za-z0-9_/.-]*\.h)[>"]', re.MULTILINE)
 _OURS = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]probefleet\.h[>"][^\n]*', re.MULTILINE)
+_ENDPOINTS_HEADER = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]probefleet_endpoints\.h[>"][^\n]*', re.MULTILINE)
 _TRACEPOINT = re.compile(r"\bTRACEPOINT_PROBE\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)|\bstruct\s+tracepoint__(\w+?)__(\w+)\b")
 _STRUCT = re.compile(r"\b(struct|union)\s+(\w+)\s*\{")
 _TYPEDEF = re.compile(r"\btypedef\s+(?:struct|union)\s*\w*\s*\{[^{}]*\}\s*(\w+)\s*;")
@@ -64,6 +65,14 @@ _FILTER = (
     "{ return !PROBEFLEET_TGID || tgid == PROBEFLEET_TGID; } "
     "static inline void probefleet_count_lost(u32 what) { u64 *count = probefleet_lost.lookup(&what); "
     "if (count) __sync_fetch_and_add(count, 1); }"
+)
+_ENDPOINTS = (
+    'BPF_F_TABLE("hash", struct probefleet_address, u64, probefleet_endpoints, 65536, BPF_F_NO_PREALLOC); '
+    "static inline endpoint_t probefleet_endpoint(const u8 *address) { struct probefleet_address key; "
+    "__builtin_memcpy(&key, address, sizeof(key)); u64 *found = probefleet_endpoints.lookup(&key); "
+    "return found ? *found : 0; } "
+    "static inline endpoint_t probefleet_endpoint4(ipv4_t address) { ip_t mapped = { [10] = 0xff, [11] = 0xff }; "
+    "__builtin_memcpy(mapped + 12, &address, sizeof(address)); return probefleet_endpoint(mapped); }"
 )
 PRINT_RING, PRINT_RECORD = "trace_printk", "probefleet_print"
 _PRINT = re.compile(r"\bbpf_trace_printk\s*\(")
@@ -129,8 +138,8 @@ def wrappers(source: str) -> tuple[str, ...]:
 
 
 def includes_ours(source: str) -> bool:
-    """The text includes ``probefleet.h``."""
-    return bool(_OURS.search(source))
+    """The text includes ``probefleet.h``, or ``probefleet_endpoints.h``, which brings it."""
+    return bool(_OURS.search(source) or _ENDPOINTS_HEADER.search(source))
 
 
 def prints(source: str) -> bool:
@@ -164,7 +173,10 @@ def prepared(source: str, *, keep: bool = True, leave: frozenset[int] = frozense
     """The text that is compiled; every line of the source keeps its number. ``leave``: objects not kept, by number."""
     bare = _COMMENT.sub(" ", source)
     printing = prints(source)
-    text = _OURS.sub(lambda _: f"{_FILTER} {_PRINTS}" if printing else _FILTER, source, count=1)
+    functions = f"{_FILTER} {_PRINTS}" if printing else _FILTER
+    text = _OURS.sub(lambda _: functions, source, count=1)
+    brought = f"{functions} {_ENDPOINTS}" if text == source else _ENDPOINTS
+    text = _ENDPOINTS_HEADER.sub(lambda _: brought, text, count=1)
     if not keep or not (printing or _RECORDS.search(bare)):
         return text
     names = [f"struct {PRINT_RECORD}"] if printing else []

@@ -142,6 +142,7 @@ class Push(_message.Message):
     SELECTIONS_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
     KNOWN_POD_UIDS_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """grows with each operator that takes over; a lower one is refused"""
     version: _builtins.int
@@ -162,6 +163,10 @@ class Push(_message.Message):
         *unknown*, not refused: its events are kept until a later push decides.
         """
 
+    @_builtins.property
+    def endpoints(self) -> Global___Endpoints:
+        """Where a plan shares the built-in map: what changed since the last push of this stream."""
+
     def __init__(
         self,
         *,
@@ -172,14 +177,55 @@ class Push(_message.Message):
         selections: _abc.Iterable[Global___Selection] | None = ...,
         blobs: _abc.Iterable[Global___Blob] | None = ...,
         known_pod_uids: _abc.Iterable[_builtins.str] | None = ...,
+        endpoints: Global___Endpoints | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoints", b"_endpoints", "endpoints", b"endpoints"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoints", b"_endpoints", "blobs", b"blobs", "endpoints", b"endpoints", "known_pod_uids", b"known_pod_uids", "plans", b"plans", "probe_maps", b"probe_maps", "selections", b"selections", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__endpoints: _TypeAlias = _typing.Literal["endpoints"]  # noqa: Y015
+    _WhichOneofArgType__endpoints: _TypeAlias = _typing.Literal["_endpoints", b"_endpoints"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__endpoints) -> _WhichOneofReturnType__endpoints | None: ...
+
+Global___Push: _TypeAlias = Push  # noqa: Y015
+
+@_typing.final
+class Endpoints(_message.Message):
+    """Which pod of the cluster has which address. A pod is a number here: names are put to it by the operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHOLE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    whole: _builtins.bool
+    """all of them; else what is not named stays"""
+    addresses: _builtins.bytes
+    """16 bytes each; IPv4 mapped into IPv6"""
+    numbers: _builtins.bytes
+    """columns.pack(uint64[n])"""
+    gone: _builtins.bytes
+    """addresses that nobody has any more"""
+    left_out: _builtins.int
+    """addresses that found no room"""
+    def __init__(
+        self,
+        *,
+        whole: _builtins.bool = ...,
+        addresses: _builtins.bytes = ...,
+        numbers: _builtins.bytes = ...,
+        gone: _builtins.bytes = ...,
+        left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "known_pod_uids", b"known_pod_uids", "plans", b"plans", "probe_maps", b"probe_maps", "selections", b"selections", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "gone", b"gone", "left_out", b"left_out", "numbers", b"numbers", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Push: _TypeAlias = Push  # noqa: Y015
+Global___Endpoints: _TypeAlias = Endpoints  # noqa: Y015
 
 @_typing.final
 class Selection(_message.Message):
