@@ -5,12 +5,15 @@ What the probes of the catalog count, and how, is in `test_catalog_*.py`; here i
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import select
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from probefleet_agent.kernel import features
 
@@ -22,30 +25,35 @@ LOCAL = "127.0.0.1"
 HOST = "(host)"
 
 
+def only(workload: workloads.Workload) -> tuple[str, str]:
+    """Of one process: a report shows the first rows, and the machine has others that do much."""
+    return "--pid", str(workload.pid)
+
+
 @pytest.mark.shows("example/tcptop")
-def test_tcptop_has_the_bytes_of_both_ends_by_peer_and_port() -> None:
-    with examples_runner.running("tcptop.yaml", links=2) as run, workloads.echo_server() as port:
-        workloads.run("connects", 23, port, "--bytes", 997)
+def test_tcptop_has_the_bytes_of_a_process_by_peer_and_port() -> None:
+    with workloads.echo_server() as port, workloads.start("connects", 23, port, "--bytes", 997) as client:
+        with examples_runner.running("tcptop.yaml", instances=1, arguments=only(client)) as run:
+            client.go()
+            client.done()
     for output in ("sent", "received"):
-        rows = {key: value for key, value in run.rows("tcptop", output).items() if str(port) in key}
-        assert rows == {
-            (HOST, LOCAL, str(port), "false"): 23 * 997,
-            (HOST, LOCAL, str(port), "true"): 23 * 997,
-        }
+        assert run.rows("tcptop", output) == {(HOST, LOCAL, str(port), "false"): 23 * 997}
 
 
 @pytest.mark.shows("example/tcpretrans")
 def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
-    with lossy.wire() as wire, examples_runner.running("tcpretrans.yaml", links=2) as run:
+    # Of this process alone: another that runs the same test has a network of the same addresses.
+    port = 10_000 + os.getpid() % 50_000
+    with lossy.wire() as wire, examples_runner.running("tcpretrans.yaml", instances=1) as run:
         wire.lose()
-        ends = [lossy.connecting(lossy.FAR, 4711) for _ in range(23)]
+        ends = [lossy.connecting(lossy.FAR, port) for _ in range(23)]
         for each in ends:
             with each:
                 assert select.select([], [each], [], workloads.PHASE_SECONDS)[1] == [each]
         assert wire.sent_again() == 23
-    rows = {key: value for key, value in run.rows("tcpretrans", "segments").items() if key[1] == lossy.FAR}
-    assert rows == {(HOST, lossy.FAR, "4711", "syn_sent"): 23}
-    records = [each for each in run.records("tcpretrans", "events") if each["remote"] == lossy.FAR]
+    rows = {key: value for key, value in run.rows("tcpretrans", "segments").items() if key[2] == str(port)}
+    assert rows == {(HOST, lossy.FAR, str(port), "syn_sent"): 23}
+    records = [each for each in run.records("tcpretrans", "events") if each["remote_port"] == str(port)]
     assert [each["state"] for each in records] == ["syn_sent"] * 23
 
 
@@ -53,7 +61,7 @@ def test_tcpretrans_has_every_syn_that_was_sent_again() -> None:
 def test_offcputime_has_every_long_sleep_of_a_process() -> None:
     def attempt() -> tuple[int, int]:
         with workloads.start("calls", "rare", 23, "--pause", 3000) as workload:
-            with examples_runner.running("offcputime.yaml", links=1, arguments=["--pid", str(workload.pid)]) as run:
+            with examples_runner.running("offcputime.yaml", links=1, arguments=only(workload)) as run:
                 workload.go()
                 workload.done()
         stacks = run.output("offcputime", "stacks")
@@ -71,34 +79,48 @@ def test_offcputime_has_every_long_sleep_of_a_process() -> None:
 def test_filetop_has_every_byte_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(bytes(997 * 101))
-    with examples_runner.running("filetop.yaml", links=3) as run:
-        workloads.run("files", 997, path, "--writes", 23, "--size", 101)
+    with workloads.start("files", 997, path, "--writes", 23, "--size", 101) as workload:
+        with examples_runner.running("filetop.yaml", instances=1, arguments=only(workload)) as run:
+            workload.go()
+            workload.done()
     for output, value in (("read", 997 * 101), ("written", 23 * 101), ("reads", 997), ("writes", 23)):
-        rows = {key: each for key, each in run.rows("filetop", output).items() if each and key[-1] == "ledger.db"}
-        assert rows == {(HOST, tmp_path.name[:31], "ledger.db"): value}
+        assert run.rows("filetop", output) == {(HOST, tmp_path.name[:31], "ledger.db"): value}
+
+
+def in_memory(descriptor: int, length: int) -> int:
+    """How many pages of a file the page cache has, by the kernel's own account: mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ) as mapped:
+        pages = np.zeros((length + 4095) // 4096, np.uint8)
+        seen = np.frombuffer(mapped, np.uint8)
+        found = libc.mincore(
+            ctypes.c_void_p(seen.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
+        )
+        del seen
+    assert found == 0, os.strerror(ctypes.get_errno())
+    return int((pages & 1).sum())
 
 
 @pytest.mark.shows("example/cachestat")
 def test_cachestat_tells_hits_from_misses_by_process() -> None:
+    """Of 997 pages of a device 499 have been read before."""
     with workloads.loop_device(997 * 4096) as device, device.open("rb", buffering=0) as held:
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with (
-            examples_runner.running("cachestat.yaml", links=4) as run,
-            workloads.start("files", 997, device, "--random") as cold,
-            workloads.start("files", 499, device, "--random") as warm,
-        ):
-            for each in (cold, warm):
-                each.go()
-                each.done()
-            run.end()
-
-    def value(output: str, process: workloads.Workload) -> int:
-        return next(
-            (value for key, value in run.rows("cachestat", output).items() if key[-1].endswith(f"[{process.pid}]")), 0
-        )
-
-    assert [value(output, cold) for output in ("hits", "misses", "added")] == [0, 997, 997]
-    assert [value(output, warm) for output in ("hits", "misses", "added")] == [499, 0, 0]
+        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        assert len(os.pread(held.fileno(), 499 * 4096, 0)) == 499 * 4096
+        with workloads.start("files", 997, device, "--random") as workload:
+            with examples_runner.running("cachestat.yaml", instances=1, arguments=only(workload)) as run:
+                # Memory that others need can have taken some of them.
+                there = in_memory(held.fileno(), 997 * 4096)
+                workload.go()
+                workload.done()
+                key = (HOST, f"files[{workload.pid}]")
+                run.end()
+    assert 0 < there <= 499
+    assert run.rows("cachestat", "hits") == {key: there}
+    assert run.rows("cachestat", "misses") == {key: 997 - there}
+    # And what else it needed of its own file.
+    assert run.rows("cachestat", "added")[key] >= 997 - there
 
 
 @pytest.mark.shows("example/pidstat")
@@ -106,7 +128,7 @@ def test_pidstat_has_the_cpu_time_of_a_process_and_how_often_it_ran() -> None:
     def attempt() -> tuple[int, int]:
         with (
             workloads.start("spin", 1, "--pause", 1000) as workload,
-            examples_runner.running("pidstat.yaml", links=1) as run,
+            examples_runner.running("pidstat.yaml", instances=1, arguments=only(workload)) as run,
         ):
             ledger, before = workload.switches(), workload.schedule()
             workload.go()
@@ -114,31 +136,39 @@ def test_pidstat_has_the_cpu_time_of_a_process_and_how_often_it_ran() -> None:
             # Asleep: all that it ran is over.
             runs = (workload.switches() - ledger).queued
             ran_ns = workload.schedule().ran_ns - before.ran_ns
-            name = f"spin[{workload.pid}]"
+            key = (HOST, f"spin[{workload.pid}]")
             run.end()
         # The scheduler's clock for a task leaves out what the host took of a virtual CPU.
-        (found_ns,) = [value for key, value in run.rows("pidstat", "cpu").items() if key[-1] == name]
-        assert 0.98 * ran_ns <= found_ns <= 1.25 * ran_ns
-        return next(value for key, value in run.rows("pidstat", "runs").items() if key[-1] == name), runs
+        assert 0.98 * ran_ns <= run.rows("pidstat", "cpu")[key] <= 1.25 * ran_ns
+        return run.rows("pidstat", "runs")[key], runs
 
     until_nothing_was_hidden(attempt)
 
 
+#: (instruction set, I/O instruction, halt): what Intel's and AMD's processors call these exits.
+HARDWARE = {"1": ("30", "12"), "2": (str(0x7B), str(0x78))}
+
+
 @pytest.mark.shows("example/kvm-exits")
 def test_kvm_exits_has_every_byte_that_a_guest_writes() -> None:
-    """The hardware's exits are counted where there is hardware: KVM without it has none."""
+    """A guest of tests/kernel/vm is emulated with SVM; a KVM that does without such hardware has no such exits."""
+    for module in ("kvm_intel", "kvm_amd"):
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            subprocess.run(["modprobe", module], capture_output=True, check=False)
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("this machine runs no virtual machines: it has no /dev/kvm")
-    with examples_runner.running("kvm-exits.yaml", links=2) as run:
-        with workloads.start("guest", 997) as workload:
-            workload.go()
-            assert workload.done() == {"exits": 997, "halts": 1}
-            name = f"guest[{workload.pid}]"
-            run.end()
+    with examples_runner.running("kvm-exits.yaml", instances=1) as run, workloads.start("guest", 997) as workload:
+        workload.go()
+        assert workload.done() == {"exits": 997, "halts": 1}
+        name = f"guest[{workload.pid}]"
+        run.end()
     rows = {key[1]: value for key, value in run.rows("kvm-exits", "userspace-exits").items() if key[0] == name}
     assert rows == {"KVM_EXIT_IO": 997, "KVM_EXIT_HLT": 1}
-    hardware = sum(value for key, value in run.rows("kvm-exits", "exits").items() if key[0] == name)
-    assert hardware == 0 or hardware >= 998, "each that reaches the program has left the guest before"
+    # Others are pages that were not there yet, and interrupts.
+    exits = {key[1:]: value for key, value in run.rows("kvm-exits", "exits").items() if key[0] == name}
+    for isa, (port, halt) in HARDWARE.items():
+        if any(each[0] == isa for each in exits):
+            assert (exits[isa, port], exits[isa, halt]) == (997, 1)
 
 
 @pytest.mark.parametrize("file", ["trace.yaml", "funccount.yaml"])
@@ -171,7 +201,7 @@ def test_execsnoop_has_every_program_that_a_workload_starts() -> None:
 def test_runqlat_has_every_wait_of_a_process() -> None:
     def attempt() -> tuple[int, int]:
         with workloads.start("calls", "rare", 997, "--pause", 100) as workload:
-            with examples_runner.running("runqlat.yaml", links=3, arguments=["--pid", str(workload.pid)]) as run:
+            with examples_runner.running("runqlat.yaml", links=3, arguments=only(workload)) as run:
                 before = workload.switches()
                 workload.go()
                 workload.done()
@@ -185,9 +215,7 @@ def test_runqlat_has_every_wait_of_a_process() -> None:
 @pytest.mark.shows("example/profile")
 def test_profile_has_the_samples_of_the_cpu_time_that_a_process_used() -> None:
     with workloads.start("spin", 2) as workload:
-        arguments = ["--pid", str(workload.pid)]
-        # A perf event is attached on each CPU.
-        with examples_runner.running("profile.yaml", links=os.cpu_count() or 1, arguments=arguments) as run:
+        with examples_runner.running("profile.yaml", instances=1, arguments=only(workload)) as run:
             workload.go()
             used_seconds = workload.done()["cpu_us"] / 1e6
             run.end()
@@ -202,7 +230,7 @@ def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "opened"
     path.touch()
     with workloads.start("opens", 23, path, "--missing", 5) as workload:
-        with examples_runner.running("opens.yaml", links=3, arguments=["--pid", str(workload.pid)]) as run:
+        with examples_runner.running("opens.yaml", links=3, arguments=only(workload)) as run:
             workload.go()
             assert workload.done()["opens"] == 23
     assert run.rows("opens", "opens") == {(HOST, "OK"): 23, (HOST, "ENOENT"): 5}
@@ -211,11 +239,12 @@ def test_opensnoop_has_every_open_of_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.shows("example/tcplife")
 def test_tcplife_has_every_connection_that_ended() -> None:
-    with examples_runner.running("tcplife.yaml", links=1) as run, workloads.echo_server() as port:
-        workloads.run("connects", 23, port, "--bytes", 997)
+    with workloads.echo_server() as port, workloads.start("connects", 23, port, "--bytes", 997) as client:
+        with examples_runner.running("tcplife.yaml", instances=1, arguments=only(client)) as run:
+            client.go()
+            client.done()
     for output, value in (("connections", 23), ("sent", 23 * 997), ("received", 23 * 997)):
-        rows = {key: value for key, value in run.rows("tcplife", output).items() if str(port) in key}
-        assert rows == {(HOST, str(port), "false"): value, (HOST, str(port), "true"): value}
+        assert run.rows("tcplife", output) == {(HOST, str(port), "false"): value}
 
 
 @pytest.mark.shows("example/biolatency")

@@ -5,6 +5,9 @@ Runs in a VM (`make test-vm`); on a kernel without kprobes these tests fail.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,59 @@ def test_execve_by_kprobe_has_the_articles_columns() -> None:
     assert list(records[0])[-5:] == ["pid", "comm", "ppid", "pcomm", "ret"]
     lines = [f"probe_execve TIME PID {each['comm']} PARENT {each['pcomm']} {each['ret']}\n" for each in records]
     assert "".join(lines) == (GOLDEN / "probe-execve.txt").read_text()
+
+
+@pytest.mark.shows("example/trace")
+def test_trace_has_the_arguments_and_the_answer_of_each_call() -> None:
+    needs(features.kprobes)
+    # The program copies 63 bytes of a name: less than pytest's own folders need.
+    path = Path("/tmp") / f"opened-{os.getpid()}"
+    path.touch()
+    with workloads.start("opens", 13, path, "--missing", 5) as workload:
+        with examples_runner.running("trace.yaml", links=2, arguments=["--pid", str(workload.pid)]) as run:
+            workload.go()
+            workload.done()
+    path.unlink()
+    assert run.counts("trace", "trace_printk") == {"received": 36, "submitted": 36, "lost": 0, "dropped": 0}
+    lines = [each["message"] for each in run.records("trace", "trace_printk")]
+    called = [line for line in lines if "(" in line]
+    answered = [line for line in lines if "(" not in line]
+    # AT_FDCWD is -100; O_RDONLY, with O_CLOEXEC or without.
+    assert [line.partition('"')[0] for line in called] == ["do_sys_openat2(-100, "] * 18
+    assert [line.split('"')[1] for line in called] == [str(path)] * 13 + [f"{path}.missing"] * 5
+    assert [line.rpartition(" ")[2] for line in answered[13:]] == ["-2"] * 5
+    assert all(int(line.rpartition(" ")[2]) >= 3 for line in answered[:13])
+
+
+@pytest.mark.shows("example/funccount")
+def test_funccount_has_every_call_of_the_functions_that_fit(tmp_path: Path) -> None:
+    needs(features.kprobes)
+    path = tmp_path / "read"
+    path.write_bytes(bytes(4096))
+    with workloads.start("files", 997, path, "--size", 1, "--writes", 23) as workload:
+        before = workload.transferred()
+        arguments = ["--pid", str(workload.pid)]
+        with examples_runner.running("funccount.yaml", links=1, arguments=arguments) as run:
+            workload.go()
+            workload.done()
+            made = workload.transferred() - before
+            name = f"files[{workload.pid}]"
+            run.end()
+    # The word to go and the "done" line are a read and a write of pipes, and the kernel's account has them.
+    assert (made.read_calls, made.write_calls) == (998, 24)
+    # The read that waits for the word began before.
+    rows = run.rows("funccount", "calls")
+    assert {key: value for key, value in rows.items() if key[0] in ("vfs_read", "vfs_write")} == {
+        ("vfs_read", name): 997 + 1,
+        ("vfs_write", name): 24,
+    }
+
+
+def test_kvm_exits_says_why_where_the_module_is_not_loaded() -> None:
+    # Where an earlier test wanted it; or it was never there.
+    subprocess.run(["modprobe", "-r", "kvm_amd"], capture_output=True, check=False)
+    path = examples_runner.EXAMPLES / "kvm-exits.yaml"
+    command = [sys.executable, "-m", "probefleet_cli.main", "run", str(path), "--for", "1s"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "kvm:kvm_exit" in done.stderr and "on this kernel" in done.stderr, done.stderr
