@@ -56,6 +56,12 @@ def test_the_name_decides_which_commands_come_first() -> None:
     assert "doctor" not in plugin.commands and main.command_for("probefleet") is main.machine
 
 
+def test_who_has_only_the_plugin_needs_no_grpc() -> None:
+    program = "import sys; sys.modules['grpc'] = None; from probefleet_cli import main; print(*main.cluster.commands)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert {"run", "events", "nodes"} <= set(done.stdout.split()), done.stderr
+
+
 @pytest.mark.parametrize("command", sorted({*main.machine.commands} - {"cluster"}))
 def test_every_command_explains_itself(command: str) -> None:
     said = CliRunner().invoke(main.machine, [command, "--help"])
