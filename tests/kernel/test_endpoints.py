@@ -184,6 +184,7 @@ def test_connections_are_counted_by_the_pod_on_the_other_side(folder: Path) -> N
         assert list((folder / "probefleet/maps").iterdir()) == []
 
 
+@pytest.mark.shows("example/connects-by-pod")
 def test_the_example_says_which_pod_connects_to_which(folder: Path) -> None:
     operator = Operator(yaml.safe_load((EXAMPLES / "connects-by-pod.yaml").read_text()))
     operator.book.put(WEB, ["127.0.0.2"])
