@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from probefleet_agent.kernel import libbpf, links, maps
+from probefleet_agent.kernel import cgroups, libbpf, links, maps
 from probefleet_wire.v1 import plan_pb2
 
 REPOSITORY = Path(__file__).parents[2]
@@ -145,3 +146,18 @@ def wait_until(true: Callable[[], bool], *, spins: int = 2_000) -> None:
             return
         sum(range(200_000))
     raise AssertionError("it did not come true")
+
+
+@contextlib.contextmanager
+def in_cgroup(name: str) -> Iterator[str]:
+    """This thread's process in a cgroup of its own."""
+    mount = cgroups.mount_point()
+    before = cgroups.of_process()
+    folder = mount / name
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
+        yield f"/{name}"
+    finally:
+        (mount / before.strip("/") / "cgroup.procs").write_text(str(os.getpid()))
+        folder.rmdir()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from probefleet_agent.errors import KernelError
-from probefleet_agent.kernel import maps, syscall
+from probefleet_agent.kernel import cgroups, maps, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_cli.failures import BadInput
 from probefleet_wire import map_types
@@ -18,7 +19,7 @@ from probefleet_wire.btf_build import BtfBuilder
 from probefleet_wire.map_types import Flag, MapType
 
 from tests.kernel import policies
-from tests.kernel.support import call_getppid, needs
+from tests.kernel.support import call_getppid, in_cgroup, needs
 
 
 def table(kind: str, entries: int, key: str, value: str, name: str, more: str = "") -> str:
@@ -309,6 +310,34 @@ int BPF_PROG(on_call, struct pt_regs *regs, long id)
     with policies.run(policies.c_policy(source, **counter("calls", ["pod"]))) as run:
         call_getppid(997)
         assert run.rows("calls") == {("(host)",): 997}
+
+
+@pytest.mark.shows("map/{kind}")
+@pytest.mark.parametrize("kind", ["CGROUP_STORAGE", "PERCPU_CGROUP_STORAGE"])
+def test_storage_of_an_attachment_is_read_by_its_cgroup(kind: str) -> None:
+    """The older kind, of programs that are attached to cgroups: an entry for each of their attachments."""
+    source = f"""
+struct {{ __uint(type, BPF_MAP_TYPE_{kind}); __type(key, struct bpf_cgroup_storage_key); __type(value, u64); }}
+calls SEC(".maps");
+SEC("cgroup/sock_create") int on_socket(struct bpf_sock *sk)
+{{
+	u64 *count = bpf_get_local_storage(&calls, 0);
+	if (ours())
+		__sync_fetch_and_add(count, 1);
+	return 1;
+}}
+"""
+    with in_cgroup("pf-test-storage") as path:
+        attach = [{"program": "on_socket", "cgroupSock": {"cgroup": path, "hook": "create"}}]
+        outputs = [
+            {"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["key.cgroup_inode_id"]},
+        ]
+        manifest = policies.c_policy(source, attach=attach, outputs=outputs, interval="1s")
+        with policies.run(manifest) as run:
+            for _ in range(997):
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+            inode = os.stat(f"{cgroups.mount_point()}{path}").st_ino
+            assert run.rows("calls") == {(str(inode),): 997}
 
 
 LISTED = {

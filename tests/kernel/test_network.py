@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -277,24 +275,9 @@ def test_a_socket_filter_counts_each_packet_and_keeps_none_from_others(wire: Wir
     assert wire.send_here(23) == 23
 
 
-@contextlib.contextmanager
-def in_cgroup(name: str) -> Iterator[str]:
-    """This thread's process in a cgroup of its own."""
-    mount = cgroups.mount_point()
-    before = cgroups.of_process()
-    folder = mount / name
-    folder.mkdir(exist_ok=True)
-    try:
-        (folder / "cgroup.procs").write_text(str(os.getpid()))
-        yield f"/{name}"
-    finally:
-        (mount / before.strip("/") / "cgroup.procs").write_text(str(os.getpid()))
-        folder.rmdir()
-
-
 @pytest.mark.shows("attach/cgroupSkb")
 def test_cgroup_skb_counts_what_the_cgroup_sends_and_lets_it_go(wire: Wire, start: Start) -> None:
-    with in_cgroup("pf-test-skb") as path:
+    with support.in_cgroup("pf-test-skb") as path:
         with start(CGROUP_SKB, 1, cgroup_skb={"cgroup": path, "egress": True}) as running:
             assert wire.send_there(TIMES) == TIMES, "the program answers 0 (drop), and is not heard"
             assert running.hits() == TIMES
@@ -303,7 +286,7 @@ def test_cgroup_skb_counts_what_the_cgroup_sends_and_lets_it_go(wire: Wire, star
 
 @pytest.mark.shows("attach/cgroupSock")
 def test_cgroup_sock_counts_sockets_and_forbids_none(start: Start) -> None:
-    with in_cgroup("pf-test-sock") as path:
+    with support.in_cgroup("pf-test-sock") as path:
         with start(SOCK_CREATE, 1, cgroup_sock={"cgroup": path}) as running:
             for _ in range(23):
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
@@ -338,7 +321,7 @@ def test_pods_are_found_by_their_cgroups_and_counted_in_their_own_network(wire: 
 
 
 def test_a_pod_on_the_nodes_network_is_said_and_not_counted_as_the_node(start: Start) -> None:
-    with in_cgroup("pf-test-host") as path, start(XDP, 2, xdp={"pods": True}) as running:
+    with support.in_cgroup("pf-test-host") as path, start(XDP, 2, xdp={"pods": True}) as running:
         running.follow({"0b-pod": [path]})
         (sentence,) = running.loaded.followers.sentences()
         assert "uses the node's network" in sentence
