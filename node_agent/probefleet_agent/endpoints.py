@@ -67,7 +67,7 @@ class Endpoints:
         except ProbefleetError as error:
             self.failure, self._written = str(error), None
             return
-        self.failure, self._written = "", dict(self._said)
+        self.failure, self._written = "", self._said  # which ``hear`` replaces, and does not change
 
     def sentences(self) -> list[str]:
         """What its users' reports have to say."""

@@ -85,6 +85,9 @@ class Endpoints:
         self._changes: deque[_Change] = deque(maxlen=MAX_CHANGES)
         self._pods: OrderedDict[int, str] = OrderedDict()
         self._refused: set[tuple[str, bytes]] = set()
+        #: What nodes were told at this version, by what they had heard: thousands ask for the same.
+        self._answers: dict[int, stream_pb2.Endpoints] = {}
+        self._answered = 0
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -122,8 +125,17 @@ class Endpoints:
         return self._pods.get(endpoint)
 
     def since(self, version: int) -> stream_pb2.Endpoints:
-        """What a node has to hear that knows ``version`` (0: nothing)."""
-        said = stream_pb2.Endpoints(left_out=self.left_out)
+        """What a node has to hear that knows ``version`` (0: nothing). Copy it: others are handed the same."""
+        if self._answered != self.version:
+            self._answers, self._answered = {}, self.version
+        if version not in self._answers:
+            self._answers[version] = self._since(version)
+        said = self._answers[version]
+        said.left_out = self.left_out
+        return said
+
+    def _since(self, version: int) -> stream_pb2.Endpoints:
+        said = stream_pb2.Endpoints()
         oldest = self._changes[0].version if self._changes else self.version + 1
         if not version or version + 1 < oldest:
             said.whole = True
