@@ -32,6 +32,7 @@ from probefleet_operator import (
     identity,
     inventory,
     kube,
+    memory,
     metrics,
     objects,
     planning,
@@ -155,6 +156,7 @@ class Operator:
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             tasks.create_task(self._election.hold(), name="hold-lease")
             tasks.create_task(metrics.watch_loop_lag(), name="loop-lag")
+            tasks.create_task(memory.give_back(), name="memory")
             tasks.create_task(watcher.run(), name="watch-policies")
             inventory_.start(tasks)
             tasks.create_task(control.run(), name="decide")

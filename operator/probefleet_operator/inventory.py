@@ -11,6 +11,7 @@ DaemonSet; a pod without an owner is its own workload.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +23,7 @@ from probefleet_operator import api, reflector
 
 TOMBSTONE_SECONDS = 3600.0
 MAX_CONTAINERS = 64  # remembered of one pod: it may be in a crash loop for days
+MAX_SHARED = 20_000
 MAX_TOMBSTONES = 200_000  # 100 bytes each: a cluster that churns 55 pods a second
 
 
@@ -70,12 +72,39 @@ class Owned:
     owner: Owner | None
 
 
-def controller_of(metadata: api.Json) -> Owner | None:
-    """The owner reference marked as controller."""
-    for reference in metadata.get("ownerReferences") or ():
-        if reference.get("controller"):
-            return Owner(reference["kind"], reference["name"], reference["uid"])
-    return None
+class Shared:
+    """One object where the API server sends many that are alike: replicas have the same labels and the same owner.
+
+    Of 50,000 pods that is half of what they take. Nobody changes what is shared.
+    """
+
+    def __init__(self) -> None:
+        self._labels: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {}
+        self._owners: dict[Owner, Owner] = {}
+
+    def labels(self, labels: Mapping[str, str]) -> Mapping[str, str]:
+        """The same labels, or container names."""
+        if len(self._labels) >= MAX_SHARED:
+            self._labels.clear()  # those that are in use stay with their users
+        key = tuple(labels.items())
+        known = self._labels.get(key)
+        if known is None:
+            known = self._labels[key] = {sys.intern(name): sys.intern(value) for name, value in key}
+        return known
+
+    def owner(self, metadata: api.Json) -> Owner | None:
+        """The owner reference marked as controller."""
+        for reference in metadata.get("ownerReferences") or ():
+            if reference.get("controller"):
+                if len(self._owners) >= MAX_SHARED:
+                    self._owners.clear()
+                found = Owner(sys.intern(reference["kind"]), reference["name"], reference["uid"])
+                return self._owners.setdefault(found, found)
+        return None
+
+
+_shared = Shared()
+_NO_CONTAINERS: Mapping[str, str] = {}
 
 
 def trim_node(raw: api.Json) -> Node:
@@ -97,7 +126,7 @@ def trim_pod(raw: api.Json) -> Pod:
     """A Pod object without what neither names nor selects."""
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     containers = {
-        found.partition("://")[2]: container["name"]
+        found.partition("://")[2]: sys.intern(container["name"])
         for group in ("containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses")
         for container in status.get(group) or ()
         for found in _container_ids(container)
@@ -107,11 +136,11 @@ def trim_pod(raw: api.Json) -> Pod:
     return Pod(
         uid=static_uid or metadata["uid"],
         name=metadata["name"],
-        namespace=metadata["namespace"],
-        node=spec.get("nodeName", ""),
-        labels=metadata.get("labels") or {},
-        owner=controller_of(metadata),
-        containers=containers,
+        namespace=sys.intern(metadata["namespace"]),
+        node=sys.intern(spec.get("nodeName", "")),
+        labels=_shared.labels(metadata.get("labels") or {}),
+        owner=_shared.owner(metadata),
+        containers=containers or _NO_CONTAINERS,
         finished=status.get("phase") in ("Succeeded", "Failed"),
         addresses=()
         if spec.get("hostNetwork")
@@ -130,7 +159,7 @@ def _container_ids(status: api.Json) -> Iterator[str]:
 
 def trim_owned(raw: api.Json) -> Owned:
     """A ReplicaSet's or Job's metadata."""
-    return Owned(uid=raw["metadata"]["uid"], owner=controller_of(raw["metadata"]))
+    return Owned(uid=raw["metadata"]["uid"], owner=_shared.owner(raw["metadata"]))
 
 
 class Inventory:

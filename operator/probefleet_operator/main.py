@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import structlog
 
-from probefleet_operator import api, errors, settings
+from probefleet_operator import api, errors, memory, settings
 
 log = structlog.get_logger("probefleet_operator")
 
@@ -149,6 +149,7 @@ def main(
 ) -> None:
     """Run the Probefleet operator. Every option can be given as PROBEFLEET_OPTION in the environment."""
     configure_logs(log_level)
+    memory.share_pools()
     names = tuple(name for each in service_dns for name in each.replace(",", " ").split()) or tuple(
         f"probefleet-operator{suffix}"
         for suffix in (f".{namespace}.svc", f".{namespace}.svc.cluster.local", f".{namespace}", "")

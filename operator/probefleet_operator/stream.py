@@ -42,6 +42,8 @@ SERVER_OPTIONS = [
     # Without these a stream that we read slowly lets 3.8 MB pile up, each.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 65536),
+    # A connection keeps buffers for its largest TLS record once it was used: 26 KiB less each than with 16 KiB.
+    ("grpc.tsi.max_frame_size", 2048),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -268,22 +270,24 @@ class Fleet:
             data = await context.read()
             if data is END:
                 return
-            metrics.RECEIVED_BYTES.inc(len(data))
-            message = decode(data)
-            kind = message.WhichOneof("message")
-            if kind == "batch":
-                self._listener.batch_received(opened, message.batch, len(data))
-                opened.acknowledge(message.batch.sequence)
-            elif kind == "status":
-                opened.take_status(message.status)
-                self._listener.status_received(opened, message.status)
-            else:
-                raise errors.ProtocolViolation(
-                    f"a stream says Hello once; then Status and Batch, not {kind or 'nothing'}"
-                )
+            self._take(opened, data)
+            del data  # thousands of streams wait here, each with what it said last
             if delay := rate.delay_seconds():
                 metrics.SLOWED.inc()
                 await asyncio.sleep(delay)
+
+    def _take(self, opened: session.Session, data: bytes) -> None:
+        metrics.RECEIVED_BYTES.inc(len(data))
+        message = decode(data)
+        kind = message.WhichOneof("message")
+        if kind == "batch":
+            self._listener.batch_received(opened, message.batch, len(data))
+            opened.acknowledge(message.batch.sequence)
+        elif kind == "status":
+            opened.take_status(message.status)
+            self._listener.status_received(opened, message.status)
+        else:
+            raise errors.ProtocolViolation(f"a stream says Hello once; then Status and Batch, not {kind or 'nothing'}")
 
     async def _write(self, opened: session.Session, context: Any) -> None:
         while True:
@@ -294,6 +298,7 @@ class Fleet:
             metrics.SENT_BYTES.inc(len(data))
             if message.WhichOneof("message") == "push":
                 metrics.PUSHES.inc()
+            del message, data  # as above
 
     async def _watch_identity(self, opened: session.Session, token: str) -> None:
         """Ask again when the token ends. The agent pod's deletion is heard of by its watch, not here."""

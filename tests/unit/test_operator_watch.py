@@ -333,3 +333,28 @@ async def test_kopf_has_a_thread_and_a_loop_of_its_own_and_hands_events_to_the_m
     assert found["thread"] == "kopf" and found["loop"] is not main
     await kopf_thread.stop()
     assert kopf_thread.failure is None
+
+
+def test_replicas_share_what_is_alike_and_nothing_else() -> None:
+    owner = {"kind": "ReplicaSet", "name": "web-7d", "uid": "r1", "controller": True}
+    alike = [
+        inventory.trim_pod(pod(name, labels={"app": "web", "tier": "front"}, ownerReferences=[dict(owner)]))
+        for name in ("web-1", "web-2")
+    ]
+    assert alike[0].labels is alike[1].labels
+    assert alike[0].owner is alike[1].owner
+    assert alike[0].owner == inventory.Owner("ReplicaSet", "web-7d", "r1")
+    assert [each.containers for each in alike] == [{"c-web-1": "main"}, {"c-web-2": "main"}]
+    other = inventory.trim_pod(pod("cart-1", labels={"app": "cart"}))
+    assert (other.labels, other.owner) == ({"app": "cart"}, None)
+
+
+def test_what_is_shared_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "MAX_SHARED", 3)
+    shared = inventory.Shared()
+    for number in range(23):
+        assert shared.labels({"hash": str(number)}) == {"hash": str(number)}
+        reference = {"kind": "Job", "name": f"job-{number}", "uid": f"j{number}", "controller": True}
+        assert shared.owner({"ownerReferences": [reference]}) == inventory.Owner("Job", f"job-{number}", f"j{number}")
+    assert len(shared._labels) <= 3
+    assert len(shared._owners) <= 3

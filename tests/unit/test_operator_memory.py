@@ -1,0 +1,61 @@
+"""Memory that was taken and given back: the process has it no longer."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from probefleet_operator import memory
+
+# As gRPC's threads do: many pieces are taken, of which one in sixteen stays.
+_PROCESS = """
+import asyncio, ctypes, sys, threading
+from probefleet_operator import memory
+
+memory.EVERY_SECONDS = 0.0
+assert memory.share_pools()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def churn():
+    pieces = [libc.malloc(4096) for _ in range(4096)]
+    for piece in pieces:
+        ctypes.memset(ctypes.c_void_p(piece), 1, 4096)
+    for index, piece in enumerate(pieces):
+        if index % 16:
+            libc.free(piece)
+
+def resident_kib():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+
+async def main():
+    task = asyncio.create_task(memory.give_back())
+    async with asyncio.timeout(30):
+        while resident_kib() > before - 4 * 12 * 1024:
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+threads = [threading.Thread(target=churn) for _ in range(4)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+before = resident_kib()
+asyncio.run(main())
+"""
+
+
+def test_what_lies_between_pieces_in_use_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _PROCESS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_ends_at_once_where_the_c_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        """Has neither mallopt nor malloc_trim."""
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Other())
+    assert not memory.share_pools()
+    asyncio.run(memory.give_back())
