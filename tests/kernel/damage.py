@@ -146,8 +146,8 @@ def in_the_kernel(names: Collection[str]) -> list[str]:
     """Programs and maps with one of these names that the kernel has. A link holds its program.
 
     Maps are listed by an iterator. To open them by id would disturb: a program array that somebody opens and closes
-    while the kernel is at emptying it stays for ever, for prog_array_map_clear() (kernel/bpf/arraymap.c; seen on 6.18)
-    takes a reference each time that it queues its work, and the work, queued once, gives one back.
+    while the kernel is at emptying it was seen to stay for ever on 6.18. (Probably prog_array_map_clear() of
+    kernel/bpf/arraymap.c takes a reference each time that it queues its work, and the work, queued gives one back.)
     """
     wanted = {name[:15] for name in names}
     found = []
