@@ -68,6 +68,11 @@ def _active(source: str) -> str:
 
 
 def _holds(directive: str, condition: str, defined: Set[str]) -> bool | None:
+    word = condition.strip()
+    if directive == "#if" and word.isdigit():
+        return int(word) != 0
+    if directive == "#if" and word.isidentifier() and not _NODES.match(word):
+        return None if word in defined else False
     names = _DEFINED.findall(condition) if directive == "#if" else condition.split()[:1]
     rest = _DEFINED.sub("", condition).replace("||", "").strip() if directive == "#if" else ""
     if not names or rest or any(_NODES.match(name) for name in names):

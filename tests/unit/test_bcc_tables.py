@@ -31,6 +31,12 @@ BPF_PERF_OUTPUT(events);
 #ifdef GRAB_ARGS
 BPF_HASH(entries, u64, struct data_t);
 #endif
+#if 0
+BPF_HASH(seen);
+#endif
+#if CGROUPSET
+BPF_HASH(cgroups);
+#endif
 """
 
 
