@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from probefleet_agent.kernel import cgroups
-from probefleet_cli import local_pods
+from probefleet_cli import local_pods, measurement
 from probefleet_core import result
 
 from tests.kernel import policies
@@ -72,10 +72,10 @@ def remove(root: Path, path: Path) -> None:
             (root / folder).rmdir()
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, beside: list[Path]) -> dict[tuple[str, ...], int]:
+def counted(beside: list[Path]) -> dict[tuple[str, ...], int]:
     """By pod: what `syscount` says of a rare call that two pods, and this process, make."""
     names = {uid: result.PodName("shop", name) for name, uid in PODS.items()}
-    monkeypatch.setattr(local_pods, "find", lambda: local_pods.LocalPods(names))
+    known = measurement.Nobody(local_pods.LocalPods(names))  # nobody else is looked for
     policy = {
         "apiVersion": "probefleet.io/v1alpha1",
         "kind": "ProbePolicy",
@@ -93,7 +93,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, beside: list[Path]) -> dict[tuple[s
             for root in (*beside, cgroups.mount_point()):
                 if not (root / "cpuset.cpus").exists():  # a new cpuset takes nobody before it is told its CPUs
                     (root / path / "cgroup.procs").write_text(str(made[name].pid))
-        with policies.run(policy) as run:
+        with measurement.measure(policies.prepare(policy), watch=known) as measured:
+            run = policies.Run(measured)
+            run.require_ready()
             for each in made.values():
                 each.go()
                 each.done()
@@ -103,11 +105,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, beside: list[Path]) -> dict[tuple[s
 
 
 @pytest.mark.shows("besides/cgroup-v1")
-def test_pods_are_told_apart_where_v1_hierarchies_are_beside(monkeypatch: pytest.MonkeyPatch, v1: list[Path]) -> None:
-    assert counted(monkeypatch, v1) == {("shop", "web"): 997, ("shop", "cart"): 23}
+def test_pods_are_told_apart_where_v1_hierarchies_are_beside(v1: list[Path]) -> None:
+    assert counted(v1) == {("shop", "web"): 997, ("shop", "cart"): 23}
 
 
 @pytest.mark.shows("besides/cgroup-v2")
-def test_pods_are_told_apart_where_cgroup2_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pods_are_told_apart_where_cgroup2_is_alone() -> None:
     needs(cgroup2_alone)
-    assert counted(monkeypatch, []) == {("shop", "web"): 997, ("shop", "cart"): 23}
+    assert counted([]) == {("shop", "web"): 997, ("shop", "cart"): 23}
