@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernel.matrix import cells, plugin, results, table
+from tests.kernel.matrix import cells, plugin, results, table, turn
 from tests.kernel.matrix.results import Outcome
 
 TESTS = cells.ROOT / "tests" / "kernel"
@@ -69,6 +69,27 @@ def test_parts_of_a_run_make_a_whole_one() -> None:
     assert found.tried_on == "2026-11-26"
     assert found.result().tests == {"passed": 2, "skipped": 1, "failed": 0}
     assert replace(second, release="6.2.0").after(first).outcomes.keys() == {"b", "c"}, "another kernel's are its own"
+
+
+SUITES = {"bullseye": "5.10", "bookworm": "6.1", "sid": "the newest"}
+
+
+def column(release: str, **cells: str) -> results.Result:
+    return replace(HERE, release=release, cells={"attach/tc": "yes", "attach/xdp": "yes", **cells})
+
+
+def test_each_day_is_another_kernels_turn() -> None:
+    found = [column("5.10.0-32-amd64"), column("6.1.0-50-amd64"), replace(column("6.18.44"), emulated=False)]
+    assert [turn.suite(found, day, suites=SUITES) for day in range(4)] == ["bullseye", "bookworm"] * 2
+    found.append(column("7.2.13", **{"attach/tc": "no: no tcx"}))
+    assert [turn.suite(found, day, suites=SUITES) for day in range(3)] == ["bullseye", "bookworm", "sid"]
+
+
+@pytest.mark.parametrize("word", ["not tried", "fails: 996 != 997"])
+def test_a_kernel_that_was_not_seen_as_a_whole_waits(word: str) -> None:
+    found = [column("5.10.0-32-amd64", **{"attach/tc": word}), column("7.2.13")]
+    assert turn.suite(found, 0, suites=SUITES) == turn.suite(found, 1, suites=SUITES) == "sid"
+    assert turn.suite(found[:1], 0, suites=SUITES) in ("bookworm", "bullseye")
 
 
 def test_what_worked_and_works_no_more_is_named() -> None:

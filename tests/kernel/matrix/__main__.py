@@ -4,6 +4,7 @@
     run here             on this machine's kernel
     record               the results of build/kernels become those of the repository, and docs/kernels.md's table
     table                the table alone
+    turn                 print the suite whose turn it is today
 
 A run fails where a test fails, and where something no longer works that the committed result has as "yes": so a test
 that begins to skip itself is noticed. What is compiled in a guest is compiled by the host (`host_compilers`).
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.kernel import host_compilers, vm, vm_kernels
-from tests.kernel.matrix import cells, results, table
+from tests.kernel.matrix import cells, results, table, turn
 
 ROOT = cells.ROOT
 BUILD = ROOT / "build" / "kernels"
@@ -30,6 +31,7 @@ HERE = "here"
 PLUGIN = "tests.kernel.matrix.plugin"
 RESULT = "result.json"
 NOTHING_TO_RUN = 5  # pytest's status
+DAY_SECONDS = 86_400
 # An emulated kernel on a machine that has other things to do.
 SECONDS = 1500
 WITHOUT = "cacheprovider xdist pytest_cov hypothesispytest"  # plugins that take a guest's time
@@ -147,12 +149,16 @@ def main() -> int:
     runs.add_argument("--rest", action="store_true", help="only what has not passed in earlier runs of this kernel")
     runs.add_argument("--seconds", type=float, default=SECONDS, help="stop a guest after so long (%(default)s)")
     commands.add_parser("record", help="commit what build/kernels has")
+    commands.add_parser("turn", help="the suite that `make test` takes today")
     commands.add_parser("table", help="make the document's table anew")
     asked = parser.parse_args()
     os.chdir(ROOT)
     if asked.command == "run":
         ran = [run(where, only=asked.k, rest=asked.rest, seconds=asked.seconds) for where in asked.where]
         return max(ran)
+    if asked.command == "turn":
+        print(turn.suite(results.committed(), int(time.time()) // DAY_SECONDS, suites=vm_kernels.SUITES))
+        return 0
     if asked.command == "record":
         record()
     table.write()
