@@ -122,12 +122,14 @@ record-kernels: venv ## what test-kernels saw last becomes the table of docs/ker
 	@$(PYTHON) -m tests.kernel.matrix record
 test-all: check test-kernel test-kernels test-e2e test-foreign ## everything there is, on every kernel; hours
 
-.PHONY: test-foreign
+.PHONY: test-foreign test-foreign-tenth
 # Programs that nobody here wrote, unchanged: Debian's bpfcc-tools and bpftrace, as policies on Linux 6.12.
 test-foreign: setup test-packages ## every program of bpfcc-tools and bpftrace, as a policy on another kernel
 	@tests/kernel/vm fetch bookworm-backports
-	@$(PYTHON) -m tests.foreign.run_bcc
-	@$(PYTHON) -m tests.foreign.run_bpftrace
+	@$(PYTHON) -m tests.foreign.run --write
+test-foreign-tenth: setup test-packages ## a tenth of them, another one for every commit, in one boot
+	@tests/kernel/vm fetch bookworm-backports
+	@$(PYTHON) -m tests.foreign.run --tenth
 
 .PHONY: cluster-up cluster-images cluster-demo cluster-down
 cluster-up: test-packages mounts

@@ -1,7 +1,7 @@
 """Debian's bpfcc-tools as policies: each script's C text and attach points, taken from the script itself as it is
 installed.
 
-Called by ``run_bcc``. In: facts of the kernel that the programs are meant for. Out: a ProbePolicy each, or the reason
+Called by ``run``. In: facts of the kernel that the programs are meant for. Out: a ProbePolicy each, or the reason
 why there is none. Nothing of the package is copied into the repository.
 """
 
@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class Tool:
         }
         if self.attach:
             spec["attach"] = list(self.attach)
-        name = self.name.replace("_", "-")
+        name = f"bcc-{self.name.replace('_', '-')}"
         return {
             "apiVersion": "probefleet.io/v1alpha1",
             "kind": "ProbePolicy",
@@ -78,15 +78,21 @@ def arguments() -> Mapping[str, list[str]]:
     return {words[0]: words[1:] for words in map(shlex.split, lines)}
 
 
-def tools(facts: Path) -> list[Tool]:
-    """All of them, two at a time."""
+def name_of(path: Path) -> str:
+    """As its manual calls it."""
+    return path.name.removesuffix(SUFFIX)
+
+
+def tools(facts: Path, names: Set[str]) -> list[Tool]:
+    """These of them, two at a time."""
     given = arguments()
+    chosen = [path for path in scripts() if name_of(path) in names]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda path: _tool(path, facts, given.get(path.name.removesuffix(SUFFIX), [])), scripts()))
+        return list(pool.map(lambda path: _tool(path, facts, given.get(name_of(path), [])), chosen))
 
 
 def _tool(path: Path, facts: Path, given: list[str]) -> Tool:
-    name = path.name.removesuffix(SUFFIX)
+    name = name_of(path)
     first = path.read_bytes()[:64].split(b"\n")[0]
     if b"python" not in first:
         return Tool(name, why="a shell script around another tool" if b"sh" in first else "no script of Python")
@@ -124,7 +130,7 @@ def _target(each: Mapping[str, Any]) -> dict[str, Any] | str:
     """As ``spec.attach`` writes it, or why it cannot be."""
     kind = each["kind"]
     if kind in ("kprobe", "kretprobe"):
-        return {kind: {"function": each["function"]}}
+        return {kind: {name: each[name] for name in ("function", "functions") if name in each}}
     if kind == "tracepoint":
         return {kind: {"category": each["category"], "name": each["name"]}}
     if kind == "rawTracepoint":

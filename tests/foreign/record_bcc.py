@@ -22,6 +22,8 @@ from probefleet_wire.btf import Btf
 from probefleet_wire.btf_types import Kind
 
 MARK = "\x1e"
+#: So many a policy names one by one; more, by the pattern that the script itself gives.
+MOST_ATTACHMENTS = 64
 
 
 class Facts:
@@ -130,7 +132,12 @@ class Recorder(metaclass=Statics):
         return self.get_kprobe_functions(event_re) if event_re else [text_of(event)]
 
     def attach_kprobe(self, event: Any = b"", event_off: int = 0, fn_name: Any = b"", event_re: Any = b"") -> None:
-        for each in self._each(event, event_re):
+        found = self._each(event, event_re)
+        simple = re.fullmatch(r"\^?(\w+)\.\*\$?", text_of(event_re))
+        if len(found) > MOST_ATTACHMENTS and simple:
+            self._attach("kprobe", fn_name, functions=f"{simple[1]}*")
+            return
+        for each in found:
             self._attach("kprobe", fn_name, function=each)
 
     def attach_kretprobe(self, event: Any = b"", fn_name: Any = b"", event_re: Any = b"", maxactive: int = 0) -> None:

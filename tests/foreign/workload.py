@@ -1,9 +1,9 @@
 """What goes on while foreign programs are tried: a little of everything that they watch. It says itself what it does.
 
-Run in the VM by ``attempt`` and ``run_bpftrace``; each step is independent, and what this machine lacks is passed
+Run in the VM by ``attempt``; each step is independent, and what this machine lacks is passed
 over. Files, directories, programs, signals, threads, users, TCP and UDP over both protocols, refused and lost
-connections, Unix sockets, names, shared memory, mounts, page faults, CPU and sleep, a block device with ext4 where
-the kernel has loop and ext4.
+connections, TLS, Unix sockets, names, shared memory, mounts, page faults, a process killed for want of memory, CPU and
+sleep, block devices with ext4 and xfs where the kernel and the machine have them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+NANOSLEEP = {"x86_64": 35, "aarch64": 101}.get(os.uname().machine)
 
 
 def files(folder: Path) -> None:
@@ -83,6 +84,52 @@ def threads(_: Path) -> None:
         each.start()
     for each in started:
         each.join()
+
+
+def sleep(_: Path) -> None:
+    """nanosleep(2) itself: the C library sleeps by another call."""
+    if NANOSLEEP is not None:
+        LIBC.syscall(NANOSLEEP, (ctypes.c_long * 2)(0, 3_000_000), None)
+
+
+def tls(folder: Path) -> None:
+    """A page over TLS, by OpenSSL's own server and client."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    if not certificate.exists():
+        make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        ends = ["-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)]
+        subprocess.run([*make, *ends], check=True, capture_output=True)
+    serve = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-naccept", "1", "-www"]
+    with subprocess.Popen(
+        [*serve, "-cert", str(certificate), "-key", str(key)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            line = next(line for line in server.stdout if line.startswith("ACCEPT "))
+            ask = ["openssl", "s_client", "-quiet", "-connect", line.split()[1]]
+            subprocess.run(ask, input=b"GET / HTTP/1.0\r\n\r\n", check=True, capture_output=True, timeout=60)
+        finally:
+            server.terminate()
+
+
+def want_of_memory(_: Path) -> None:
+    """A process of a cgroup of 16 MiB takes more, and is killed."""
+    group = Path("/sys/fs/cgroup/foreign-little-memory")
+    with contextlib.suppress(OSError):
+        if "memory" not in Path("/sys/fs/cgroup/cgroup.controllers").read_text().split():
+            return  # without a limit it would take all that there is
+        Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
+        group.mkdir()
+        (group / "memory.max").write_text(str(16 << 20))
+        assert (group / "memory.max").read_text() == f"{16 << 20}\n"
+        taking = f"echo $$ >{group}/cgroup.procs && exec tail /dev/zero"
+        subprocess.run(["/bin/sh", "-c", taking], check=False, capture_output=True, timeout=20)
+    with contextlib.suppress(OSError):
+        group.rmdir()
 
 
 def network(folder: Path) -> None:
@@ -145,30 +192,38 @@ def mounts(folder: Path) -> None:
 
 
 class Disk:
-    """A loop device with ext4 on it, where there is such a thing."""
+    """A loop device with a file system on it, where there is such a thing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.where = folder / "disk"
+    def __init__(self, folder: Path, system: str, size_bytes: int, *options: str) -> None:
+        self.where = folder / system
         self.where.mkdir()
-        for module in ("loop", "ext4", "crc32c_generic"):
+        for module in ("loop", system, "crc32c_generic"):
             subprocess.run(["modprobe", module], check=False, capture_output=True)
-        image = folder / "image"
+        image = folder / f"{system}.image"
         with image.open("wb") as file:
-            file.truncate(64 << 20)
-        mkfs = shutil.which("mkfs.ext4") or "/sbin/mkfs.ext4"
-        made = subprocess.run([mkfs, "-q", "-F", str(image)], check=False, capture_output=True)
+            file.truncate(size_bytes)
+        mkfs = shutil.which(f"mkfs.{system}") or f"/sbin/mkfs.{system}"
+        self.there = False
+        if not Path(mkfs).exists():
+            print(f"workload: no {mkfs}", file=sys.stderr)
+            return
+        made = subprocess.run([mkfs, "-q", *options, str(image)], check=False, capture_output=True)
         mounted = subprocess.run(
             ["mount", "-o", "loop", str(image), str(self.where)], check=False, capture_output=True, text=True
         )
         self.there = made.returncode == 0 and mounted.returncode == 0
-        print(f"workload: loop device with ext4: {'yes' if self.there else mounted.stderr.strip()}", file=sys.stderr)
+        why = made.stderr.decode().strip() or mounted.stderr.strip()
+        print(f"workload: loop device with {system}: {'yes' if self.there else why}", file=sys.stderr)
 
     def use(self, _: Path) -> None:
         """Write, sync, forget, read again."""
         if not self.there:
             return
         path = self.where / "data"
-        path.write_bytes(os.urandom(1 << 20))
+        with path.open("wb") as file:
+            file.write(os.urandom(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
         os.sync()
         with contextlib.suppress(OSError):
             Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -180,15 +235,19 @@ class Disk:
 def main() -> None:
     """Every step once for each line on stdin."""
     folder = Path(tempfile.mkdtemp(prefix="foreign-"))
-    disk = Disk(folder)
-    steps: list[Callable[[Path], None]] = [files, programs, threads, network, memory, mounts, disk.use]
+    ext4 = Disk(folder, "ext4", 64 << 20, "-F")
+    xfs = Disk(folder, "xfs", 320 << 20, "-f")
+    steps: list[Callable[[Path], None]] = [
+        *(files, programs, threads, sleep, network, tls, memory, want_of_memory, mounts),
+        *(ext4.use, xfs.use),
+    ]
 
     def once() -> None:
         for step in steps:
             try:
                 step(folder)
-            except OSError as error:
-                print(f"workload: {step.__name__}: {error}", file=sys.stderr)
+            except Exception as error:  # the other steps are independent of it
+                print(f"workload: {step.__name__}: {error!r}", file=sys.stderr)
 
     # Before anything is attached: what the kernel does at first use (modules, static keys, page cache) is behind it.
     once()

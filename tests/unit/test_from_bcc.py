@@ -9,6 +9,8 @@ import pytest
 import yaml
 from probefleet_core import errors, policy
 
+from tests.foreign import table
+
 ROOT = Path(__file__).resolve().parents[2]
 # dpkg -L bpfcc-tools of bookworm (0.26.0): /usr/sbin/*-bpfcc, without the suffix.
 NAMES = """
@@ -38,6 +40,17 @@ def test_every_row_says_how_or_why_not() -> None:
     for name, (instead, how) in TABLE.items():
         assert re.match(r"\[catalog |\[\w[\w-]*\.yaml\]|its C, unchanged|its C|not yet|no\b|nothing", instead), name
         assert len(how) > 8, name
+
+
+def test_what_was_tried_does_not_contradict_it() -> None:
+    """`docs/foreign.md` is what a run on another kernel found."""
+    tried = {each.name: each for each in table.read((ROOT / "docs/foreign.md").read_text()) if each.kind == "bcc"}
+    assert sorted(tried) == sorted(COMMANDS)
+    for name, (instead, how) in TABLE.items():
+        if instead == "its C, unchanged":
+            assert tried[name].state in ("works", "loads", "late"), f"{name}: {tried[name].words}"
+        if instead.startswith(("no", "not yet")):
+            assert tried[name].state != "works", f"{name} works: {how}"
 
 
 @pytest.mark.parametrize(
