@@ -58,8 +58,8 @@ def _compile_core(source: str, *, name: str, include_dirs: Sequence[Path], **opt
     return found
 
 
-def _clang_object(source: str) -> bytes:
-    found: bytes = _ask("object", source=source)
+def _clang_object(text: str) -> bytes:
+    found: bytes = _ask("object", text=text)
     return found
 
 
@@ -95,7 +95,10 @@ class Compilers:
         if path.exists():
             return path.read_bytes()
         self.compiled += 1
-        answer = pickle.dumps(self._answer(what, words))
+        found = self._answer(what, words)
+        answer = pickle.dumps(found)
+        if isinstance(found, Exception):
+            return answer  # of this machine, not of the source: the next one may do better
         new = path.with_suffix(f".{os.getpid()}")
         new.write_bytes(answer)
         new.rename(path)

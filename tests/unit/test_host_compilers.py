@@ -1,0 +1,78 @@
+"""What a guest asks of the host's compilers, the host answers: the same words on both sides, without a guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from probefleet_agent.kernel import bcc
+from probefleet_wire import clang, sandbox
+
+from tests.kernel import host_compilers, support, vm_questions
+
+MADE = clang.Compiled(b"object", "digest", (), 0.5)
+PRINTED = sandbox.Finished(0, b"{}", b"", "", 0.5, 1)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The host's compilers are stand-ins that keep what they were asked; the guest's questions go to them."""
+    found: list[object] = []
+
+    def core(source: str, *, name: str, include_dirs: list[Path], **_: object) -> clang.Compiled:
+        found.append((source, name, include_dirs))
+        if "wrong" in source:
+            raise clang.CompileError([clang.Diagnostic(name, 7, 1, "error", "it is wrong")])
+        return MADE
+
+    def plain(text: str) -> bytes:
+        found.append(text)
+        return b"plain"
+
+    def run_bcc(text: str, source: str, flags: list[str], tree: Path, formats: list[str], limits: object) -> object:
+        found.append((text, source, flags, tree, formats))
+        return PRINTED
+
+    def tree(types: bytes, *, root: Path, release: str) -> Path:
+        found.append((types, release))
+        return root / "tree"
+
+    monkeypatch.setattr(clang, "compile_core", core)
+    monkeypatch.setattr(support, "clang_object", plain)
+    monkeypatch.setattr(bcc, "_run", run_bcc)
+    monkeypatch.setattr(bcc.bcc_headers, "tree", tree)
+    (tmp_path / "vmlinux").write_bytes(b"types")
+    compilers = host_compilers.Compilers(tmp_path, kept=tmp_path / "kept")
+    monkeypatch.setattr(vm_questions, "ask", compilers)
+    return found
+
+
+def test_an_object_is_asked_for_once(asked: list[object]) -> None:
+    for _ in range(2):
+        assert host_compilers._compile_core("int x;", name="x.c", include_dirs=[Path("/i")]) == MADE
+        assert host_compilers._clang_object("int y;") == b"plain"
+    assert asked == [("int x;", "x.c", [Path("/i")]), "int y;"]
+
+
+def test_a_mistake_comes_back_with_its_place(asked: list[object]) -> None:
+    with pytest.raises(clang.CompileError, match=r"x.c:7:1: error: it is wrong"):
+        host_compilers._compile_core("wrong", name="x.c", include_dirs=[])
+
+
+def test_bcc_compiles_against_the_guests_types(asked: list[object]) -> None:
+    assert host_compilers._run_bcc("t", "s", ["-f"], Path("/none"), ["format"], bcc.LIMITS) == PRINTED
+    (types, _), (text, source, flags, tree, formats) = asked  # type: ignore[misc]
+    assert (types, text, source, flags, tree.name, formats) == (b"types", "t", "s", ["-f"], "tree", ["format"])
+
+
+def test_what_the_host_cannot_do_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    working = support.clang_object
+
+    def broken(text: str) -> bytes:
+        raise OSError("no clang")
+
+    monkeypatch.setattr(support, "clang_object", broken)
+    with pytest.raises(RuntimeError, match="the host cannot compile it: OSError: no clang"):
+        host_compilers._clang_object("int y;")
+    monkeypatch.setattr(support, "clang_object", working)
+    assert host_compilers._clang_object("int y;") == b"plain"
