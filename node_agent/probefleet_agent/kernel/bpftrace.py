@@ -1,7 +1,8 @@
 """A bpftrace process: a script in, its JSON lines out. It loads its programs itself, so it is root.
 
-``bpftrace_programs`` owns one for each instance of that kind. Of root's rights the process keeps CAP_BPF, CAP_PERFMON
-and CAP_SYS_ADMIN (it opens modules' BTF by id, which the kernel lets nobody else); it cannot get others back
+``bpftrace_programs`` owns one for each instance of that kind. Of root's rights the process keeps CAP_BPF, CAP_PERFMON,
+CAP_SYSLOG (without it no address in /proc/kallsyms has a name: kernel stacks, ``kaddr``) and CAP_SYS_ADMIN (it opens
+modules' BTF by id, which the kernel lets nobody else), as far as the agent has them; it cannot get others back
 (no_new_privs), has no network and no environment, may not run commands (no ``--unsafe``), and dies with the agent: its
 programs are not pinned, and end with it.
 """
@@ -24,17 +25,8 @@ from probefleet_agent.kernel import bcc_headers, btf_kernel
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _HEADERS = ("--btf", "--include", str(Path(bcc_headers.__file__).with_name("macros.h")))
-_LOCKED_IN = (
-    *("unshare", "--net"),
-    *(
-        "setpriv",
-        "--no-new-privs",
-        "--pdeathsig",
-        "KILL",
-        "--inh-caps=-all",
-        "--bounding-set=-all,+bpf,+perfmon,+sys_admin",
-    ),
-)
+#: setpriv refuses to keep what the agent itself has not.
+_KEPT = {"bpf": 39, "perfmon": 38, "sys_admin": 21, "syslog": 34}
 
 
 class BpftraceUnavailable(UnsupportedFeature):
@@ -47,6 +39,14 @@ def version() -> str:
     if found is None:
         return ""
     return subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _locked_in() -> list[str]:
+    """What stands before its command line."""
+    told = Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split("\n", 1)[0]
+    kept = ",".join(["-all", *(f"+{name}" for name, number in _KEPT.items() if int(told, 16) >> number & 1)])
+    rights = ["--no-new-privs", "--pdeathsig", "KILL", "--inh-caps=-all", f"--bounding-set={kept}"]
+    return ["unshare", "--net", "setpriv", *rights]
 
 
 class Process:
@@ -65,7 +65,7 @@ class Process:
         os.set_blocking(self._errors, False)
         try:
             self._process = subprocess.Popen(
-                [*_LOCKED_IN, program, "-f", "json", *(_HEADERS if includes else ()), "-e", script],
+                [*_locked_in(), program, "-f", "json", *(_HEADERS if includes else ()), "-e", script],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
