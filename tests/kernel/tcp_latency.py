@@ -77,14 +77,15 @@ def hold(policies: Path | str, steering: Path) -> None:
         assert (each["saddr"], each["daddr"]) == ("127.0.0.1", "127.0.0.1") and int(each["time"]) > 0
         assert str(port) in (each["sport"], each["dport"]), "in host order"
 
-    # By thread it is the other end's socket that ends it where the sender's own thread carries the packet there (the
-    # kernel may leave some to its own thread) …
+    # By thread it depends on who receives. Where the sender's own thread carries the packet to the other end, that
+    # end's socket ends it (the kernel may leave some to a thread of its own) …
     matches = run.rows("tcp-latency-by-thread", "matches")
-    near = {socket: count for (size, socket), count in matches.items() if size == str(NEAR)}
-    assert near["other"] > SENDS * 3 // 4 and near["other"] + near.get("same", 0) <= SENDS, matches
-    # … and next to nothing where another CPU receives it.
-    elsewhere = sum(count for (size, _), count in matches.items() if size == str(ELSEWHERE))
-    assert elsewhere < SENDS // 4, matches
+    near, elsewhere = (
+        {socket: count for (size, socket), count in matches.items() if size == str(of)} for of in (NEAR, ELSEWHERE)
+    )
+    assert near["other"] > SENDS // 2 and sum(near.values()) <= SENDS, matches
+    # … and where another CPU receives it, nothing does, but for what comes while the thread still has its socket.
+    assert elsewhere.get("other", 0) < SENDS // 4 and sum(elsewhere.values()) <= SENDS, matches
     swapped = str(int.from_bytes(port.to_bytes(2, "big"), "little"))
     ours = [each for each in run.records("tcp-latency-by-thread", "latencies") if each["size"] == str(NEAR)]
     assert ours

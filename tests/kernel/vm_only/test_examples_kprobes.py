@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from probefleet_agent.kernel import features
 
-from tests.kernel import examples_runner
+from tests.kernel import examples_runner, tcp_latency
 from tests.kernel.support import needs
 from tests.workloads import run as workloads
 
@@ -114,3 +114,10 @@ def test_kvm_exits_says_why_where_the_module_is_not_loaded() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "kvm:kvm_exit" in done.stderr and "on this kernel" in done.stderr, done.stderr
+
+
+@pytest.mark.shows("example/tcp-latency")
+def test_tcp_latency_by_thread_and_by_socket_over_the_same_packets(tmp_path: Path) -> None:
+    needs(features.kprobes)
+    with tcp_latency.own_loopback(tmp_path) as steering:
+        tcp_latency.hold("tcp-latency.yaml", steering)
