@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.kernel.catalog_probe import Running
+from tests.kernel.support import wait_until
 from tests.workloads import run
 
 ECONNREFUSED = -111
@@ -128,6 +129,8 @@ def test_requests_are_counted_by_operation_device_and_pod(web: Path, queued: str
         with Running("biolatency", queued=queued) as probe:
             workload.go()
             assert workload.done()["reads"] == 997
+            # The kernel wakes who waits for a request before it books it.
+            wait_until(lambda: (run.block_requests(device) - before).writes >= 23)
             made = run.block_requests(device) - before
             assert (made.reads, made.writes) == (997, 23)
             keys, found = probe.rows("durations")
