@@ -126,6 +126,9 @@ def disk(pages: int, *, mounted: Path | None = None) -> Iterator[Path]:
     with run.loop_device(pages * PAGE_BYTES + (8 << 20)) as device:
         subprocess.run(["mkfs.ext4", "-q", "-b", str(PAGE_BYTES), str(device)], check=True, capture_output=True)
         mounted.mkdir()
+        # A guest of tests/kernel/vm has the file system as a module, and nothing that loads it when it is wanted.
+        if "\text4\n" not in Path("/proc/filesystems").read_text():
+            subprocess.run(["modprobe", "ext4"], check=True)
         subprocess.run(["mount", "-t", "ext4", "-o", "noatime", str(device), str(mounted)], check=True)
         try:
             path = mounted / "file"
