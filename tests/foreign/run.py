@@ -126,6 +126,8 @@ def main() -> int:
     for each in bad:
         print(f"known to work, and does not: {each.kind} {each.name}: {each.words or each.state}")
     failed = bool(bad)
+    if late := [each.name for each in rows if each.state == "late"]:
+        print(f"not tried, for the emulated kernel ended twice before it came to them: {', '.join(late)}")
     for kind, (works, every) in table.counts(rows).items():
         print(f"{asked.kernel}: {works} of {every} of {table.PACKAGES[kind]} give rows that change")
         failed = failed or (whole and works < table.LEAST)

@@ -42,6 +42,10 @@ def test_only_what_was_known_to_work_has_to() -> None:
     ]
     assert [each.name for each in table.broken(now, ROWS)] == ["tcpconnect"]
     assert not table.broken(ROWS, ROWS)
+    # An emulated kernel that ended says nothing of what it did not come to, and all where it came to nothing.
+    late = [table.row(each.kind, each.name, {"state": "late", "why": "it ended"}) for each in ROWS]
+    assert not table.broken([late[0], *ROWS[1:]], ROWS)
+    assert [each.name for each in table.broken(late, ROWS)] == ["tcpconnect"]
 
 
 def test_ten_turns_try_every_program_once() -> None:

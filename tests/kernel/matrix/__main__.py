@@ -84,7 +84,7 @@ def run(where: str, *, only: str, rest: bool, seconds: float) -> int:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = f"{time.monotonic() - started:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of CPU so far)"
     print(f"Linux {result.release}: {yes} of {len(result.cells)} rows shown, {took}{words}", flush=True)
-    before = [each for each in results.committed() if each.series == result.series and whole]
+    before = [each for each in results.committed() if each.series == result.series and not only]
     gone = [line for each in before for line in results.lost(each, result)]
     print("".join(f"{line}\n" for line in gone), end="", flush=True)
     return status or int(bool(gone))
