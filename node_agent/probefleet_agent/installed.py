@@ -15,7 +15,7 @@ import zstandard
 from google.protobuf.message import DecodeError
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import execute, map_contents, map_growing
+from probefleet_agent import execute, map_contents, map_growing, object_programs
 from probefleet_agent.attempts import Attempts
 from probefleet_agent.errors import CannotGrow, ProbefleetError
 from probefleet_agent.kernel import bcc, pins
@@ -145,7 +145,7 @@ class Installed:
             name = record_of(output.record)
             if blob is None or not output.record or name in loaded.record_layouts:
                 continue
-            if layout := execute.record_layout(blob, loaded.instance.title, output.record):
+            if layout := object_programs.record_layout(blob, loaded.instance.title, output.record):
                 loaded.record_layouts[name] = layout
 
     def rewrite(self, loaded: Loaded, wanted: plan_pb2.Instance) -> Failure | None:
