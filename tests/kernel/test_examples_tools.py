@@ -68,7 +68,8 @@ def test_offcputime_has_every_long_sleep_of_a_process() -> None:
         assert stacks["unit"] == "ns" and stacks["total"]["value"] >= 23 * 3_000_000
         assert any("nanosleep" in row["key"][-1] for row in stacks["total"]["rows"])
         # Where it left, not what looked at it.
-        assert all("sched" in row["key"][-1].rpartition(";")[2] for row in stacks["total"]["rows"])
+        leaves = {row["key"][-1].rpartition(";")[2] for row in stacks["total"]["rows"]}
+        assert all("sched" in leaf for leaf in leaves), leaves
         # With the wait for the word to go.
         return run.rows("offcputime", "sleeps").get((HOST,), 0), 23
 

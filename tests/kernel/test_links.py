@@ -398,6 +398,11 @@ def test_a_misspelt_raw_tracepoint_names_those_near() -> None:
         links.attach(loaded.programs["on_it"], attachment("p", raw_tracepoint={"name": "sched_swich"}))
 
 
+def test_a_misspelt_raw_tracepoint_is_known_before_loading() -> None:
+    assert "sched_switch" in refused(attachment("p", raw_tracepoint={"name": "sched_swich"}))
+    assert links.supported(attachment("p", raw_tracepoint={"name": "sched_switch"})) is None
+
+
 def test_a_misspelt_tp_btf_is_known_before_loading() -> None:
     needs(features.tp_btf)
     assert "sched_switch" in refused(attachment("p", tp_btf={"name": "sched_swich"}))

@@ -7,6 +7,7 @@ from typing import SupportsIndex
 
 from probefleet_agent.errors import KernelError, ObjectError, UnsupportedFeature
 from probefleet_agent.kernel import btf_kernel, features, syscall, targets
+from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.link import Attachment, Kind, Link, always, on_events
 from probefleet_agent.kernel.uapi import AttachType, ProgramType
 
@@ -38,14 +39,23 @@ def trace(prog_fd: SupportsIndex, category: str, name: str) -> Link:
         raise
 
 
-def _check_raw(_attachment: Attachment, _section: str) -> None:
-    """The kernel itself knows the names, modules' included: ``attach`` says when there is none."""
+def _check_raw(attachment: Attachment, _section: str) -> None:
+    """What the kernel's types do not name may be a module's: of that the kernel is asked, for a moment."""
+    name = attachment.raw_tracepoint.name
+    if btf_kernel.own() and name in btf_kernel.raw_tracepoints():
+        return
+    with syscall.prog_load(features.RETURN_ZERO, ProgramType.RAW_TRACEPOINT, name="pf_probe") as program:
+        _open_raw(program, name).close()
 
 
 def _raw_tracepoint(prog_fd: SupportsIndex, attachment: Attachment) -> Link:
     name = attachment.raw_tracepoint.name
+    return Link((_open_raw(prog_fd, name),), True, f"raw_tracepoint {name}")
+
+
+def _open_raw(prog_fd: SupportsIndex, name: str) -> Fd:
     try:
-        return Link((syscall.raw_tracepoint_open(name, prog_fd),), True, f"raw_tracepoint {name}")
+        return syscall.raw_tracepoint_open(name, prog_fd)
     except KernelError as error:
         if error.errno == errno.ENOENT:
             raise targets.no_raw_tracepoint(name) from error
