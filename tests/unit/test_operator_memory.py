@@ -19,10 +19,13 @@ assert memory.share_pools()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
+all_taken = threading.Barrier(4)
+
 def churn():
     pieces = [libc.malloc(4096) for _ in range(4096)]
     for piece in pieces:
         ctypes.memset(ctypes.c_void_p(piece), 1, 4096)
+    all_taken.wait()  # else one may take what another has just given back
     for index, piece in enumerate(pieces):
         if index % 16:
             libc.free(piece)
