@@ -85,7 +85,7 @@ def attempt(kernel: str, keys: Sequence[Key], *, in_one_boot: int) -> list[table
             boot(functools.partial(_given, (policies[at::boots], compiled)))
     policies, compiled = made[0]
     left = [each for each in policies if each["metadata"]["name"] not in results]
-    if left and results:
+    if left:
         # An emulated kernel may panic while it patches itself: that says nothing of those that it did not come to.
         print("once more:", *(each["metadata"]["name"] for each in left), flush=True)
         boot(functools.partial(_given, (left, compiled)))
