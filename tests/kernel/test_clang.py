@@ -11,7 +11,8 @@ from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.elf import Elf
 
 TREE = Path(__file__).parents[2] / "bpf" / "include"
-ONLY = "is outside the header tree; only <probefleet.h>, <vmlinux.h> and <bpf/*.h> may be included"
+HEADERS = "<probefleet.h>, <probefleet_endpoints.h>, <probefleet_files.h>, <vmlinux.h> and <bpf/*.h>"
+ONLY = f"is outside the header tree; only {HEADERS} may be included"
 COUNTER = """
 #include <probefleet.h>
 struct {
@@ -98,8 +99,8 @@ def test_an_error_points_into_the_policy(compiler: str) -> None:
         ('#define P "/etc/passwd"\n#include P\n', f"slow.c:2:10: error: #include of a host file: /etc/passwd {ONLY}"),
         (
             "#include <linux/sched.h>\n",
-            "slow.c:1:10: error: 'linux/sched.h' is not in the header tree; there are <probefleet.h>, <vmlinux.h> and "
-            "<bpf/*.h> (kernel types are all in vmlinux.h)",
+            f"slow.c:1:10: error: 'linux/sched.h' is not in the header tree; there are {HEADERS} "
+            "(kernel types are all in vmlinux.h)",
         ),
         (
             'int x;\nasm(".incbin \\"/etc/passwd\\"");\n',
