@@ -149,7 +149,8 @@ class Measurement:
             return
         self.pods = self.watch.pods
         chosen = self.chosen()
-        tell = (chosen, self.pods.names.keys() if any(each is not None for each in chosen) else None)
+        judged = preparation.judged(self.prepared, self.pods, self.namespace)
+        tell = (chosen, judged if any(each is not None for each in chosen) else None)
         if self._version and tell == self._told:
             return
         self._told, self._version = tell, self._version + 1

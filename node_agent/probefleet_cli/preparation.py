@@ -96,7 +96,7 @@ def push(
     prepared: Sequence[Prepared], *, pods: local_pods.LocalPods, namespace: str | None, version: int
 ) -> stream_pb2.Push:
     """This machine's whole desired state."""
-    made = stream_pb2.Push(term=TERM, version=version, known_pod_uids=sorted(pods.names))
+    made = stream_pb2.Push(term=TERM, version=version, known_pod_uids=sorted(judged(prepared, pods, namespace)))
     maps: dict[str, None] = {}
     blobs: dict[str, bytes] = {}
     for each in prepared:
@@ -114,6 +114,18 @@ def push(
     for sha256, data in sorted(blobs.items()):
         made.blobs.append(stream_pb2.Blob(sha256=sha256, zstd=compressor.compress(data)))
     return made
+
+
+def judged(prepared: Sequence[Prepared], pods: local_pods.LocalPods, namespace: str | None) -> frozenset[str]:
+    """Uids of the pods of which it is known whether they are wanted.
+
+    Where labels are asked for, not before they have been told: the kubelet's folders name a pod a moment earlier than
+    the runtime does, and what it does meanwhile is to be counted until then.
+    """
+    if all(each.policy.pods is None for each in prepared):
+        return frozenset(pods.names)
+    wanted = (selected(each.policy, pods, namespace) or () for each in prepared)
+    return frozenset(pods.labels).union(*wanted)
 
 
 def selected(policy: values.ProbePolicy, pods: local_pods.LocalPods, namespace: str | None) -> tuple[str, ...] | None:

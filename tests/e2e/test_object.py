@@ -57,12 +57,12 @@ def test_an_object_of_a_config_map_counts_exactly_and_another_is_refused(namespa
     kube.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "binaryData": encoded})
     kube.apply(kube.policy("calls", namespace, of_object(digest)), kube.policy("another", namespace, of_object(other)))
     kube.wait_programmed("calls", namespace)
-    kube.apply(kube.pod("web", namespace, ["calls", "rare", "997"], node="node2"))
+    kube.apply(kube.pod("web", namespace, ["calls", "rare", "1009"], node="node2"))
 
     def counted() -> bool:
-        return list(kube.totals(kube.report("calls", namespace), "calls").values()).count(997) == 1
+        return list(kube.totals(kube.report("calls", namespace), "calls").values()).count(1009) == 1
 
-    kube.eventually(counted, "997 calls of one process")
+    kube.eventually(counted, "1,009 calls of one process")
 
     words = (f"its bytes have sha256 {digest}, the policy asks for {other}", "spec.program.object.sha256")
     said = kube.eventually(lambda: accepted(kube.get("ppol", "another", namespace)).get("message"), "an answer")

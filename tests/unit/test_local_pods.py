@@ -7,6 +7,7 @@ import socket as socketlib
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -239,6 +240,21 @@ def test_options_narrow_what_the_policy_selects(fake: FakeRuntime, socket: Path)
     assert selected(selectors.Choice.of("shop", "app"), scope="Cluster") == (WEB, DB)
     assert selected(selectors.Choice.of(None, "app"), scope="Cluster", pods=web) == (WEB,)
     assert selected(selectors.Choice.of(None, "app=db"), scope="Cluster", pods=web) == ()
+
+
+def test_nobody_is_judged_by_labels_that_have_not_been_told_yet() -> None:
+    """The kubelet's folders name a pod before the runtime does: it is neither wanted nor refused until then."""
+    wrote = local_pods.LocalPods({WEB: result.PodName("shop", "web"), DB: result.PodName("shop", "db")})
+    told = wrote.then(local_pods.LocalPods(wrote.names, {WEB: {"app": "web"}}))
+
+    def judged(pods: local_pods.LocalPods, **spec: object) -> frozenset[str]:
+        (prepared,) = [SimpleNamespace(policy=parsed(**spec))]
+        return preparation.judged([prepared], pods, None)  # type: ignore[list-item]
+
+    by_label = {"selector": {"matchLabels": {"app": "db"}}}
+    assert judged(wrote, pods=by_label) == set()
+    assert judged(told, pods=by_label) == {WEB}
+    assert judged(wrote) == {WEB, DB}, "no label is asked for"
 
 
 # While it runs.
