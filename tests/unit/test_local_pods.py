@@ -247,9 +247,9 @@ def test_nobody_is_judged_by_labels_that_have_not_been_told_yet() -> None:
     wrote = local_pods.LocalPods({WEB: result.PodName("shop", "web"), DB: result.PodName("shop", "db")})
     told = wrote.then(local_pods.LocalPods(wrote.names, {WEB: {"app": "web"}}))
 
-    def judged(pods: local_pods.LocalPods, **spec: object) -> frozenset[str]:
-        (prepared,) = [SimpleNamespace(policy=parsed(**spec))]
-        return preparation.judged([prepared], pods, None)  # type: ignore[list-item]
+    def judged(known: local_pods.LocalPods, **spec: object) -> frozenset[str]:
+        prepared = SimpleNamespace(policy=parsed(**spec))
+        return preparation.judged([prepared], known, None)  # type: ignore[list-item]
 
     by_label = {"selector": {"matchLabels": {"app": "db"}}}
     assert judged(wrote, pods=by_label) == set()
