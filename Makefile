@@ -105,7 +105,7 @@ test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another
 	@$(MAKE) -s -C tests/workloads
 	@$(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) \
-		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) --rest; }
+		|| { echo "== once more: what failed"; VM_ACCEL=tcg,thread=single $(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) --rest; }
 	$(call tests,$(PYTEST) -m vm tests/e2e)
 scale: setup ## one operator under 5,000 simulated agents, about three minutes
 	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run
