@@ -86,7 +86,7 @@ def received(namespace: str) -> int:
     return int(kube.events_of(kube.report("execs", namespace)).get("received", 0))
 
 
-def start_recording(namespace: str, *, seconds: int = 12) -> subprocess.Popen[str]:
+def start_recording(namespace: str, *, seconds: int = 30) -> subprocess.Popen[str]:
     """23 programs have been started on node2, and 997 are being started on node1: the one who started those."""
     kube.apply(
         kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", str(seconds * 1000)], node="node1"),
