@@ -26,8 +26,8 @@ from probefleet_agent.samples import Classified, GroupKey, Mark
 Bytes = npt.NDArray[np.uint8]
 _POD = ("namespace", "workload", "pod")
 POD_COLUMN, CONTAINER_COLUMN, STACK_COLUMN = "pod_uid", "container_id", "stack"
-#: What a pod did that the operator has not told us about is held back this long. Then a record is dropped and counted;
-#: counts stay in their map, and it is said that they are in no row.
+#: What a pod did that the operator has not told us about is held back this long, while there is an operator. Then a
+#: record is dropped and counted; counts stay in their map, and it is said that they are in no row.
 HOLD_NS = 5_000_000_000
 #: Records of one reading: bounds a batch.
 MAX_RECORDS = 65_536
@@ -122,7 +122,8 @@ class TableReader:
 
     def unnamed(self, now_ns: int) -> int:
         """Cgroups of the last reading that nobody can tell whose they are, for longer than a name takes to come."""
-        self._unnamed_since_ns = {cgroup: self._unnamed_since_ns.get(cgroup, now_ns) for cgroup in self._unnamed}
+        known = self._unnamed_since_ns if self.book.current else {}
+        self._unnamed_since_ns = {cgroup: known.get(cgroup, now_ns) for cgroup in self._unnamed}
         return sum(now_ns - since >= HOLD_NS for since in self._unnamed_since_ns.values())
 
     def _width(self) -> int:
@@ -237,7 +238,8 @@ class EventReader:
         counts, pending, identities = judge(self.book, PolicyUid(self.plan.policy_uid), records, self._cgroup)
         stop = len(records)
         if pending.any():
-            self._waiting_since_ns = self._waiting_since_ns or now_ns
+            waiting_since_ns = self._waiting_since_ns if self.book.current else 0
+            self._waiting_since_ns = waiting_since_ns or now_ns
             if now_ns - self._waiting_since_ns < HOLD_NS:
                 stop = int(np.flatnonzero(pending)[0])
                 end_position = int(positions[stop])

@@ -126,6 +126,7 @@ class Engine:
         """What this node is; and a new stream: every key is due again."""
         self._stream = samples.Stream()
         self._bindings.restart_stream()
+        self._identities.book.restart_stream()
         system = os.uname()
         return stream_pb2.Hello(
             protocol=PROTOCOL, node=self.node, boot_id=clock.boot_id(), agent_version=VERSION,

@@ -77,6 +77,8 @@ class Book:
     identities: dict[CgroupId, Identity] = field(default_factory=dict)
     selections: dict[PolicyUid, Selected] = field(default_factory=dict)
     known_pods: frozenset[PodUid] = frozenset()
+    #: Has the operator named its pods in this stream? What it has not named cannot be waited for before.
+    current: bool = False
     # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true.
     _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
 
@@ -92,8 +94,13 @@ class Book:
         for cgroup in gone:
             self.identities.pop(cgroup, None)
 
+    def restart_stream(self) -> None:
+        """A new stream: its operator has named no pods yet; those that were named before still are."""
+        self.current = False
+
     def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
         """Take in the selections of a push."""
+        self.current = True
         self.selections = dict(selections)
         # An operator that is new does not know pods of before. Who was named once, and not selected, stays refused for
         # as long as something here speaks of it.

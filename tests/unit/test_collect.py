@@ -345,6 +345,21 @@ def test_the_five_seconds_start_anew_for_the_next_unknown(book: Book) -> None:
     assert source.dropped == 1
 
 
+def test_an_operator_that_is_away_names_nobody_so_the_five_seconds_begin_with_its_first_push(book: Book) -> None:
+    source, ring, away_ns = events(book), [IN_NEW, IN_WEB], 10 * collect.HOLD_NS
+    assert kept(chunk_of(source, ring, now_ns=1)) == []
+    book.restart_stream()
+    source.restart_stream()
+    for now_ns in (collect.HOLD_NS + 1, away_ns):
+        assert kept(chunk_of(source, ring, now_ns=now_ns)) == []
+    assert source.dropped == 0
+    book.select({MINE: Selected(False, frozenset({WEB}))}, [WEB, DB])
+    assert kept(chunk_of(source, ring, now_ns=away_ns + collect.HOLD_NS - 1)) == []
+    book.select({MINE: Selected(False, frozenset({WEB}))}, [WEB, DB, NEW])
+    assert kept(chunk_of(source, ring, now_ns=away_ns + collect.HOLD_NS)) == [1032]
+    assert source.dropped == 0, "it was another pod's, of which the new operator told late"
+
+
 @given(
     ring=st.lists(st.sampled_from([IN_WEB, IN_DB, IN_NEW, UNSEEN]), max_size=12),
     steps=st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=8),
