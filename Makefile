@@ -105,7 +105,7 @@ test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another
 	@$(MAKE) -s -C tests/workloads
 	@$(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) \
-		|| { echo "== once more: what failed"; VM_ACCEL=tcg,thread=single $(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) --rest; }
+		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) --rest; }
 	$(call tests,$(PYTEST) -m vm tests/e2e)
 scale: setup ## one operator under 5,000 simulated agents, about three minutes
 	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run
@@ -125,9 +125,7 @@ record-kernels: venv ## what test-kernels saw last becomes the table of docs/ker
 test-all: check test-kernel test-kernels test-e2e test-foreign ## everything there is, on every kernel; hours
 
 .PHONY: test-foreign test-foreign-tenth
-# Programs that nobody here wrote, unchanged: Debian's bpfcc-tools and bpftrace, as policies on Linux 6.12. Emulated in one
-# thread: with one a CPU, the kernel was seen to run into the code that it was patching, where tracepoints are switched.
-test-foreign test-foreign-tenth: export VM_ACCEL := tcg,thread=single
+# Programs that nobody here wrote, unchanged: Debian's bpfcc-tools and bpftrace, as policies on Linux 6.12.
 test-foreign: setup test-packages ## every program of bpfcc-tools and bpftrace, as a policy on another kernel
 	@tests/kernel/vm fetch bookworm-backports
 	@$(PYTHON) -m tests.foreign.run --write

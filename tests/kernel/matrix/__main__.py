@@ -34,6 +34,7 @@ NOTHING_TO_RUN = 5  # pytest's status
 DAY_SECONDS = 86_400
 # An emulated kernel on a machine that has other things to do.
 SECONDS = 1500
+TEST_SECONDS = 180
 WITHOUT = "cacheprovider xdist pytest_cov hypothesispytest"  # plugins that take a guest's time
 PYTEST = (sys.executable, "-m", "pytest", "-q", *(f"-pno:{name}" for name in WITHOUT.split()))
 
@@ -104,7 +105,7 @@ def in_guest(
     """What needs that kernel, under it; a status."""
     marks = "(shows or vm_only) and not of_types"
     command = [*PYTEST, "-p", PLUGIN, "--matrix", f"/run/vm/out/{RESULT}", "-m", marks, *options, "--durations=12"]
-    command += ["-o", "timeout=600", *files_with(marks)]
+    command += ["-o", f"timeout={TEST_SECONDS}", *files_with(marks)]
     keep_types = f'cp /sys/kernel/btf/vmlinux "$VM_OUT/{host_compilers.VMLINUX}"; exec "$@"'
     try:
         return vm.run(
