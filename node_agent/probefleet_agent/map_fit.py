@@ -37,6 +37,18 @@ def check_budget(
         )
 
 
+def check_numa(definitions: Sequence[MapDef]) -> None:
+    """Raise ObjectError where a map is to lie on a NUMA node that this machine has not: the kernel says EINVAL only."""
+    nodes = maps.numa_nodes()
+    for each in definitions:
+        if each.flags & map_types.Flag.NUMA_NODE and each.numa_node not in nodes:
+            there = ", ".join(map(str, nodes))
+            raise ObjectError(
+                f"map {each.name} asks for NUMA node {each.numa_node}, and this machine has {there}. "
+                "Write one of these as numa_node, or leave BPF_F_NUMA_NODE away."
+            )
+
+
 def estimate(definition: MapDef, max_entries: int = 0) -> int:
     """Bytes that a map will take, from its definition."""
     cpus = maps.possible_cpus()

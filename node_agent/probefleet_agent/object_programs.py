@@ -72,6 +72,7 @@ def _load(
         shared = {each.map: probe_maps[each.probe_map_uid] for each in instance.shared_maps} | foreign
         sizes = {size.map: size.max_entries for size in instance.map_sizes}
         map_fit.check_budget(parsed.all_maps, sizes, frozenset(shared) | frozenset(own), budget_bytes)
+        map_fit.check_numa(parsed.all_maps)
         sections = {program.name: program.section for program in parsed.programs}
         chosen = _choose(instance.attachments, sections, instance.title, files_root)
 

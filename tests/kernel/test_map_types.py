@@ -80,6 +80,26 @@ def test_flags_reach_the_kernel_and_counts_are_exact(kind: str, flags: str) -> N
         assert Flag[flags.removeprefix("BPF_F_")] in found
 
 
+def test_a_numa_node_reaches_the_kernel_and_one_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = maps.numa_nodes()
+    away = there[-1] + 1
+
+    def said(node: int) -> str:
+        more = f"__uint(map_flags, BPF_F_NUMA_NODE); __uint(numa_node, {node});"
+        source = table("HASH", 23, "u32", "u64", "counts", more) + COUNT_BY_23
+        with policies.run(policies.c_policy(source, **counter("counts", ["key"])), ready=False) as run:
+            (status,) = run.measured.statuses()
+            return f"{status.reason}: {status.message}"
+
+    assert said(there[0]) == ": "
+    assert said(away) == (
+        f"BadObject: map counts asks for NUMA node {away}, and this machine has {', '.join(map(str, there))}. "
+        "Write one of these as numa_node, or leave BPF_F_NUMA_NODE away."
+    )
+    monkeypatch.setattr(maps, "numa_nodes", lambda: [away])
+    assert "map 'counts': failed to create: Invalid argument" in said(away), "so says the kernel, that was told it"
+
+
 @pytest.mark.shows("map/lpm-trie")
 def test_an_lpm_trie_is_read_as_prefixes() -> None:
     source = """

@@ -57,6 +57,14 @@ def online_cpus() -> list[int]:
     return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
 
 
+def numa_nodes() -> list[int]:
+    """The NUMA nodes that are online; 0 alone on a kernel that knows of none."""
+    try:
+        return cpu_list(Path("/sys/devices/system/node/online").read_text())
+    except FileNotFoundError:
+        return [0]
+
+
 def value_bytes(info: MapInfo) -> int:
     """What the kernel copies for one entry."""
     if info.type in PER_CPU_TYPES:
