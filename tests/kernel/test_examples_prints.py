@@ -67,12 +67,19 @@ def test_two_policies_that_print_at_once_have_their_own_lines_each() -> None:
 
 
 def test_the_machines_trace_pipe_gets_nothing_of_it() -> None:
+    """Nor is anything taken out of it that others wrote: it is still there for whoever reads it."""
+    mounts.mount_tracefs()
+    root = mounts.tracefs()
+    assert root is not None
+    others = f"line of another program {os.getpid()}"
     with examples_runner.running("prints.yaml", links=2) as run, workloads.start("calls", RARER, 23, 41) as workload:
+        (root / "trace_marker").write_text(others)
         workload.go()
         workload.done()
     assert run.counts("prints-bcc", "trace_printk")["received"] == 23
     said = shared_trace()
     assert "policy 41" not in said and "asks for 41" not in said
+    assert said.count(others) == 1
 
 
 def test_lines_that_find_no_room_are_counted(tmp_path: Path) -> None:

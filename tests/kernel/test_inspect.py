@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from probefleet_agent.kernel import maps, syscall
 from probefleet_cli import main
 
-from tests.kernel.support import Loaded, compile_object
+from tests.kernel import policies
+from tests.kernel.support import Loaded, compile_object, needs
 
 # A loop that is unrolled: each turn is 40 bytes, and the map stands 8 bytes into the first.
 LOOP = """
@@ -57,8 +58,6 @@ def test_a_loaded_program_has_the_maps_id_in_each_of_these_places() -> None:
 
 
 def test_an_instance_is_found_by_the_beginning_of_its_digest() -> None:
-    from tests.kernel import policies
-
     source = """
 struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64); }
 n SEC(".maps");
@@ -68,6 +67,30 @@ ON_CALL { u32 key = 0; probefleet_add(&n, &key, 1); return 0; }
         (folder,) = policies.folder().glob("probefleet/instances/*")
         (found,) = inspected("--instance", folder.name[:12])["programs"]
         assert found["name"] == "on_call" and "n" in [each["map"] for each in found["references"]]
+
+
+def test_status_check_and_inspect_say_how_many_instructions_the_verifier_went_through() -> None:
+    """Two programs without a branch: as many as they have, `r0 = 0` and `exit` among them."""
+
+    def verified_instructions() -> bool:
+        with Loaded('SEC("raw_tp") int it(void *ctx) { return 0; }') as loaded:
+            return syscall.program_info(loaded.programs["it"]).verified_instructions > 0
+
+    needs(verified_instructions)  # Linux 5.16
+    source = """
+u64 unused = 0;
+SEC("raw_tp/sys_enter") int two(void *ctx) { return 0; }
+SEC("raw_tp/sys_exit") int many(void *ctx) { TWENTY_THREE return 0; }
+""".replace("TWENTY_THREE", 'asm volatile("r1 = 7" ::: "r1");' * 23)
+    outputs = [{"name": "unused", "from": {"map": ".bss", "value": "unused"}, "counter": {}}]
+    with policies.run(policies.c_policy(source, outputs=outputs)) as run:
+        (status,) = run.measured.statuses()
+        (folder,) = policies.folder().glob("probefleet/instances/*")
+        found = {
+            each["name"]: each["verifiedInstructions"] for each in inspected("--instance", folder.name)["programs"]
+        }
+    assert found == {"two": 2, "many": 25}
+    assert status.verified_instructions == 27
 
 
 def test_a_table_for_people(tmp_path: Path) -> None:

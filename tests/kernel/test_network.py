@@ -20,6 +20,7 @@ from probefleet_agent.kernel import (
     features,
     hooks_network,
     interfaces,
+    libbpf,
     links_network,
     maps,
     mounts,
@@ -437,6 +438,27 @@ def test_a_taken_xdp_hook_is_left_to_its_owner(wire: Wire, start: Start) -> None
         with start(XDP + "\n\n", 2, xdp={"interfaces": ["pf*", "lo"]}) as second:
             assert second.loaded.ways == ["it: xdp (generic) pf* lo on lo"]
             assert [text.split(":")[0] for text in second.loaded.followers.sentences()] == [wire.near]
+
+
+def test_a_cgroups_hook_that_its_owner_shares_with_nobody_is_left_to_it(wire: Wire, start: Start) -> None:
+    """bpftool attaches without BPF_F_ALLOW_MULTI: nobody else may be there, nor below."""
+    data = support.compile_object(PRELUDE + CGROUP_SKB.replace("return 0;", "return 1;"), prelude=False)
+    with support.in_cgroup("pf-test-taken") as path, libbpf.open_object(data, "owner") as opened:
+        opened.load()
+        folder = f"{cgroups.mount_point()}{path}"
+        with opened.program_fd("it") as owner, opened.map_fd("hits") as hits:
+            words = ["egress", "id", str(syscall.program_info(owner).id)]
+            subprocess.run(["bpftool", "cgroup", "attach", folder, *words], check=True, capture_output=True)
+            try:
+                says = (
+                    rf"^attach to egress of {path}: .*\(EBUSY\). A program was attached there, or above, that allows no"
+                )
+                with pytest.raises(KernelError, match=says) as caught:
+                    start(CGROUP_SKB, 1, cgroup_skb={"cgroup": path, "egress": True})
+                assert caught.value.reason == "TargetBusy"
+                assert wire.send_there(23) == 23 and maps.sum_lost(hits)[0] == 23, "it is left in place"
+            finally:
+                subprocess.run(["bpftool", "cgroup", "detach", folder, *words], check=True, capture_output=True)
 
 
 def test_an_interface_that_is_not_there_is_named_with_near_ones(wire: Wire, start: Start) -> None:

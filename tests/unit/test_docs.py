@@ -160,6 +160,18 @@ def test_the_catalog_document_lists_every_probe_with_its_outputs() -> None:
         assert rows[probe.name] == ", ".join(output.output.name for output in probe.outputs)
 
 
+@pytest.mark.parametrize("name", ["Debian 11", "Ubuntu 22.04", "Fedora", "CentOS 8.5", "Anolis 8.8", "Kylin V10"])
+def test_every_distribution_has_its_kernel_its_types_and_a_verdict(name: str) -> None:
+    text = (ROOT / "docs/distributions.md").read_text()
+    rows = [
+        [cell.strip() for cell in row.strip("| ").split(" | ")] for row in text.splitlines() if row.startswith("| ")
+    ]
+    ((_, kernel, types, verdict),) = [row for row in rows if row[0].startswith(name)]
+    assert re.search(r"\b[4-7]\.\d+", kernel)
+    assert re.match(r"yes|no\b|not known", types)
+    assert re.match(r"\*\*tried\*\*|read|no:", verdict)
+
+
 def test_write_a_policy_names_every_field_of_the_spec() -> None:
     crd = yaml.safe_load((ROOT / "charts/probefleet/files/crds/probepolicies.yaml").read_text())
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ TABLE = {name: (instead, how) for name, instead, how in ROW.findall((ROOT / "doc
 
 def test_every_command_of_the_package_has_its_row() -> None:
     assert sorted(TABLE) == sorted(COMMANDS)
+
+
+def test_the_list_is_the_packages_own() -> None:
+    done = subprocess.run(["dpkg", "-L", "bpfcc-tools"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("bpfcc-tools is not installed; `make test-packages` does that")
+    assert sorted(COMMANDS) == sorted(re.findall(r"^/usr/sbin/(.+)-bpfcc$", done.stdout, re.MULTILINE))
+
+
+def test_of_both_kinds_at_least_25_run_unchanged() -> None:
+    tried = table.read((ROOT / "docs/foreign.md").read_text())
+    for kind in ("bcc", "bpftrace"):
+        assert len([each for each in tried if each.kind == kind and each.state == "works"]) >= 25
 
 
 def test_every_row_says_how_or_why_not() -> None:
