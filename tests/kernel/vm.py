@@ -233,8 +233,8 @@ def _command(
         "qemu-system-x86_64",
         *("-M", "q35", "-cpu", "max", "-smp", str(CPU_COUNT), "-m", memory),
         # Emulated even where /dev/kvm opens: in a rented machine it may open and then never run the guest.
-        # Both CPUs in one thread: with a thread each, Linux 6.12 was seen to run into the code that it was patching, where
-        # tracepoints are switched, and the other core of a small machine is wanted by whoever waits for the guest.
+        # Both CPUs in one thread: with a thread each, Linux 6.12 was seen to run into the code that it was patching,
+        # where tracepoints are switched, and the other core of a small machine is wanted by who waits for the guest.
         *("-accel", os.environ.get("VM_ACCEL", "tcg,thread=single")),
         *("-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs)),
