@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_agent import collect, iterating, joining, names, samples
@@ -61,11 +60,7 @@ def add_tables(
             except (DecodeError, ProbefleetError) as error:
                 bound.failure = Failure.of(error)
                 continue
-            table = reader.rows.table() or stream_pb2.Table(
-                rows=columns.pack(np.zeros(0, np.uint32)),
-                values=columns.pack(np.zeros(0, np.uint64)),
-                width=reader.rows.width,
-            )
+            table = reader.rows.table() or reader.rows.no_table()
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch, table.since_ns = _beginning(instance, handle, reader)
             table.lost = counts[0] + counts[3]

@@ -130,6 +130,13 @@ class Rows:
         self._sent, self._sent_keys = self._totals, total
         return table
 
+    def no_table(self) -> stream_pb2.Table:
+        """What says that nothing changed, and how many rows the stream has by now: who has not heard of them asks."""
+        return stream_pb2.Table(
+            first_new_row=self._sent_keys, width=self.width,
+            rows=columns.pack(np.zeros(0, np.uint32)), values=columns.pack(np.zeros(0, np.uint64)),
+        )  # fmt: skip
+
     def _last_of_each(self, entry: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Of entries of one raw key, the last; none of those that have no raw key yet."""
         order = np.arange(len(entry))

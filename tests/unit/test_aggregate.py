@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probefleet_agent.samples import Classified, Rows
 from probefleet_core import keys, result, tables
 from probefleet_core.aggregate import Aggregate, PodName, PolicyFacts, Result, ResyncNeeded
 from probefleet_wire import columns
@@ -762,6 +764,22 @@ def test_wide_tables_are_bounded_by_the_keys_that_exist(monkeypatch: pytest.Monk
     b.add(1, width=4)
     with pytest.raises(ColumnsError, match="too many for its keys"):
         apply(aggregate, b, b.batch(1))
+
+
+def test_a_table_without_news_is_no_zero_to_an_aggregate_that_heard_none_of_the_stream() -> None:
+    node = Rows(1, ())
+    node.update(np.zeros((1, 4), np.uint8), np.array([997], np.uint64), _one_row)
+    news = node.table()
+    assert news is not None
+    # The policy was edited while the first was under way: what counted from then on has not changed since.
+    aggregate, table = Aggregate(facts(counter())), node.no_table()
+    table.policy_uid, table.output, table.epoch, table.generation = UID, "calls", "boot-1:7", 1
+    with pytest.raises(ResyncNeeded, match="begins with row 1"):
+        aggregate.apply("a", 1, stream_pb2.Batch(sequence=2, time_ns=START, tables=[table]), START)
+
+
+def _one_row(keys: npt.NDArray[np.uint8]) -> Classified:
+    return Classified([()] * len(keys), np.zeros(len(keys), bool), np.zeros(len(keys), np.int64))
 
 
 def test_rows_that_nobody_introduced_ask_for_a_new_stream() -> None:
