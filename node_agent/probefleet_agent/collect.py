@@ -58,6 +58,7 @@ class TableReader:
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
+    _turn: int = 0  # of the policy's selection, when keys were last judged
     _unnamed: frozenset[int] = frozenset()
     _unnamed_since_ns: dict[int, int] = field(default_factory=dict)
 
@@ -85,6 +86,9 @@ class TableReader:
         self._unnamed = frozenset()
         if not keys.shape[1]:  # a map of maps without any
             return
+        if (turn := self.book.turn(PolicyUid(self.plan.policy_uid))) != self._turn:
+            self._turn = turn
+            self.rows.ask_again()
         if self.of_records:
             self._read_records(keys)
             return

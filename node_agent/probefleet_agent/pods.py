@@ -67,6 +67,7 @@ class Selected:
 
     everything: bool
     pods: frozenset[PodUid]
+    generation: int = 0  # of the policy
 
 
 @dataclass(slots=True)
@@ -79,8 +80,10 @@ class Book:
     known_pods: frozenset[PodUid] = frozenset()
     #: Has the operator named its pods in this stream? What it has not named cannot be waited for before.
     current: bool = False
-    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true.
+    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. An edit of
+    # the policy ends that: it may select others.
     _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
+    _turns: dict[PolicyUid, int] = field(default_factory=dict)
 
     def learn(self, paths: Mapping[CgroupId, str]) -> int:
         """Take in cgroups; returns how many were new. An id never changes its meaning within a boot."""
@@ -101,7 +104,7 @@ class Book:
     def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
         """Take in the selections of a push."""
         self.current = True
-        self.selections = dict(selections)
+        before, self.selections = self.selections, dict(selections)
         # An operator that is new does not know pods of before. Who was named once, and not selected, stays refused for
         # as long as something here speaks of it.
         remembered = self.known_pods & {identity.pod for identity in self.identities.values()}
@@ -109,8 +112,18 @@ class Book:
         for policy in list(self._ever):
             if policy not in self.selections:
                 del self._ever[policy]
+                self._turns.pop(policy, None)
         for policy, selected in self.selections.items():
-            self._ever.setdefault(policy, set()).update(selected.pods)
+            ever = self._ever.setdefault(policy, set())
+            if policy in before and before[policy].generation != selected.generation:
+                ever.clear()
+            if not selected.pods <= ever:
+                ever |= selected.pods
+                self._turns[policy] = self.turn(policy) + 1
+
+    def turn(self, policy: PolicyUid) -> int:
+        """Another number when the policy selects pods that it did not before: who was refused may count from now on."""
+        return self._turns.get(policy, 0)
 
     def answer(self, policy: PolicyUid, cgroup: CgroupId) -> Answer:
         """Does an event of this cgroup count for this policy?"""

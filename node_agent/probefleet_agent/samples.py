@@ -110,6 +110,14 @@ class Rows:
         self._sent_keys = 0
         self._sent = np.zeros((0, self.width), np.uint64)
 
+    def ask_again(self) -> None:
+        """Who was refused may count by now: the next reading asks about those keys once more."""
+        if self._raw is not None:
+            decided = self._row_of != REFUSED
+            self._raw, self._row_of, self._slot_of = (
+                self._raw[decided], self._row_of[decided], self._slot_of[decided],
+            )  # fmt: skip
+
     def table(self) -> stream_pb2.Table | None:
         """New keys and changed rows since the last call; ``None`` where nothing changed."""
         total = len(self._keys)

@@ -118,6 +118,22 @@ def test_a_push_that_is_not_newer_changes_nothing(folder: Path) -> None:
         assert not list((folder / "probefleet/instances").iterdir()), "a newer one may"
 
 
+def test_an_edit_that_leaves_the_programs_alone_sends_every_row_again(folder: Path) -> None:
+    data = compile_object('SEC("tp_btf/sched_process_exec") int on_exec(void *ctx) { return hit(); }')
+    pushes = [push(1), push(2)]
+    for generation, pushed in enumerate(pushes, 1):
+        plan = pushed.plans[0]
+        plan.generation, plan.instance.object.sha256 = generation, hashlib.sha256(data).hexdigest()
+        plan.instance.attachments[0].program = "on_exec"
+        plan.outputs.add(name="hits", map="hits", kind=plan_pb2.Output.COUNTER)
+        pushed.blobs[0].sha256, pushed.blobs[0].zstd = plan.instance.object.sha256, zstandard.compress(data)
+    with Engine.open(bpffs=folder) as engine:
+        for generation, pushed in enumerate(pushes, 1):
+            engine.apply(pushed)
+            table = collected(engine).tables[0]
+            assert (table.generation, table.first_new_row, table.new_rows) == (generation, 0, 1)
+
+
 TWO_WAYS = """
 struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, u32); __type(value, u64); }
 ways SEC(".maps");

@@ -137,6 +137,15 @@ def test_counts_of_a_pod_arrive_whole_when_the_operator_names_it(book: Book) -> 
     assert content(table.rows.table()) == {(NEW,): [997]}
 
 
+def test_a_pod_that_is_selected_after_it_was_refused_counts_from_then_on(book: Book) -> None:
+    table = reader(book, Output(kind=Output.COUNTER, group_by=["workload"]))
+    counted = keys((IN_WEB, 80, 0), (IN_DB, 80, 0), (IN_DB, 443, 0)), counts(23, 29, 31)
+    table.read(*counted)
+    book.select({MINE: Selected(False, frozenset({WEB, DB}))}, [WEB, DB])  # its labels have changed
+    table.read(*counted)
+    assert content(table.rows.table()) == {(WEB,): [23], (DB,): [60]}
+
+
 def test_containers_are_columns_beside_their_pods(book: Book) -> None:
     table = reader(book, Output(kind=Output.TOPK, group_by=["container", "node"]))
     table.read(keys((IN_WEB, 80, 0), (IN_WEB, 443, 0)), counts(3, 5))

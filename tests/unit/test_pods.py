@@ -128,6 +128,11 @@ def test_a_pod_that_is_gone_goes_on_counting(book: Book) -> None:
     assert book.answer(MINE, POD) == Answer.SELECTED
 
 
+def test_an_edit_of_the_policy_may_select_others(book: Book) -> None:
+    book.select({MINE: Selected(False, frozenset({OTHER}), generation=2)}, [UID, OTHER])
+    assert (book.answer(MINE, POD), book.answer(MINE, OTHER_POD)) == (Answer.REFUSED, Answer.SELECTED)
+
+
 def test_a_pod_that_is_gone_and_was_not_selected_stays_refused_while_something_speaks_of_it(book: Book) -> None:
     book.select({MINE: Selected(False, frozenset({UID}))}, [])
     assert book.answer(MINE, OTHER_POD) == Answer.REFUSED
