@@ -80,8 +80,8 @@ class Book:
     known_pods: frozenset[PodUid] = frozenset()
     #: Has the operator named its pods in this stream? What it has not named cannot be waited for before.
     current: bool = False
-    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. An edit of
-    # the policy ends that: it may select others.
+    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. An edit
+    # of the policy ends that: it may select others.
     _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
     _turns: dict[PolicyUid, int] = field(default_factory=dict)
 
