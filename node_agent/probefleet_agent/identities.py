@@ -42,13 +42,10 @@ class Identities:
     def select(self, push: stream_pb2.Push) -> None:
         """Take in whom the policies of a push select."""
         self.learn(scan=not self._scanned_ns)
-        generations = {plan.policy_uid: plan.generation for plan in push.plans}
         self.book.select(
             {
                 PolicyUid(each.policy_uid): Selected(
-                    each.everything,
-                    frozenset(PodUid(uid) for uid in each.pod_uids),
-                    generations.get(each.policy_uid, 0),
+                    each.everything, frozenset(PodUid(uid) for uid in each.pod_uids), each.selector
                 )
                 for each in push.selections
             },

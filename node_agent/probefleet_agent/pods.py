@@ -67,7 +67,7 @@ class Selected:
 
     everything: bool
     pods: frozenset[PodUid]
-    generation: int = 0  # of the policy
+    selector: str = ""  # empty: as before
 
 
 @dataclass(slots=True)
@@ -80,9 +80,10 @@ class Book:
     known_pods: frozenset[PodUid] = frozenset()
     #: Has the operator named its pods in this stream? What it has not named cannot be waited for before.
     current: bool = False
-    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. An edit
-    # of the policy ends that: it may select others.
+    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. Another
+    # selector ends that: it may have selected others.
     _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
+    _selectors: dict[PolicyUid, str] = field(default_factory=dict)
     _turns: dict[PolicyUid, int] = field(default_factory=dict)
 
     def learn(self, paths: Mapping[CgroupId, str]) -> int:
@@ -104,7 +105,7 @@ class Book:
     def select(self, selections: Mapping[PolicyUid, Selected], known_pods: Iterable[PodUid]) -> None:
         """Take in the selections of a push."""
         self.current = True
-        before, self.selections = self.selections, dict(selections)
+        self.selections = dict(selections)
         # An operator that is new does not know pods of before. Who was named once, and not selected, stays refused for
         # as long as something here speaks of it.
         remembered = self.known_pods & {identity.pod for identity in self.identities.values()}
@@ -113,9 +114,11 @@ class Book:
             if policy not in self.selections:
                 del self._ever[policy]
                 self._turns.pop(policy, None)
+                self._selectors.pop(policy, None)
         for policy, selected in self.selections.items():
             ever = self._ever.setdefault(policy, set())
-            if policy in before and before[policy].generation != selected.generation:
+            if selected.selector and self._selectors.get(policy) != selected.selector:
+                self._selectors[policy] = selected.selector
                 ever.clear()
             if not selected.pods <= ever:
                 ever |= selected.pods

@@ -276,7 +276,7 @@ class _Board:
     def states(self, wanted: list[Candidate], pods: Iterable[Pod]) -> dict[values.NodeName, NodeState]:
         """Every reachable node's state."""
         new_maps = {each.uid: each for candidate in wanted for each in candidate.probe_maps}
-        chosen = {each.uid: each.policy for each in wanted}
+        chosen = {each.uid: (each.policy, _selector(each.policy)) for each in wanted}
         by_node: dict[values.NodeName, list[Pod]] = {}
         for pod in sorted(pods, key=lambda pod: pod.uid):
             by_node.setdefault(pod.node, []).append(pod)
@@ -298,15 +298,25 @@ class _Board:
 
     @staticmethod
     def _selection(
-        plan: plan_pb2.Plan, chosen: Mapping[values.PolicyUid, values.ProbePolicy | None], pods: list[Pod]
+        plan: plan_pb2.Plan,
+        chosen: Mapping[values.PolicyUid, tuple[values.ProbePolicy | None, str]],
+        pods: list[Pod],
     ) -> stream_pb2.Selection:
-        policy = chosen[values.PolicyUid(plan.policy_uid)]
+        policy, selector = chosen[values.PolicyUid(plan.policy_uid)]
         selects = _pod_test(policy, plan)
         return stream_pb2.Selection(
             policy_uid=plan.policy_uid,
             everything=selects is None,
             pod_uids=[pod.uid for pod in pods if selects is not None and selects(pod)],
+            selector=selector,
         )
+
+
+def _selector(policy: values.ProbePolicy | None) -> str:
+    """Another text when the policy may select others than before; empty of one that cannot be read any more."""
+    if policy is None:
+        return ""
+    return f"{policy.scope.value}: {'everything' if policy.pods is None else policy.pods}"
 
 
 def _pod_test(policy: values.ProbePolicy | None, plan: plan_pb2.Plan) -> Callable[[Pod], bool] | None:

@@ -56,6 +56,9 @@ class Requirement:
             return value is None or value not in self.values
         return (value is not None) == (self.operator is Operator.EXISTS)
 
+    def __str__(self) -> str:
+        return f"{self.key} {self.operator.value} {','.join(self.values)}".rstrip()
+
 
 @dataclass(frozen=True, slots=True)
 class Selector:
@@ -69,6 +72,9 @@ class Selector:
         return all(labels.get(key) == value for key, value in self.match_labels) and all(
             requirement.matches(labels) for requirement in self.match_expressions
         )
+
+    def __str__(self) -> str:
+        return "; ".join([f"{key}={value}" for key, value in self.match_labels] + [*map(str, self.match_expressions)])
 
 
 # Programs: the member present is the kind.

@@ -273,20 +273,32 @@ PODS = [
 ]
 
 
+NOT_DB = values.Selector(
+    match_expressions=(
+        values.Requirement("app", values.Operator.EXISTS),
+        values.Requirement("app", values.Operator.NOT_IN, ("db", "cache")),
+    )
+)
+
+
 @pytest.mark.parametrize(
-    ("scope", "pods", "everything", "selected"),
+    ("scope", "pods", "everything", "selected", "words"),
     [
-        ("Namespace", None, False, ["u1", "u2"]),
-        ("Namespace", values.Selector((("app", "web"),)), False, ["u1"]),
-        ("Cluster", values.Selector((("app", "web"),)), False, ["u1", "u3"]),
-        ("Cluster", values.Selector(), False, ["u1", "u2", "u3"]),
-        ("Cluster", None, True, []),
+        ("Namespace", None, False, ["u1", "u2"], "Namespace: everything"),
+        ("Namespace", values.Selector((("app", "web"),)), False, ["u1"], "Namespace: app=web"),
+        ("Cluster", values.Selector((("app", "web"),)), False, ["u1", "u3"], "Cluster: app=web"),
+        ("Cluster", NOT_DB, False, ["u1", "u3"], "Cluster: app Exists; app NotIn db,cache"),
+        ("Cluster", values.Selector(), False, ["u1", "u2", "u3"], "Cluster: "),
+        ("Cluster", None, True, [], "Cluster: everything"),
     ],
 )
-def test_whose_events_count(scope: str, pods: values.Selector | None, everything: bool, selected: list[str]) -> None:
+def test_whose_events_count(
+    scope: str, pods: values.Selector | None, everything: bool, selected: list[str], words: str
+) -> None:
     placed = place([candidate(policy(scope=values.Scope(scope), pods=pods), plan())], [node("a")], PODS)
     selection = placed.nodes[values.NodeName("a")].selections[0]
     assert (selection.everything, list(selection.pod_uids)) == (everything, selected)
+    assert selection.selector == words
 
 
 def test_probe_maps_follow_the_plans() -> None:

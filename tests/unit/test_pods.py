@@ -128,8 +128,12 @@ def test_a_pod_that_is_gone_goes_on_counting(book: Book) -> None:
     assert book.answer(MINE, POD) == Answer.SELECTED
 
 
-def test_an_edit_of_the_policy_may_select_others(book: Book) -> None:
-    book.select({MINE: Selected(False, frozenset({OTHER}), generation=2)}, [UID, OTHER])
+def test_another_selector_forgets_who_counted_once(book: Book) -> None:
+    book.select({MINE: Selected(False, frozenset({UID}), "app=web")}, [UID, OTHER])
+    for selector in ("app=web", ""):
+        book.select({MINE: Selected(False, frozenset(), selector)}, [])
+        assert book.answer(MINE, POD) == Answer.SELECTED, "it is gone, and what it counted stays"
+    book.select({MINE: Selected(False, frozenset({OTHER}), "app=db")}, [UID, OTHER])
     assert (book.answer(MINE, POD), book.answer(MINE, OTHER_POD)) == (Answer.REFUSED, Answer.SELECTED)
 
 

@@ -236,9 +236,12 @@ class Selection(_message.Message):
     POLICY_UID_FIELD_NUMBER: _builtins.int
     EVERYTHING_FIELD_NUMBER: _builtins.int
     POD_UIDS_FIELD_NUMBER: _builtins.int
+    SELECTOR_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     everything: _builtins.bool
     """pods and host: scope Cluster without a pod selector"""
+    selector: _builtins.str
+    """what selects them, for people; another one forgets pods that counted once"""
     @_builtins.property
     def pod_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """else exactly these pods of this node"""
@@ -249,10 +252,11 @@ class Selection(_message.Message):
         policy_uid: _builtins.str = ...,
         everything: _builtins.bool = ...,
         pod_uids: _abc.Iterable[_builtins.str] | None = ...,
+        selector: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["everything", b"everything", "pod_uids", b"pod_uids", "policy_uid", b"policy_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["everything", b"everything", "pod_uids", b"pod_uids", "policy_uid", b"policy_uid", "selector", b"selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
