@@ -30,15 +30,16 @@ def write(loaded: Loaded, wanted: plan_pb2.Instance, *, before: plan_pb2.Instanc
     """
     old = {each.map: _entries(each) for each in before.contents} if before else {}
     new = {each.map: _entries(each) for each in wanted.contents}
+    initial = {name: _initial(name, before, wanted) for name in old.keys() | new.keys()}
     done: list[str] = []
     try:
-        for name in sorted(old.keys() | new.keys()):
+        for name in sorted(initial):
             done.append(name)
-            _replace(_handle(loaded, name), old.get(name, {}), new.get(name, {}))
+            _replace(_handle(loaded, name), old.get(name, {}), new.get(name, {}), initial[name])
         _jump(loaded, _slots(before), _slots(wanted))
     except ProbefleetError:
         for name in done:
-            _replace(_handle(loaded, name), new.get(name, {}), old.get(name, {}), everything=True)
+            _replace(_handle(loaded, name), new.get(name, {}), old.get(name, {}), initial[name], everything=True)
         raise
 
 
@@ -66,8 +67,9 @@ def _handle(loaded: Loaded, name: str) -> MapHandle:
 
 
 def _entries(content: plan_pb2.MapContent) -> Entries:
+    """Key → value; of global variables place → value."""
     if not content.count:
-        return {}
+        return {_place(each): each.value for each in content.variables}
     key, value = len(content.keys) // content.count, len(content.values) // content.count
     return {
         content.keys[at * key : (at + 1) * key]: content.values[at * value : (at + 1) * value]
@@ -75,9 +77,23 @@ def _entries(content: plan_pb2.MapContent) -> Entries:
     }
 
 
-def _replace(handle: MapHandle, old: Entries, new: Entries, *, everything: bool = False) -> None:
+def _place(variable: plan_pb2.GlobalVariable) -> bytes:
+    return variable.offset.to_bytes(4, "little")
+
+
+def _initial(name: str, *instances: plan_pb2.Instance | None) -> Entries:
+    """What global variables hold where no policy says anything."""
+    contents = [each for instance in instances if instance for each in instance.contents if each.map == name]
+    return {_place(each): each.initial for content in contents for each in content.variables}
+
+
+def _replace(handle: MapHandle, old: Entries, new: Entries, initial: Entries, *, everything: bool = False) -> None:
     changed = {key: value for key, value in new.items() if everything or old.get(key) != value}
     gone = [key for key in old if key not in new]
+    if initial:
+        changed.update((key, initial[key]) for key in gone)
+        maps.write_variables(handle.fd, handle.info, {int.from_bytes(key, "little"): changed[key] for key in changed})
+        return
     if handle.info.type in map_types.ARRAYS:  # an array's entries cannot go: they are zero
         changed.update(dict.fromkeys(gone, bytes(handle.info.value_size)))
         gone = []

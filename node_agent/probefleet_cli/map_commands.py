@@ -25,7 +25,7 @@ from probefleet_agent.kernel import mounts, pins, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.syscall import MapInfo
 from probefleet_agent.pinned_by_others import MARK
-from probefleet_wire import encode, map_types
+from probefleet_wire import encode, map_layout, map_types
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.map_layout import LPM_KEY, OUTER_KEY, Layout
 from probefleet_wire.map_types import MapType
@@ -129,7 +129,8 @@ def dump(policy: str, name: str, *, output: str, bpffs: Path) -> None:
 def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bool, bpffs: Path) -> None:
     """Write one entry, typed as the map is.
 
-    KEY and VALUE are YAML, such as 7, 10.0.0.0/8 or '{pid: 7, uid: 0}'.
+    KEY and VALUE are YAML, such as 7, 10.0.0.0/8 or '{pid: 7, uid: 0}'. A global variable's KEY (of .data, .bss) is its
+    name.
     """
     if (value is None) != delete:
         raise BadInput("map set wants a VALUE, or --delete")
@@ -137,6 +138,9 @@ def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bo
     if found.of_others:
         raise BadInput(f"{found.name} is another owner's, pinned at {found.of_others}: Probefleet only reads it")
     layout = found.layout
+    if layout is not None and found.name.startswith("."):
+        _set_variable(found, layout, key, value)
+        return
     if layout is None or not layout.key:
         raise BadInput(f"{found.name} has no key that BTF describes: it cannot be written to by hand")
     with _opened(found) as (fd, info), _words():
@@ -159,6 +163,21 @@ def set_entry(policy: str, name: str, key: str, value: str | None, *, delete: bo
         if info.type in map_types.PER_CPU:
             raw = raw.ljust(kernel_maps.round_up(len(raw), 8), b"\0") * kernel_maps.possible_cpus()
         syscall.map_update(fd, raw_key, raw)
+
+
+def _set_variable(found: Pinned, layout: Layout, name: str, value: str | None) -> None:
+    if value is None:
+        raise BadInput(f"{name} is a global variable: it can be set, and not deleted")
+    if found.name.startswith(".rodata"):
+        raise BadInput(f"{found.name} is fixed once a program is loaded: write {name} into the policy's maps[].values")
+    place = map_layout.variable(layout, name)
+    if place is None:
+        there = ", ".join(dict.fromkeys(field.name.partition(".")[0] for field in layout.value))
+        raise BadInput(f"{found.name} has no variable {name}; it has: {there}")
+    offset, own = place
+    raw = _encoded(own.value, own.value_bytes, value, "variable")
+    with _opened(found) as (fd, info), _words():
+        kernel_maps.write_variables(fd, info, {offset: raw})
 
 
 def _encoded(fields: tuple[Field, ...], size: int, text: str, what: str) -> bytes:

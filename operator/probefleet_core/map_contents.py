@@ -1,7 +1,8 @@
 """What a policy writes into its program's maps: ``maps[].values`` and ``tailCalls``, checked and laid out. Pure.
 
 Called by ``planner``. Both change while the program runs, so they stand outside the instance's digest; instead the
-instance belongs to the one policy that writes them (``Instance.owner``).
+instance belongs to the one policy that writes them (``Instance.owner``). Only ``.rodata`` is fixed once a program is
+loaded: what is written there are the instance's parameters.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from probefleet_wire import encode, map_layout, map_types
-from probefleet_wire.bpf_object import BpfObject, MapDef, ProgramDef
+from probefleet_wire.bpf_object import BpfObject, MapDef, ProgramDef, Variable
 from probefleet_wire.btf_layout import Field
 from probefleet_wire.map_types import Flag, MapType
 from probefleet_wire.v1 import plan_pb2
@@ -37,6 +38,9 @@ _TYPES = {
     "tcx": "tc",
 }
 KERNEL_JUMPS = 33
+RODATA = ".rodata"
+#: How variables begin that the agent sets by itself.
+OF_OURS = "probefleet_"
 
 
 def program_type(section: str) -> str:
@@ -65,13 +69,79 @@ def contents(
     made = []
     for index, use in enumerate(policy.maps):
         found = parsed.map(use.name)
-        if use.entries is None or found is None:
+        if use.entries is None or found is None or found.name.startswith(RODATA):
             continue
         path = f"spec.maps[{index}].values"
+        if found.is_section:
+            made.append(_variables(use, found, parsed, path, problems))
+            continue
         content = _content(use, found, parsed, sizes.get(use.name) or found.max_entries, path, problems)
         if content is not None:
             made.append(content)
     return made
+
+
+def constants(policy: values.ProbePolicy, parsed: BpfObject, problems: errors.Problems) -> dict[str, bytes]:
+    """The ``const volatile`` variables that the policy sets, whole."""
+    made: dict[str, bytes] = {}
+    for index, use in enumerate(policy.maps):
+        found = parsed.map(use.name)
+        if use.entries is None or found is None or not found.name.startswith(RODATA):
+            continue
+        path = f"spec.maps[{index}].values"
+        if found.name != RODATA:
+            problems.add(
+                path, f"values in {found.name}", why="they go to .rodata", write="Leave its section name away."
+            )
+            continue
+        for variable, data in _encoded_variables(use, found, parsed, path, problems):
+            made[variable.name] = data.ljust(variable.size_bytes, b"\0")
+    return made
+
+
+def _variables(
+    use: values.MapUse, found: MapDef, parsed: BpfObject, path: str, problems: errors.Problems
+) -> plan_pb2.MapContent:
+    """Variables of ``.data`` and ``.bss``: each is written by itself, for programs change those beside it."""
+    content = plan_pb2.MapContent(map=use.name)
+    for variable, data in _encoded_variables(use, found, parsed, path, problems):
+        initial = variable.initial.ljust(variable.size_bytes, b"\0")[: len(data)]
+        content.variables.add(offset=variable.offset_bytes, value=data, initial=initial)
+    return content
+
+
+def _encoded_variables(
+    use: values.MapUse, found: MapDef, parsed: BpfObject, path: str, problems: errors.Problems
+) -> list[tuple[Variable, bytes]]:
+    """What the entries say, variable by variable; each one's key is its name."""
+    assert use.entries is not None
+    there = {
+        each.name: each for each in parsed.variables if each.section == found.name and not each.name.startswith(OF_OURS)
+    }
+    layout = map_layout.layout_of(parsed, found)
+    made: dict[str, tuple[Variable, bytes]] = {}
+    for index, entry in enumerate(use.entries):
+        here = f"{path}[{index}]"
+        variable = there.get(entry.key) if isinstance(entry.key, str) else None
+        place = map_layout.variable(layout, variable.name) if layout and variable else None
+        if variable is None or place is None:
+            write = errors.did_you_mean(str(entry.key), [name for name in there if there[name].used], what="variable")
+            problems.add(f"{here}.key", f'"{entry.key}"', why=f"{use.name} has no variable of that name", write=write)
+            continue
+        if not variable.used:
+            problems.add(
+                f"{here}.key",
+                f'"{entry.key}"',
+                why="no instruction reads it: the compiler wrote its value into the program",
+                write="Make it volatile in the C source.",
+            )
+        if variable.name in made:
+            problems.add(f"{here}.key", "there twice", why="another item has the same key", write="Keep one of them.")
+        _, own = place
+        data = _encoded(own.value, own.value_bytes, entry.value, f"{here}.value", "variable", problems)
+        if data is not None:
+            made[variable.name] = variable, data
+    return list(made.values())
 
 
 def _content(
@@ -84,7 +154,7 @@ def _content(
         problems.add(
             path,
             f"{use.name} is of type {kind}",
-            why="entries are written to hashes, arrays and LPM tries",
+            why="entries are written to hashes, arrays, LPM tries and global variables",
             write="Leave values away.",
         )
         return None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from probefleet_wire import map_types
 from probefleet_wire.bpf_object import MapDef
@@ -145,6 +145,9 @@ def _plan(request: program_parts.Request, problems: errors.Problems) -> Planned:
     _check_drained(parts, shared, problems)
     written = _written(policy, parts, problems)
     _check_selection(policy, parts, problems)
+    if parts.parsed is not None:
+        constants = map_contents.constants(policy, parts.parsed, problems)
+        parts = replace(parts, parameters={**parts.parameters, **constants})
     if problems:
         raise errors.PolicyRefused(problems.found)
     return _assemble(request, parts, shared, sizes, written)
@@ -167,7 +170,7 @@ def _shared_maps(
     request: program_parts.Request, parts: program_parts.Parts, problems: errors.Problems
 ) -> dict[str, CompiledProbeMap]:
     """Which of the program's maps are replaced by which ProbeMap, checked."""
-    own = {each.name: each for each in parts.parsed.maps} if parts.parsed else {}
+    own = {each.name: each for each in parts.parsed.all_maps} if parts.parsed else {}
     there = [name for name in own if not map_facts.is_own(name)]
     found: dict[str, CompiledProbeMap] = {}
     for index, use in enumerate(request.policy.maps):

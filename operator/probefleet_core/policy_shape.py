@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from probefleet_core import c_declaration, errors, quantities, values
 from probefleet_core.attach_shape import ATTACHMENT, C_IDENTIFIER, C_NAME
-from probefleet_core.output_shape import OUTPUT
+from probefleet_core.output_shape import OUTPUT, READ_MAP
 from probefleet_core.shape import Anything, Flag, ListOf, MapOf, Record, Text, Union, Whole, join
 
 MAX_SOURCE_CHARACTERS = 96 << 10
@@ -179,6 +179,11 @@ def _map_rule(value: Mapping[str, object], path: str, problems: errors.Problems)
             why="an entry changes something",
             write="Write share, pinned, maxEntries or values.",
         )
+    if str(value["name"]).startswith("."):
+        for name in set(said) - {"values"}:
+            why = "global variables are the program's own, and as many as it has"
+            problems.add(join(path, name), f"{name} of {value['name']}", why=why, write="Leave it away.")
+        return
     if not {"share", "pinned"} & set(said):
         return
     for name in said[1:]:
@@ -208,7 +213,12 @@ PROBE_MAP_NAME = Text(
 MAP = Record(
     "a map",
     {
-        "name": C_IDENTIFIER,
+        "name": Text(
+            max_length=128,
+            min_length=1,
+            pattern=READ_MAP,
+            write="Write the name as it stands in the C source, or .data, .bss or .rodata for its variables.",
+        ),
         "share": Record("a share", {"probeMap": PROBE_MAP_NAME}, required=("probeMap",)),
         "pinned": Text(
             max_length=512,

@@ -69,6 +69,8 @@ class Variable:
     offset_bytes: int
     size_bytes: int
     initial: bytes
+    #: An instruction names it. A compiler writes what is not ``volatile`` into the instructions themselves.
+    used: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +379,7 @@ def _variables(elf: Elf, btf: Btf) -> tuple[Variable, ...]:
     know.
     """
     offsets = {(symbol.section, symbol.name): symbol.value for symbol in elf.symbols}
+    named = _named_places(elf)
     found = []
     for section in elf.sections:
         if not section.name.startswith((".rodata", ".data", ".bss")):
@@ -403,9 +406,21 @@ def _variables(elf: Elf, btf: Btf) -> tuple[Variable, ...]:
                     offset_bytes=offset,
                     size_bytes=size,
                     initial=initial[offset : offset + size],
+                    used=bisect_left(named, (section.index, offset + size))
+                    > bisect_left(named, (section.index, offset)),
                 )
             )
     return tuple(found)
+
+
+def _named_places(elf: Elf) -> list[tuple[int, int]]:
+    """(section, byte) of all that instructions refer to, in order: the symbol's place and what the instruction adds."""
+    found = set()
+    for code in elf.sections:
+        for each in elf.relocations(code) if code.executable else ():
+            added = code.data[each.offset_bytes + 4 : each.offset_bytes + 8]
+            found.add((each.symbol.section, each.symbol.value + int.from_bytes(added, "little")))
+    return sorted(found)
 
 
 def _lines(data: bytes, btf: Btf, programs: tuple[ProgramDef, ...]) -> dict[str, tuple[LineRecord, ...]]:

@@ -102,6 +102,18 @@ def lpm_address_bytes(key_bytes: int) -> int:
     return size if size in _ADDRESS_BYTES else 0
 
 
+def variable(layout: Layout, name: str) -> tuple[int, Layout] | None:
+    """A global variable of a section's layout: where it begins, and how its own bytes are read; None: there is none."""
+    found = [field for field in layout.value if field.name == name or field.name.startswith((f"{name}.", f"{name}["))]
+    if not found:
+        return None
+    start = min(field.offset_bytes for field in found)
+    fields = tuple(
+        replace(_moved(field, -start), name=field.name.removeprefix(name).removeprefix(".")) for field in found
+    )
+    return start, Layout((), 0, fields, max(field.offset_bytes + field.size_bytes for field in fields))
+
+
 def words(size_bytes: int, fields: Sequence[Field], *, without: Collection[str] = ()) -> str:
     """A layout in words: ``8 bytes {0: u32 pid, 4: u32 uid}``; ``without`` these typedefs."""
     inside = ", ".join(

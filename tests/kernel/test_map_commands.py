@@ -91,6 +91,9 @@ def test_prefixes_cpus_variables_and_slots_are_shown_as_they_are_meant(running: 
     (slot,) = entries("ways")
     assert (slot["key"], slot["value"]["program"]) == (2, "other")
     assert command("dump", "mine", "nets") == "192.168.0.0/16: 23\n"
+    command("set", "mine", ".bss", "calls", "1000")
+    call_getppid(23)
+    assert entries(".bss") == [{"key": None, "value": {"calls": 1023}}]
 
 
 def test_all_of_a_policys_maps_are_listed(running: policies.Run) -> None:
@@ -111,6 +114,10 @@ def test_all_of_a_policys_maps_are_listed(running: policies.Run) -> None:
         (("set", "mine", "each", "0", "x"), 'value "x" is no whole number'),
         (("set", "mine", "ways", "1", "1"), "no key that BTF describes|prog-array"),
         (("set", "mine", "table", "7"), "wants a VALUE, or --delete"),
+        (("set", "mine", ".bss", "call", "1"), r"\.bss has no variable call; it has: calls"),
+        (("set", "mine", ".bss", "calls", "x"), 'variable "x" is no whole number; a variable is 8 bytes {0: u64}'),
+        (("set", "mine", ".bss", "calls", "--delete"), "calls is a global variable: it can be set, and not deleted"),
+        (("set", "mine", ".rodata", "probefleet_tgid", "7"), r"\.rodata is fixed once a program is loaded"),
     ],
 )
 def test_what_is_wrong_is_said(running: policies.Run, arguments: tuple[str, ...], says: str) -> None:

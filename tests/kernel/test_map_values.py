@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
+from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.kernel import maps, syscall
 from probefleet_cli.failures import BadInput
+from probefleet_wire import map_layout
 from probefleet_wire.map_types import Flag
 
 from tests.kernel import policies
@@ -264,6 +267,97 @@ ON_CALL
         (pin,) = policies.folder().glob("probefleet/instances/*/map_step")
         with syscall.obj_get(str(pin)) as fd:
             assert maps.info(fd).flags & Flag.RDONLY_PROG
+
+
+# Counts each call in ``calls``, and what the variables say of it.
+GLOBALS = """
+struct step { u32 weight; bool on; u8 unused[3]; u64 after; };
+u64 calls = 0;
+u64 sum = 0;
+u32 weight = 41;
+struct step step = { .weight = 5, .on = true, .after = 7 };
+const volatile u64 limit = 1;
+const volatile char word[8] = "none";
+ON_CALL
+{
+	if (!ours())
+		return 0;
+	calls++;
+	if (step.on && word[0] == 'w')
+		sum += (u64)weight * limit + step.weight + step.after;
+	return 0;
+}
+"""
+
+
+def test_global_variables_are_written_typed_and_change_while_the_program_counts() -> None:
+    outputs = [{"name": name, "from": {"map": ".bss", "value": name}, "counter": {}} for name in ("calls", "sum")]
+
+    def writing(constants: dict[str, Any], data: dict[str, Any], bss: dict[str, Any]) -> dict[str, Any]:
+        sections = {".rodata": constants, ".data": data, ".bss": bss}
+        written = [
+            {"name": name, "values": [{"key": key, "value": value} for key, value in said.items()]}
+            for name, said in sections.items()
+        ]
+        return policies.c_policy(GLOBALS, maps=written, outputs=outputs, interval="1s")
+
+    def counted(run: policies.Run) -> tuple[int, int]:
+        return run.output("calls")["total"]["value"], run.output("sum")["total"]["value"]
+
+    knobs = {"limit": 1000, "word": "word"}
+    with policies.run(writing(knobs, {"weight": 2, "step": {"weight": 3, "on": True}}, {"calls": 100})) as run:
+        before = digests()
+        call_getppid(997)
+        assert counted(run) == (100 + 997, 997 * (2 * 1000 + 3)), "a field that is left away is zero"
+        # One that an edit leaves alone counts on; one that it no longer names is what the source says.
+        run.apply(writing(knobs, {"weight": 4}, {"calls": 100}))
+        call_getppid(23)
+        total = 997 * 2003 + 23 * (4 * 1000 + 5 + 7)
+        assert counted(run) == (1120, total)
+        run.apply(writing(knobs, {}, {"calls": 100}))
+        call_getppid(5)
+        total += 5 * (41 * 1000 + 12)
+        assert counted(run) == (1125, total)
+        assert digests() == before, "the same program, all the time"
+        # What the kernel has fixed takes another program; what the first one counted stays.
+        run.apply(writing({"limit": 3, "word": "word"}, {"weight": 1}, {}))
+        assert digests() != before
+        call_getppid(11)
+        assert counted(run) == (1125 + 11, total + 11 * (3 + 12))
+
+
+def test_variables_beside_one_that_is_written_lose_no_count() -> None:
+    """The section is one entry of an array: written whole, it would take back what was counted meanwhile."""
+    source = """
+u64 calls = 0;
+u64 knob = 0;
+ON_CALL { if (ours()) calls++; return 0; }
+"""
+    outputs = [{"name": "calls", "from": {"map": ".bss", "value": "calls"}, "counter": {}}]
+
+    done = threading.Event()
+    rounds = []
+
+    def call() -> None:
+        while not done.is_set():
+            call_getppid(997)
+            rounds.append(997)
+
+    with policies.run(policies.c_policy(source, outputs=outputs, interval="1s")) as run:
+        layout = run.measured.engine._installed.loaded[digests()[0]].maps[".bss"].layout  # type: ignore[attr-defined]
+        place = map_layout.variable(layout, "knob")
+        assert place is not None
+        caller = threading.Thread(target=call)
+        caller.start()
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_%bss")
+        with syscall.obj_get(str(pin)) as fd:
+            for number in range(9973):
+                maps.write_variables(fd, maps.info(fd), {place[0]: number.to_bytes(8, "little")})
+            with pytest.raises(ProbefleetError, match="end at byte 16"):
+                maps.write_variables(fd, maps.info(fd), {16: b"\1"})
+        done.set()
+        caller.join()
+        assert len(rounds) > 1 and run.output("calls")["total"]["value"] == sum(rounds)
 
 
 @pytest.mark.parametrize(

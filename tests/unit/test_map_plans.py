@@ -27,7 +27,16 @@ MAP(QUEUE, 8, __type(value, u64);) line SEC(".maps");
 MAP(HASH, 8, __uint(key_size, 20); __uint(value_size, 4);) untyped SEC(".maps");
 MAP(HASH, 8, __uint(map_flags, BPF_F_RDONLY); __type(key, u32); __type(value, u64);) fixed SEC(".maps");
 MAP(HASH, 8, __uint(map_flags, BPF_F_WRONLY_PROG); __type(key, u32); __type(value, u64);) blind SEC(".maps");
-SEC("raw_tp/sys_enter") int root(void *ctx) { bpf_tail_call(ctx, &ways, 1); return 0; }
+u64 started = 7;
+u32 seen[2];
+const volatile u64 limit = 9;
+const u64 folded = 3;
+static volatile u32 hidden[4] = { 1 };
+SEC("raw_tp/sys_enter") int root(void *ctx)
+{
+	bpf_tail_call(ctx, &ways, 1);
+	return started + seen[1] + limit + folded + hidden[3];
+}
 SEC("raw_tp") int leaf(void *ctx) { return 0; }
 SEC("raw_tp") int spare(void *ctx) { return 0; }
 SEC("tracepoint") int other(void *ctx) { return 0; }
@@ -83,6 +92,22 @@ def test_values_are_laid_out_and_stand_outside_the_digest(elf: bytes) -> None:
     assert two.plan.instance.contents[1].count == 0
 
 
+def test_variables_are_written_by_themselves_and_constants_are_parameters(elf: bytes) -> None:
+    one = planned(elf, maps=[writing(".data", ("started", 23), ("hidden", [5])), writing(".bss", ("seen", [5]))])
+    data, bss = one.plan.instance.contents
+    started, hidden = data.variables
+    assert (data.map, started.value[0], started.initial[0]) == (".data", 23, 7)
+    assert (len(hidden.value), hidden.value[0], hidden.initial[0]) == (16, 5, 1)
+    (seen,) = bss.variables
+    assert (bss.map, seen.value, seen.initial) == (".bss", b"\5" + bytes(7), bytes(8))
+    assert one.plan.instance.digest == planned(elf).plan.instance.digest
+    fixed = planned(elf, maps=[writing(".rodata", ("limit", "0x17"))])
+    assert list(fixed.plan.instance.parameters) == [
+        plan_pb2.Parameter(variable="limit", value=(23).to_bytes(8, "little"))
+    ]
+    assert fixed.plan.instance.digest != one.plan.instance.digest and not fixed.plan.instance.contents
+
+
 def test_slots_name_programs_that_nothing_attaches(elf: bytes) -> None:
     made = planned(elf)
     instance = made.plan.instance
@@ -125,6 +150,16 @@ WRONG: list[tuple[Json, str, str]] = [
     ({"maps": [writing("counts", (0, 1), ("0x0", 1))]}, "spec.maps[0].values[1].key", "there twice"),
     ({"maps": [writing("rules", (0, {"port": -1}))]}, "spec.maps[0].values[0].value.port", "0: u16 port"),
     ({"maps": [writing("rulez", (0, 1))]}, "spec.maps[0].name", "Did you mean rules"),
+    ({"maps": [writing(".data", ("start", 1))]}, "spec.maps[0].values[0].key", "Did you mean started"),
+    ({"maps": [writing(".data", ("limit", 1))]}, "spec.maps[0].values[0].key", ".data has no variable of that name"),
+    ({"maps": [writing(".data", (0, 1))]}, "spec.maps[0].values[0].key", "Known: hidden, started"),
+    ({"maps": [writing(".data", ("started", 1), ("started", 2))]}, "spec.maps[0].values[1].key", "there twice"),
+    ({"maps": [writing(".bss", ("seen", [1, 2, 3]))]}, "spec.maps[0].values[0].value", "3 items, there is room for 2"),
+    ({"maps": [writing(".rodata", ("limit", -1))]}, "spec.maps[0].values[0].value", "a variable is 8 bytes {0: u64}"),
+    ({"maps": [writing(".rodata", ("folded", 1))]}, "spec.maps[0].values[0].key", "Make it volatile"),
+    # What the agent sets by itself.
+    ({"maps": [writing(".rodata", ("probefleet_tgid", 1))]}, "spec.maps[0].values[0].key", "Known: limit"),
+    ({"maps": [writing(".data.mine", ("x", 1))]}, "spec.maps[0].name", "no map of that name"),
     ({"tailCalls": [{"map": "way", "entries": {}}]}, "spec.tailCalls[0].map", "Did you mean ways"),
     ({"tailCalls": [{"map": "rules", "entries": {}}]}, "spec.tailCalls[0].map", "it is of type hash"),
     ({"tailCalls": [{"map": "ways", "entries": {8: "leaf"}}]}, "spec.tailCalls[0].entries.8", "has 8 slots"),
@@ -162,6 +197,9 @@ def problems(spec: Json) -> list[str]:
         ({"maps": [{"name": "a", "pinned": "/sys/fs/bpf/x/../y"}]}, "a path leads down, not up"),
         ({"maps": [{"name": "a", "values": [{"key": 1, "value": {"x": object()}}]}]}, "text, a number, true or false"),
         ({"maps": [{"name": "a", "values": [{"key": [0] * 300, "value": 1}]}]}, "at most 256 parts"),
+        ({"maps": [{"name": ".bss", "maxEntries": 5}]}, "maxEntries of .bss: global variables are the program's own"),
+        ({"maps": [{"name": ".data", "share": {"probeMap": "b"}}]}, "share of .data: global variables are"),
+        ({"maps": [{"name": ".text", "values": []}]}, ".data, .bss or .rodata for its variables"),
         ({"tailCalls": [{"map": "a", "entries": {"x": "f"}}]}, "Write a slot's number"),
         ({"program": {"bcc": {"source": "x"}}, "maps": [writing("a")]}, "values with program.bcc"),
         ({"program": {"catalog": {"name": "x"}}, "tailCalls": JUMPS}, "tailCalls with program.catalog"),

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import mmap
+import operator
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -55,6 +58,27 @@ def possible_cpus() -> int:
 def online_cpus() -> list[int]:
     """The CPUs that run now."""
     return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
+
+
+def write_variables(fd: SupportsIndex, info: MapInfo, values: Mapping[int, bytes]) -> None:
+    """Global variables by their place in a section (``.data``, ``.bss``). What lies beside them is left alone.
+
+    By memory that is shared with the kernel: an update of the section's one entry would write back what a program has
+    changed meanwhile. A variable of up to eight bytes changes at once.
+    """
+    if any(offset + len(value) > info.value_size for offset, value in values.items()):
+        raise ProbefleetError(f"global variables of {info.name} end at byte {info.value_size}")
+    length = round_up(info.value_size, mmap.PAGESIZE)
+    try:
+        with mmap.mmap(operator.index(fd), length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as memory:
+            for offset, value in values.items():
+                if len(value) in (1, 2, 4, 8) and not offset % len(value):
+                    kind = f"<u{len(value)}"
+                    np.frombuffer(memory, kind, 1, offset)[0] = np.frombuffer(value, kind)[0]
+                else:
+                    memory[offset : offset + len(value)] = value
+    except OSError as error:
+        raise KernelError(error.errno or errno.EIO, "write global variables") from error
 
 
 def numa_nodes() -> list[int]:

@@ -337,12 +337,17 @@ class MapContent(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
     map: _builtins.str
     keys: _builtins.bytes
     """one after the other"""
     values: _builtins.bytes
     """of a per-CPU map: what each CPU gets"""
     count: _builtins.int
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedCompositeFieldContainer[Global___GlobalVariable]:
+        """of .data and .bss, in place of entries"""
+
     def __init__(
         self,
         *,
@@ -350,14 +355,42 @@ class MapContent(_message.Message):
         keys: _builtins.bytes = ...,
         values: _builtins.bytes = ...,
         count: _builtins.int = ...,
+        variables: _abc.Iterable[Global___GlobalVariable] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "map", b"map", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "map", b"map", "values", b"values", "variables", b"variables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MapContent: _TypeAlias = MapContent  # noqa: Y015
+
+@_typing.final
+class GlobalVariable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """within its section"""
+    value: _builtins.bytes
+    initial: _builtins.bytes
+    """what is there without the policy"""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        value: _builtins.bytes = ...,
+        initial: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial", b"initial", "offset", b"offset", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GlobalVariable: _TypeAlias = GlobalVariable  # noqa: Y015
 
 @_typing.final
 class TailCalls(_message.Message):
