@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 
+from tests.bench import map_types
 from tests.kernel import examples_runner
 from tests.workloads import run as workloads
 
@@ -77,3 +79,34 @@ def test_a_counter_of_each_cpus_own_is_cheaper_than_one_for_all(run: examples_ru
     batches, stretched = (run.rows("map-types", each) for each in ("batches-together", "stretched"))
     for kind in COUNTED:  # each call of anybody on the machine is one
         assert batches[(kind,)] + stretched.get((kind,), 0) >= CALLS * len(os.sched_getaffinity(0))
+
+
+def test_the_order_is_printed_beside_the_articles_and_each_type_has_its_share_of_an_xdp_program(
+    run: examples_runner.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tests/bench/map_types.py`, with fewer rounds than for figures that are to be shown."""
+    alone, together = (
+        {key[1:]: value for key, value in run.rows("map-types", name).items()} for name in ("alone", "together")
+    )
+    monkeypatch.setattr(map_types, "policy_rows", lambda: (alone, together))
+    monkeypatch.setattr(map_types, "REPEAT", 10_000)
+    monkeypatch.setattr(map_types, "ROUNDS", 3)
+    map_types.main()
+    text = capsys.readouterr().out
+    title, *lines = text.partition("lookup, one CPU")[2].partition("update, one CPU")[0].splitlines()
+    shown = [re.fullmatch(r"  (\d)\. ([\w-]+) +([\d.]+) ns(?:   article: (\d))?", line) for line in lines]
+    rows = [each.groups() for each in shown if each]
+    assert not title and len(rows) == len(lines) == len(TYPES)
+    assert [int(place) for place, *_ in rows] == [*range(1, len(TYPES) + 1)]
+    picoseconds = [alone["lookup", kind] for _, kind, *_ in rows]
+    assert picoseconds == sorted(picoseconds), "this node's order"
+    said = ("array", "percpu-array", "hash", "percpu-hash", "lru-hash", "lpm-trie")
+    assert {kind: number for _, kind, _, number in rows if number} == {
+        kind: str(place) for place, kind in enumerate(said, start=1)
+    }
+    shares = {
+        kind: int(share) for kind, share in re.findall(r"^  ([\w-]+) +[\d.]+ ns \(([+-]\d+)%\)", text, re.MULTILINE)
+    }
+    assert set(shares) == set(TYPES)
+    assert shares["lpm-trie"] < shares["hash"] < 0, "packets a second with one lookup, against none"
+    assert shares["lpm-trie"] < shares["array"]

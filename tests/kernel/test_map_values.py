@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -326,6 +328,70 @@ def test_global_variables_are_written_typed_and_change_while_the_program_counts(
         assert counted(run) == (1125 + 11, total + 11 * (3 + 12))
 
 
+@contextlib.contextmanager
+def calling() -> Iterator[list[int]]:
+    """A thread that calls without a pause; after the block, how often."""
+    done, rounds = threading.Event(), list[int]()
+
+    def call() -> None:
+        while not done.is_set():
+            call_getppid(997)
+            rounds.append(997)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        yield rounds
+    finally:
+        done.set()
+        caller.join()
+
+
+@pytest.mark.parametrize("kind", ["HASH", "LPM_TRIE"])
+def test_while_values_are_edited_a_program_sees_the_old_entry_or_the_new_one_whole(kind: str) -> None:
+    trie = kind == "LPM_TRIE"
+    source = """
+struct prefix { __u32 prefixlen; __be32 address; };
+struct pair { u64 one; u64 other; };
+struct { __uint(type, BPF_MAP_TYPE_KIND); __uint(max_entries, 16); __uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, KEY); __type(value, struct pair); } pairs SEC(".maps");
+u64 missing = 0, torn = 0, whole = 0;
+ON_CALL
+{
+	KEY key = INITIAL;
+	volatile struct pair *pair = bpf_map_lookup_elem(&pairs, &key);
+
+	if (!ours())
+		return 0;
+	if (!pair)
+		missing++;
+	else if (pair->one != pair->other)
+		torn++;
+	else
+		whole++;
+	return 0;
+}
+"""
+    source = source.replace("KIND", kind).replace("KEY", "struct prefix" if trie else "u32")
+    source = source.replace("INITIAL", "{ 32, bpf_htonl(0x0a010203) }" if trie else "7")
+    names = ("missing", "torn", "whole")
+    outputs = [{"name": name, "from": {"map": ".bss", "value": name}, "counter": {}} for name in names]
+
+    def writing(number: int) -> dict[str, Any]:
+        """The entry that the program looks up, and two whose keys change with each edit."""
+        others = [100 + (2 * number + each) % 7 for each in range(2)]
+        listed = ["10.1.0.0/16", *(f"192.0.{each}.0/24" for each in others)] if trie else [7, *others]
+        entries = [{"key": each, "value": {"one": number, "other": number}} for each in listed]
+        return policies.c_policy(source, maps=[{"name": "pairs", "values": entries}], outputs=outputs, interval="1s")
+
+    with policies.run(writing(0)) as run:
+        with calling() as rounds:
+            for number in range(1, 12):
+                run.apply(writing(number))
+        found = {name: run.output(name)["total"]["value"] for name in names}
+    assert found == {"missing": 0, "torn": 0, "whole": sum(rounds)} and len(rounds) > 1
+
+
 def test_variables_beside_one_that_is_written_lose_no_count() -> None:
     """The section is one entry of an array: written whole, it would take back what was counted meanwhile."""
     source = """
@@ -335,28 +401,16 @@ ON_CALL { if (ours()) calls++; return 0; }
 """
     outputs = [{"name": "calls", "from": {"map": ".bss", "value": "calls"}, "counter": {}}]
 
-    done = threading.Event()
-    rounds = []
-
-    def call() -> None:
-        while not done.is_set():
-            call_getppid(997)
-            rounds.append(997)
-
     with policies.run(policies.c_policy(source, outputs=outputs, interval="1s")) as run:
         layout = run.measured.engine._installed.loaded[digests()[0]].maps[".bss"].layout  # type: ignore[attr-defined]
         place = map_layout.variable(layout, "knob")
         assert place is not None
-        caller = threading.Thread(target=call)
-        caller.start()
         (pin,) = policies.folder().glob("probefleet/instances/*/map_%bss")
-        with syscall.obj_get(str(pin)) as fd:
+        with syscall.obj_get(str(pin)) as fd, calling() as rounds:
             for number in range(9973):
                 maps.write_variables(fd, maps.info(fd), {place[0]: number.to_bytes(8, "little")})
             with pytest.raises(ProbefleetError, match="end at byte 16"):
                 maps.write_variables(fd, maps.info(fd), {16: b"\1"})
-        done.set()
-        caller.join()
         assert len(rounds) > 1 and run.output("calls")["total"]["value"] == sum(rounds)
 
 
