@@ -18,6 +18,7 @@ from probefleet_agent.errors import NoSuchTarget, ObjectError, UnsupportedFeatur
 from probefleet_agent.kernel import elf_file, features, links, pins, syscall, usdt
 from probefleet_wire.v1 import plan_pb2
 
+from tests.kernel import policies
 from tests.kernel.support import Loaded, attachment
 from tests.workloads import run
 
@@ -315,6 +316,83 @@ def test_a_policy_is_attached_by_its_section_alone(marks: run.Workload, tmp_path
     (output,) = report["status"]["outputs"]
     rows = {row["key"][0]: row["value"] for row in output["total"]["rows"]}
     assert rows == {str(rest): len([i for i in range(1, COUNT + 1) if i % 5 == rest]) for rest in range(5)}
+
+
+def bcc_policy() -> policies.Manifest:
+    """In BCC's dialect: what the three probes say, added up."""
+    weighed = "\n".join(f"    bpf_usdt_readarg({i}, ctx, &number); sum += {i} * number;" for i in range(1, 12))
+    source = f"""
+#include <uapi/linux/ptrace.h>
+BPF_HASH(sums, u32, s64, 64);
+static inline void add(u32 key, s64 number)
+{{
+    s64 zero = 0, *sum = sums.lookup_or_try_init(&key, &zero);
+    if (sum)
+        __sync_fetch_and_add(sum, number);
+}}
+int on_one(struct pt_regs *ctx)
+{{
+    int number = 0;
+    u64 none = 7;
+    add(1, !bpf_usdt_readarg(1, ctx, &number));
+    add(2, number);
+    add(3, bpf_usdt_readarg(2, ctx, &none) < 0); /* it has one */
+    return 0;
+}}
+int on_two(struct pt_regs *ctx)
+{{
+    s64 number = 0;
+    char word[5] = {{}};
+    bpf_usdt_readarg(1, ctx, &number);
+    bpf_usdt_readarg_p(2, ctx, &word, sizeof(word));
+    add(4, number);
+    add(5, word[0] == 'e' && word[3] == 'n');
+    return 0;
+}}
+int on_twelve(struct pt_regs *ctx)
+{{
+    s64 number = 0, sum = 0;
+    u8 last = 0;
+{weighed}
+    bpf_usdt_readarg(12, ctx, &last);
+    add(6, sum);
+    add(7, last);
+    return 0;
+}}
+"""
+    made = policies.c_policy("")
+    made["spec"] |= {
+        "program": {"bcc": {"source": source}},
+        "attach": [
+            {
+                "program": f"on_{name}",
+                "usdt": {"path": str(run.build() / "marks"), "provider": "marks", "name": name},
+            }
+            for name in ("one", "two", "twelve")
+        ],
+        "outputs": [{"name": "sums", "from": {"map": "sums"}, "gauge": {"merge": "sum"}, "groupBy": ["key"]}],
+    }
+    return made
+
+
+@pytest.mark.parametrize("cookies", [True, False], ids=["by-cookie", "by-address"])
+def test_programs_of_bcc_read_arguments_as_bcc_has_them_do(
+    marks: run.Workload, monkeypatch: pytest.MonkeyPatch, cookies: bool
+) -> None:
+    if not cookies:  # as before Linux 5.15
+        monkeypatch.setattr(features, "cookies", lambda: False)
+    with policies.run(bcc_policy()) as running:
+        marks.go()
+        assert marks.done() == {"calls": COUNT, "heard": COUNT}
+        assert running.rows("sums") == {
+            ("1",): COUNT,
+            ("2",): sum(NUMBERS),
+            ("3",): COUNT,
+            ("4",): sum(NUMBERS),
+            ("5",): COUNT // 2,
+            ("6",): sum(i * i for i in range(1, 12)) * sum(NUMBERS),
+            ("7",): 12 * COUNT,
+        }
 
 
 def place(arguments: str) -> usdt.Place:

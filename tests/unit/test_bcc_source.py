@@ -144,6 +144,15 @@ def test_a_text_that_prints_is_given_a_ring_before_its_first_line() -> None:
     assert bcc_source.prepared(ours).splitlines()[0].count("probefleet_print_begin(const") == 1
 
 
+@pytest.mark.parametrize("call", ["bpf_usdt_readarg(1, ctx, &x)", "bpf_usdt_readarg_p(2, ctx, &x, 8)"])
+def test_a_text_that_reads_arguments_of_static_probes_is_given_the_maps_that_hold_them(call: str) -> None:
+    source = f"int f(struct pt_regs *ctx) {{ u64 x = 0; {call}; return 0; }}\n"
+    before = bcc_source.prologue(source)
+    assert bcc_source.reads_usdt(source) and "BPF_ARRAY(__bpf_usdt_specs" in before and before.endswith("\n#line 1\n")
+    assert bcc_source.written(before + source) == source.split("\n")
+    assert not bcc_source.reads_usdt(f"/* {call} */ int x;") and bcc_source.prologue(f"// {call}\n") == ""
+
+
 def test_structs_that_are_the_kernels_too_get_another_name() -> None:
     assert bcc_source.structs("struct a { int x; };\n// struct b {\nunion c {int y;};") == ("a", "c")
     assert bcc_source.prologue("int x;", ["a"]) == "#define a a__own\n#line 1\n"

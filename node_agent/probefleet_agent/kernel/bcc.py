@@ -31,7 +31,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.btf_types import BtfError, Kind, Struct, TypeId
 
 from probefleet_agent.errors import ProbefleetError, UnsupportedFeature
-from probefleet_agent.kernel import bcc_headers, bcc_lines, bcc_source, btf_kernel, mounts, targets
+from probefleet_agent.kernel import bcc_headers, bcc_lines, bcc_source, btf_kernel, features, mounts, targets
 from probefleet_agent.kernel.uapi import MapType
 
 CHILD = Path(__file__).with_name("bcc_child.py")
@@ -187,6 +187,8 @@ def compile(  # noqa: A001 (bcc.compile reads as it should)
     ]
     limits = replace(LIMITS, wall_seconds=timeout_seconds)
     flags = [*FLAGS, *([_ARCHITECTURES[platform.machine()]] if platform.machine() in _ARCHITECTURES else []), *cflags]
+    if bcc_source.reads_usdt(source) and features.cookies():
+        flags.append("-DPROBEFLEET_COOKIES")
     if known is None:
         return _compile(source, name, flags, tree, formats, limits)
     # The tree's name is the digest of the kernel's BTF, and of what we make headers of.

@@ -9,6 +9,8 @@ BCC finds kernel headers and tracepoints' formats by itself, on a machine that h
   and lines keep their numbers;
 - the number of each line: BCC's own rewriting moves them (``numbered``);
 - for ``bpf_trace_printk`` a ring of the program's own, and the functions that fill it (probefleet_bcc_print.h);
+- for ``bpf_usdt_readarg`` the maps of libbpf's usdt.bpf.h, which ``links_usdt`` fills: BCC itself would have to know the
+  traced file when it compiles, and where each process has it;
 - global objects of the structs that records may be made of, behind the last line: else BTF would not describe them.
 """
 
@@ -96,6 +98,51 @@ _PRINTS = (
     "static inline void probefleet_print_end(struct probefleet_print *line) { "
     f"{PRINT_RING}.ringbuf_submit(line, 0); probefleet_count_lost(PROBEFLEET_SUBMITTED); }}"
 )
+_USDT = re.compile(r"\bbpf_usdt_readarg(?:_p)?\s*\(")
+#: Names and members are usdt.bpf.h's; so is what the function does. BCC counts arguments from 1.
+_USDT_ARGUMENTS = """\
+struct __bpf_usdt_arg_spec { u64 val_off; u32 arg_type; short reg_off; bool arg_signed; char arg_bitshift; };
+struct __bpf_usdt_spec { struct __bpf_usdt_arg_spec args[12]; u64 usdt_cookie; short arg_cnt; };
+BPF_ARRAY(__bpf_usdt_specs, struct __bpf_usdt_spec, 256);
+#ifndef PROBEFLEET_COOKIES
+BPF_HASH(__bpf_usdt_ip_to_spec_id, u64, u32, 1024);
+#endif
+static inline int probefleet_usdt_argument(struct pt_regs *registers, u32 number, void *result, u32 bytes)
+{
+    struct __bpf_usdt_arg_spec *argument;
+    struct __bpf_usdt_spec *found;
+    u64 value = 0;
+#ifdef PROBEFLEET_COOKIES
+    u32 place = bpf_get_attach_cookie(registers);
+#else
+    u64 address = 0;
+    u32 *at, place;
+    bpf_probe_read_kernel(&address, sizeof(address), &PT_REGS_IP(registers));
+    at = __bpf_usdt_ip_to_spec_id.lookup(&address);
+    if (!at)
+        return -3;
+    place = *at;
+#endif
+    found = __bpf_usdt_specs.lookup(&place);
+    if (!found || number >= 12 || number >= found->arg_cnt)
+        return -2;
+    argument = &found->args[number];
+    if (argument->arg_type == 0)
+        value = argument->val_off;
+    else if (bpf_probe_read_kernel(&value, sizeof(value), (void *)registers + argument->reg_off))
+        return -14;
+    if (argument->arg_type == 2 && bpf_probe_read_user(&value, sizeof(value), (void *)value + argument->val_off))
+        return -14;
+    value <<= argument->arg_bitshift;
+    value = argument->arg_signed ? (u64)((s64)value >> argument->arg_bitshift) : value >> argument->arg_bitshift;
+    __builtin_memcpy(result, &value, bytes < sizeof(value) ? bytes : sizeof(value));
+    return 0;
+}
+#define bpf_usdt_readarg(number, registers, result) \\
+    probefleet_usdt_argument(registers, (number) - 1, result, sizeof(*(result)))
+#define bpf_usdt_readarg_p(number, registers, result, bytes) \\
+    ({ u64 __from = 0; probefleet_usdt_argument(registers, (number) - 1, &__from, sizeof(__from)) ?: \\
+       bpf_probe_read_user(result, bytes, (void *)__from); })"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +194,11 @@ def prints(source: str) -> bool:
     return bool(_PRINT.search(_COMMENT.sub(" ", source)))
 
 
+def reads_usdt(source: str) -> bool:
+    """The text calls ``bpf_usdt_readarg``: it wants the arguments of a static probe."""
+    return bool(_USDT.search(_COMMENT.sub(" ", source)))
+
+
 def structs(source: str) -> tuple[str, ...]:
     """The structs and unions that the text defines by name."""
     return tuple(dict.fromkeys(name for _, name in _STRUCT.findall(_COMMENT.sub(" ", source))))
@@ -160,6 +212,8 @@ def prologue(source: str, renamed: Sequence[str] = ()) -> str:
     lines = [f"#define {name} {name}__own" for name in renamed]
     if prints(source) and not includes_ours(source):
         lines.append(f"{_FILTER} {_PRINTS}")
+    if reads_usdt(source):
+        lines.append(_USDT_ARGUMENTS)
     return "\n".join([*lines, "#line 1\n"]) if lines else ""
 
 
