@@ -9,8 +9,8 @@ BCC finds kernel headers and tracepoints' formats by itself, on a machine that h
   and lines keep their numbers;
 - the number of each line: BCC's own rewriting moves them (``numbered``);
 - for ``bpf_trace_printk`` a ring of the program's own, and the functions that fill it (probefleet_bcc_print.h);
-- for ``bpf_usdt_readarg`` the maps of libbpf's usdt.bpf.h, which ``links_usdt`` fills: BCC itself would have to know the
-  traced file when it compiles, and where each process has it;
+- for ``bpf_usdt_readarg`` the maps of libbpf's usdt.bpf.h, which ``links_usdt`` fills: BCC itself would have to know
+  the traced file when it compiles, and where each process has it;
 - global objects of the structs that records may be made of, behind the last line: else BTF would not describe them.
 """
 
