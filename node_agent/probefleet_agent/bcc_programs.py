@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -67,8 +67,36 @@ def load(
                 if attachment.program not in loaded.programs:
                     function = functions[attachment.program]
                     loaded.programs[function.name] = _program(function, attachment, instance, program, fds, btf)
+            for name in _jumped_to(instance, program) - loaded.programs.keys():
+                caller = _caller(name, instance, functions, chosen)
+                loaded.sections[name] = _section(instance, caller)
+                loaded.programs[name] = _program(functions[name], caller, instance, program, fds, btf)
         undo.pop_all()
     return loaded
+
+
+def _jumped_to(instance: plan_pb2.Instance, program: bcc.BccProgram) -> set[str]:
+    """What ``tail_calls`` names, and the functions that an edit could name: those that take a context alone."""
+    if not instance.tail_calls:
+        return set()
+    named = {name for each in instance.tail_calls for name in each.entries.values()}
+    there = {function.name for function in program.functions}
+    return there & named | {each for each in there if bcc_source.takes_a_context(instance.bcc.source, each)}
+
+
+def _caller(
+    name: str,
+    instance: plan_pb2.Instance,
+    functions: Mapping[str, bcc.BccFunction],
+    chosen: Sequence[plan_pb2.Attachment],
+) -> plan_pb2.Attachment:
+    """An attached function that jumps to this one, for both have to be of one type; any, where none does yet."""
+    arrays = {each.map for each in instance.tail_calls if name in each.entries.values()}
+
+    def jumps(attachment: plan_pb2.Attachment) -> bool:
+        return any(table in arrays for _, table in functions[attachment.program].references)
+
+    return next((each for each in chosen if jumps(each)), chosen[0])
 
 
 def _attachments(instance: plan_pb2.Instance, program: bcc.BccProgram) -> list[plan_pb2.Attachment]:

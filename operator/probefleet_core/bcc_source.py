@@ -17,6 +17,8 @@ _TABLE = re.compile(
     r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE|TABLE\w*)"
     r"\s*\(([^()]*)\)"
 )
+_PROGRAM_ARRAY = re.compile(r"\bBPF_PROG_ARRAY\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)")
+_SLOTS_OF_TABLE = 4  # BPF_TABLE("prog", int, int, name, size)
 #: Integers of C and of the kernel: what a leaf or one of its members has to be for it to be counted.
 _INTEGER = re.compile(
     r"(?:(?:un)?signed\s+)?(?:char|short|int|long|long\s+long)(?:\s+int)?|(?:un)?signed|__?[us](?:8|16|32|64)|[us](?:8|16|32|64)"
@@ -92,6 +94,17 @@ def tables(source: str) -> tuple[Table, ...]:
         elif re.fullmatch(r"[A-Za-z_]\w*", words[0]):
             found.append(Table(kind, words[0], *_types(kind, words)))
     return tuple(found)
+
+
+def program_arrays(source: str) -> dict[str, int]:
+    """Name → slots of each table that programs jump through; 0 where the text does not give a number."""
+    text = _active(source)
+    found = _PROGRAM_ARRAY.findall(text)
+    for kind, inside in _TABLE.findall(text):
+        words = [word.strip() for word in inside.split(",")]
+        if kind.startswith("TABLE") and words[0] == '"prog"' and len(words) > _SLOTS_OF_TABLE:
+            found.append((words[3], words[_SLOTS_OF_TABLE]))
+    return {name: int(slots) if slots.isdigit() else 0 for name, slots in found}
 
 
 def _types(kind: str, words: list[str]) -> tuple[str, str]:

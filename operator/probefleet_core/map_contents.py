@@ -16,7 +16,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.map_types import Flag, MapType
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_core import errors, map_facts, values
+from probefleet_core import bcc_source, errors, map_facts, values
 
 #: Types whose entries can be set one by one, and taken away again.
 WRITABLE = frozenset({*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE})
@@ -252,6 +252,28 @@ def tail_calls(
                 _same_type(program, callers, use.map, here, problems)
         made.append(plan_pb2.TailCalls(map=use.map, entries=dict(use.entries)))
     return made
+
+
+def bcc_tail_calls(policy: values.ProbePolicy, source: str, problems: errors.Problems) -> list[plan_pb2.TailCalls]:
+    """The same for BCC's C, as far as its text tells; the node, which compiles it, has the last word."""
+    arrays = bcc_source.program_arrays(source)
+    sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}
+    for index, use in enumerate(policy.tail_calls):
+        path = f"spec.tailCalls[{index}]"
+        if use.map not in arrays:
+            write = errors.did_you_mean(use.map, list(arrays), what="program array")
+            problems.add(f"{path}.map", f'"{use.map}"', why="the text has no BPF_PROG_ARRAY of that name", write=write)
+            continue
+        room = sizes.get(use.map) or arrays[use.map]
+        for slot, name in use.entries:
+            here = f"{path}.entries.{slot}"
+            if room and slot >= room:
+                write = "Write a slot below that, or maxEntries with more."
+                problems.add(here, str(slot), why=f"{use.map} has {room} slots", write=write)
+            if not bcc_source.names(source, name):
+                write = "Write the function's name as it stands in the source."
+                problems.add(here, f'"{name}"', why="the source has no function of that name", write=write)
+    return [plan_pb2.TailCalls(map=use.map, entries=dict(use.entries)) for use in policy.tail_calls]
 
 
 def _same_type(

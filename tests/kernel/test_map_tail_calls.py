@@ -159,6 +159,62 @@ def test_programs_of_a_compiled_object_fill_the_slots_and_change_live() -> None:
         assert calls(run) == {"1": 997, "2": 28}
 
 
+BCC = f"""
+BPF_PROG_ARRAY(by_number, 300);
+BPF_ARRAY(counts, u64, 4);
+static inline int count(int key) {{ counts.atomic_increment(key); return 0; }}
+RAW_TRACEPOINT_PROBE(sys_enter)
+{{
+    if (bpf_get_current_pid_tgid() >> 32 != {os.getpid()})
+        return 0;
+    by_number.call(ctx, ctx->args[1]);
+    return count(0);
+}}
+int no_program(int number) {{ return *(int *)(long)number; }}
+int on_parent(void *ctx) {{ return count(1); }}
+int on_priority(void *ctx) {{ return count(2); }}
+int ignored(void *ctx) {{ return 0; }}
+"""
+
+
+def by_bcc(entries: dict[Any, str]) -> dict[str, Any]:
+    made = policy(entries)
+    made["spec"]["program"] = {"bcc": {"source": BCC}}
+    return made
+
+
+def test_programs_of_bcc_fill_the_slots_and_change_live() -> None:
+    with policies.run(by_bcc({GETPPID: "on_parent", GET_PRIORITY_MAX: "on_priority"})) as run:
+        before = [path.name for path in policies.folder().glob("probefleet/instances/*")]
+        call_getppid(997)
+        priority_max(23)
+        assert calls(run) == {"1": 997, "2": 23}
+        run.apply(by_bcc({GETPPID: "on_priority", GET_PRIORITY_MAX: "ignored"}))
+        call_getppid(5)
+        priority_max(7)
+        assert calls(run) == {"1": 997, "2": 28}
+        run.apply(by_bcc({}))
+        call_getppid(997)
+        assert calls(run) == {"1": 997, "2": 28}, "empty slots fall through"
+        assert [path.name for path in policies.folder().glob("probefleet/instances/*")] == before
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({300: "on_parent"}, r"entries.300: 300: by_number has 300 slots"),
+        ({1: "on_parents"}, r'entries.1: "on_parents": the source has no function of that name'),
+    ],
+)
+def test_wrong_slots_of_bcc_are_named(entries: dict[Any, str], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        policies.prepare(by_bcc(entries))
+    with pytest.raises(BadInput, match=r'"counts": the text has no BPF_PROG_ARRAY of that name. Known: by_number'):
+        wrong = by_bcc({})
+        wrong["spec"]["tailCalls"] = [{"map": "counts", "entries": {1: "on_parent"}}]
+        policies.prepare(wrong)
+
+
 def chained(programs: int) -> dict[str, Any]:
     """Each slot's program counts itself and jumps to the next; the last one's slot leads nowhere."""
     source = CHAIN[: CHAIN.index('SEC("raw_tp") int again')].replace(

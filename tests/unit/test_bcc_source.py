@@ -122,6 +122,21 @@ def test_a_function_with_registers_as_its_context_is_for_a_kprobe(source: str, e
     assert bcc_source.reads_registers(source, "f") == expected
 
 
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("void *ctx", True),
+        ("struct bpf_raw_tracepoint_args *ctx", True),
+        ("const struct pt_regs* c", True),
+        ("struct pt_regs *ctx, int number", False),
+        ("u32 key", False),
+        ("void", False),
+    ],
+)
+def test_a_function_that_takes_a_context_alone_can_be_jumped_to(parameters: str, expected: bool) -> None:
+    assert bcc_source.takes_a_context(f"// f(void *ctx)\nint f({parameters}) {{ return 0; }}", "f") == expected
+
+
 PRINTING = """int f(void *ctx)
 {
 	bpf_trace_printk("hello");

@@ -178,6 +178,13 @@ def reads_registers(source: str, function: str) -> bool:
     return bool(re.search(rf"\b{re.escape(function)}\s*\(\s*(?:const\s+)?struct\s+pt_regs\b", bare))
 
 
+def takes_a_context(source: str, function: str) -> bool:
+    """The function has one parameter, a pointer: it can be a program."""
+    bare = _COMMENT.sub(" ", source)
+    kind = r"(?:const\s+)?(?:void|struct\s+\w+)\s*\*"
+    return bool(re.search(rf"\b{re.escape(function)}\s*\(\s*{kind}\s*\w+\s*\)", bare))
+
+
 def wrappers(source: str) -> tuple[str, ...]:
     """The kernel headers that the text includes by name, such as ``linux/sched.h``; BCC has its own ``bcc/``."""
     names = dict.fromkeys(_INCLUDE.findall(source))
