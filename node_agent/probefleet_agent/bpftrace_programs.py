@@ -8,6 +8,8 @@ Numbers are of this process: with the next one the maps are new, another epoch, 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import struct
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import ObjectError
+from probefleet_agent.errors import KernelError, ObjectError
 from probefleet_agent.kernel import bpftrace, maps, syscall
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import Loaded, MapHandle
@@ -162,18 +164,25 @@ class Running:
 def _store(table: _Table, kind: str, content: Any) -> None:
     rows = dict(_rows(table.spec, kind, content))
     grows = table.spec.kind in _GROWS
+    # Nothing else falls but a sum of negative numbers, which is what it is.
+    restarts = grows and table.spec.deletes
     for key, number in rows.items():
         before = table.seen.get(key)
         if before == number:
             continue
         base = table.base.get(key, (0, 0, 0))
-        if grows and before is not None and (number[0] < before[0] or number[1] < before[1]):
+        if restarts and before is not None and (number[0] < before[0] or number[1] < before[1]):
             # It was deleted, and counted anew: what it held stays counted.
             base = (base[0] + before[0], base[1] + before[1], base[2] + before[2])
             table.base[key] = base
-        table.seen[key] = number
         value = tuple((one + other) & 0xFFFF_FFFF_FFFF_FFFF for one, other in zip(base, number, strict=True))
-        syscall.map_update(table.handle.fd, key, struct.pack("<QQQ", *value))
+        try:
+            syscall.map_update(table.handle.fd, key, struct.pack("<QQQ", *value))
+        except KernelError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            continue  # the table is full, as its reports say: other keys, and other policies, go on
+        table.seen[key] = number
     for key in [key for key in table.seen if grows and key not in rows]:
         gone = table.seen.pop(key)
         base = table.base.get(key, (0, 0, 0))
@@ -195,7 +204,7 @@ def _rows(spec: bpftrace_script.Map, kind: str, content: Any) -> list[tuple[byte
     per_key = content if isinstance(content, dict) and not (kind == "stats" and "count" in content) else {"": content}
     rows = []
     for key, value in per_key.items():
-        text = str(key).strip().encode()[: KEY_BYTES - 1]
+        text = _key_text(str(key).strip())
         if kind == "hist" and isinstance(value, list):
             slots: dict[int, int] = {}
             for bucket in value:
@@ -205,8 +214,18 @@ def _rows(spec: bpftrace_script.Map, kind: str, content: Any) -> list[tuple[byte
         elif isinstance(value, dict) and "count" in value:
             rows.append((_KEY.pack(text, 0), (int(value.get("average", 0)), int(value["count"]), int(value["total"]))))
         elif isinstance(value, int):
-            rows.append((_KEY.pack(text, 0), (value & 0xFFFF_FFFF_FFFF_FFFF, 0, 0)))
+            number = max(value, 0) if spec.kind is Kind.COUNTER else value  # sums of errors may be below zero
+            rows.append((_KEY.pack(text, 0), (number & 0xFFFF_FFFF_FFFF_FFFF, 0, 0)))
     return rows
+
+
+def _key_text(text: str) -> bytes:
+    """A key as it is stored. Of a long one (a stack) the beginning, and what tells it from others that begin so."""
+    data = text.encode()
+    if len(data) < KEY_BYTES:
+        return data
+    mark = f"…#{hashlib.blake2b(data, digest_size=4).hexdigest()}".encode()
+    return data[: KEY_BYTES - 1 - len(mark)].decode(errors="ignore").encode() + mark
 
 
 def _slot(spec: bpftrace_script.Map, bucket: dict[str, int]) -> int:

@@ -15,7 +15,7 @@ ANONYMOUS = "at"
 #: bpftrace's own name of the events that printf, time, cat and join write.
 LINES = "printf"
 MARK, CLEARED = "\x1eprobefleet", "\x1ecleared "
-_DELETE = re.compile(r"\bdelete\s*\(\s*@([A-Za-z_]\w*)?\s*\[")
+_DELETE = re.compile(r"\bdelete\s*\(\s*@([A-Za-z_]\w*)?\s*[\[,)]")
 _CLEAR = re.compile(r"\b(?:clear|zero)\s*\(\s*@([A-Za-z_]?\w*)\s*\)")
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[<\"][^>\"\n]*[>\"]", re.MULTILINE)
 _TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
@@ -53,6 +53,7 @@ class Map:
     kind: Kind
     keyed: bool
     step: int = 0
+    deletes: bool = False  # the script deletes keys of it, which may come anew
 
     @property
     def table(self) -> str:
@@ -76,21 +77,22 @@ def working(script: str) -> frozenset[str]:
 
     They are not printed: bpftrace ends where a key goes while it prints, and what it would show is a moment.
     """
-    deleted = {name or "" for name in _DELETE.findall(bare(script))}
-    return frozenset(each.name for each in _written(script) if each.kind is Kind.LATEST and each.name in deleted)
+    return frozenset(each.name for each in _written(script) if each.kind is Kind.LATEST and each.deletes)
 
 
 def _written(script: str) -> tuple[Map, ...]:
     text = bare(script)
     found: dict[str, Map] = {}
     texts: set[str] = set()
+    deleted = set(_DELETE.findall(text))
+    falls = {match[1] or "" for match in _MAP.finditer(text) if match[3] in ("--", "-=")}
     for match in _MAP.finditer(text):
         name, index, operator, call = match[1] or "", match[2], match[3], (match[4] or "").replace(" ", "")
         if not operator:
             continue
         if text.startswith('""', match.end()):
             texts.add(name)  # of a number there is nothing in it
-        if operator in ("++", "+="):
+        if operator in ("++", "+=") and name not in falls:
             kind = Kind.COUNTER
         elif operator == "=" and call in _CALLS:
             kind = Kind(_CALLS[call])
@@ -100,7 +102,7 @@ def _written(script: str) -> tuple[Map, ...]:
         if kind is Kind.LHIST:
             step = _last_number(text[match.end() :])
         if name not in found or found[name].kind is Kind.LATEST:
-            found[name] = Map(name, kind, bool(index), step)
+            found[name] = Map(name, kind, bool(index), step, name in deleted)
     return tuple(each for name, each in found.items() if name not in texts)
 
 

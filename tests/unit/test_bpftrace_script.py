@@ -46,8 +46,16 @@ def test_maps_of_text_and_those_that_a_script_deletes_from_are_its_own_memory() 
     kprobe:f { @start[tid] = nsecs; @last[tid] = nsecs; @open[pid]++; }
     kretprobe:f /@start[tid]/ { printf("%s", @names[0]); delete(@start[tid]); delete(@open[pid]); }
     """
-    assert [each.name for each in bpftrace_script.maps(script)] == ["last", "open"]
+    assert bpftrace_script.maps(script) == (
+        Map("last", Kind.LATEST, True),
+        Map("open", Kind.COUNTER, True, deletes=True),
+    )
     assert bpftrace_script.working(script) == {"start"}
+
+
+def test_what_a_script_also_counts_down_is_no_counter() -> None:
+    script = "kprobe:f { @open[pid]++; @room += arg1; @n++; } kretprobe:f { @open[pid]--; @room -= retval; }"
+    assert [each.kind for each in bpftrace_script.maps(script)] == [Kind.LATEST, Kind.LATEST, Kind.COUNTER]
 
 
 def test_every_map_is_printed_between_marks() -> None:
