@@ -190,6 +190,11 @@ def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Ident
         words.append(f"counts of {unnamed} cgroups whose pod nobody has named: they are in no row")
     if handle.info.type in (MapType.LRU_HASH, MapType.LRU_PERCPU_HASH):
         words.append(f"{handle.name} is an LRU map: what it evicts is not counted")
+    elif reader.rows.went:
+        words.append(
+            f"keys of {handle.name} went, or began anew ({reader.rows.went:,} times): counts between their last "
+            "reading and that are missing"
+        )
     if handle.info.type == MapType.TASK_STORAGE:
         words.append(f"{handle.name} is task storage: a task that ended took its entry with it")
         if not map_storage.thread_descriptors():

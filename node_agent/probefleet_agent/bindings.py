@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from probefleet_wire import map_types
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import collect, iterating, names, samples
+from probefleet_agent import collect, iterating, joining, names, samples
 from probefleet_agent.decode import DecodeError
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.installed import Failure
@@ -178,9 +178,12 @@ class Bindings:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
             programs = frozenset(loaded.programs)
             stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups, programs) if traces else None
+        # An iterator's records are read anew each time; what bpftrace prints, the agent itself adds up.
+        listed = handle.info.type != ITERATOR and loaded.running is None
         bound.tables[output.name] = collect.TableReader(
-            bound.plan, output, layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline
-        )
+            bound.plan, output, layout, self._book, self.lookups, stacks, handle.info.type == ITERATOR, baseline,
+            joining.nature_of(handle, layout, output.value) if listed else None,
+        )  # fmt: skip
 
     def _add_event_reader(
         self, bound: Bound, output: plan_pb2.Output, loaded: Loaded, earlier: collect.EventReader | None

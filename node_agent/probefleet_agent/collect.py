@@ -18,7 +18,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import decode, pods, prints, samples
-from probefleet_agent.baseline import Baseline
+from probefleet_agent.baseline import Baseline, Nature
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Answer, Book, CgroupId, PolicyUid
 from probefleet_agent.samples import Classified, GroupKey, Mark
@@ -55,6 +55,7 @@ class TableReader:
     stacks: Stacks | None
     of_records: bool = False  # of an iterator: a reading's keys are its values, and may come twice
     baseline: Baseline | None = None  # what the map held before the policy came
+    nature: Nature | None = None  # of a map whose entries come and go without the agent
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
@@ -76,7 +77,8 @@ class TableReader:
         if self.output.kind == plan_pb2.Output.GAUGE:
             merge = plan_pb2.Output.Merge.Name(self.output.merge).lower()
             fold = "max" if merge == "latest" else merge
-        self.rows = samples.Rows(self._width(), tuple(names), fold, self.output.kind == plan_pb2.Output.GAUGE)
+        nature = self.nature if self.output.kind != plan_pb2.Output.GAUGE else None
+        self.rows = samples.Rows(self._width(), tuple(names), fold, nature)
         for name in self.rows.names:
             if name.startswith("key"):
                 self._decoder(name)  # a misnamed field is said now, not at the first event

@@ -25,7 +25,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import baseline, decode
 from probefleet_agent.baseline import Baseline, Nature
-from probefleet_agent.decode import DecodeError
+from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.kernel import blobs, maps, pins, uapi
 from probefleet_agent.kernel.uapi import MapType
@@ -179,19 +179,23 @@ def _sources(loaded: Loaded, plan: plan_pb2.Plan) -> dict[tuple[str, str], MapHa
     return found
 
 
+def nature_of(handle: MapHandle, layout: Layout, value: str) -> Nature:
+    """How the entries of a map come and go. Raises DecodeError where the value has no such field."""
+    counter, kind = decode.find(layout.value, value, "the map's value"), handle.info.type
+    bits = counter.bits or 8 * counter.element_bytes
+    return Nature(kind in (MapType.ARRAY, MapType.PERCPU_ARRAY), kind in uapi.HASH_TYPES, bits)
+
+
 def _take(handle: MapHandle, value: str) -> Baseline | None:
     """What the map holds now; ``None`` where the output cannot be read at all, as its reader will say."""
     layout = handle.layout
     assert layout is not None
     try:
-        counter = decode.find(layout.value, value, "the map's value")
+        nature = nature_of(handle, layout, value)
         keys, values = maps.read(handle.fd, handle.info)
         numbers = decode.numbers(values, layout, value)
     except DecodeError:
         return None
-    kind = handle.info.type
-    bits = counter.bits or 8 * counter.element_bytes
-    nature = Nature(kind in (MapType.ARRAY, MapType.PERCPU_ARRAY), kind in uapi.HASH_TYPES, bits)
     return baseline.take(
         map_name=handle.name, value=value, map_id=handle.info.id, since_ns=time.time_ns(), nature=nature,
         keys=keys, numbers=numbers,

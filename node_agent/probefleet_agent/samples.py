@@ -20,6 +20,7 @@ import numpy.typing as npt
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
+from probefleet_agent.baseline import Nature
 from probefleet_agent.pods import PolicyUid
 
 GroupKey: TypeAlias = tuple[str | int | float, ...]
@@ -67,14 +68,19 @@ class Rows:
     width: int
     names: tuple[str, ...]  # of the group's columns
     fold: str = "sum"  # how raw keys of one group come together: sum, max or min
-    falls: bool = False  # a gauge: what is gone is gone
+    #: Of counters: how the map's entries come and go. None: what a reading says is all that there is, as of a gauge.
+    nature: Nature | None = None
     pending_count: int = 0
     overflowed: bool = False
+    went: int = 0  # how often a key went, or began anew
     _rows: dict[GroupKey, int] = field(default_factory=dict)
     _keys: list[GroupKey] = field(default_factory=list)
     _raw: npt.NDArray[Any] | None = None  # sorted, as void
     _row_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _slot_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: Of each raw key what it was last read to hold; of each row what keys had counted that went. Only with ``nature``.
+    _last: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    _retired: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
     _totals: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
     _sent: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
     _sent_keys: int = 0
@@ -83,27 +89,72 @@ class Rows:
         """Take in one whole reading of the map: ``keys`` ``(n, key_bytes)``, ``values`` ``(n,)`` or ``(n, width)``.
 
         A key that a reading shows twice (another took its place in a hash while it was read) counts once: what was read
-        last is newest.
+        last is newest. What a counter's key had counted when it went, or began anew, stays counted.
         """
         entry, row, slot = self._locate(keys, classify)
         self.pending_count = int((row == PENDING).sum())
         counted = (row >= 0) & self._last_of_each(entry)
-        totals = np.zeros((len(self._keys), self.width), np.uint64)
+        row, slot, values = row[counted], slot[counted], values[counted]
+        if self.nature is None:
+            totals = np.zeros((len(self._keys), self.width), np.uint64)
+        else:
+            self._follow(self.nature, entry[counted], values)
+            there = np.flatnonzero(self._row_of >= 0)
+            row, slot, values = self._row_of[there], self._slot_of[there], self._last[there]
+            totals = self._retired.copy()
         if self.fold == "min":
             totals[:] = np.iinfo(np.uint64).max
-        target = {"sum": np.add, "max": np.maximum, "min": np.minimum}[self.fold]
-        if values.ndim == 2:
-            target.at(totals, row[counted], values[counted][:, : self.width])
-        elif self.width == 1:
-            target.at(totals[:, 0], row[counted], values[counted])
-        else:
-            at = np.clip(slot[counted], 0, self.width - 1)
-            target.at(totals, (row[counted], at), values[counted])
-        # A key that is gone from the map (nothing deletes today) must not make a total fall back.
-        before = self._totals
-        if self.fold == "sum" and len(before) and not self.falls:
-            totals[: len(before)] = np.maximum(totals[: len(before)], before)
+        self._fold({"sum": np.add, "max": np.maximum, "min": np.minimum}[self.fold], totals, row, slot, values)
         self._totals = totals
+
+    def _fold(
+        self,
+        target: np.ufunc,
+        totals: npt.NDArray[np.uint64],
+        row: npt.NDArray[np.int64],
+        slot: npt.NDArray[np.int64],
+        values: npt.NDArray[np.uint64],
+    ) -> None:
+        """Put values of raw keys to their rows."""
+        if values.ndim == 2:
+            target.at(totals, row, values[:, : self.width])
+        elif self.width == 1:
+            target.at(totals[:, 0], row, values)
+        else:
+            target.at(totals, (row, np.clip(slot, 0, self.width - 1)), values)
+
+    def _follow(self, nature: Nature, place: npt.NDArray[np.int64], now: npt.NDArray[np.uint64]) -> None:
+        """Note what raw keys hold now; what those held that went since the last reading, or began anew, is kept."""
+        raw_keys, rows = len(self._row_of), len(self._keys)
+        if self._last.shape[1:] != now.shape[1:]:
+            self._last = np.zeros((raw_keys, *now.shape[1:]), np.uint64)  # the first reading
+        self._retired = np.pad(
+            self._retired, ((0, rows - len(self._retired)), (0, self.width - self._retired.shape[1]))
+        )
+        if nature.listed:
+            unseen = np.ones(raw_keys, bool)
+            unseen[place] = False
+            self._retire(np.flatnonzero(unseen))
+        before = self._last[place]
+        fell = now < before
+        if nature.fixed and nature.bits < 64:
+            step = (now - before) & np.uint64((1 << nature.bits) - 1)
+            wrapped = fell & (step < np.uint64(1 << nature.bits - 1))
+            self._add_to_retired(place, np.where(wrapped, step - (now - before), np.uint64(0)))
+            fell &= ~wrapped
+        self._retire(place[fell if fell.ndim == 1 else fell.any(axis=1)])
+        self._last[place] = now
+
+    def _retire(self, places: npt.NDArray[np.int64]) -> None:
+        held = self._last[places]
+        self.went += int((held if held.ndim == 1 else held.any(axis=1)).astype(bool).sum())
+        self._add_to_retired(places, held)
+        self._last[places] = 0
+
+    def _add_to_retired(self, places: npt.NDArray[np.int64], values: npt.NDArray[np.uint64]) -> None:
+        there = self._row_of[places] >= 0
+        places = places[there]
+        self._fold(np.add, self._retired, self._row_of[places], self._slot_of[places], values[there])
 
     def restart_stream(self) -> None:
         """A new stream knows nothing: all keys and values are due again."""
@@ -117,6 +168,7 @@ class Rows:
             self._raw, self._row_of, self._slot_of = (
                 self._raw[decided], self._row_of[decided], self._slot_of[decided],
             )  # fmt: skip
+            self._last = self._last[decided[: len(self._last)]]
 
     def table(self) -> stream_pb2.Table | None:
         """New keys and changed rows since the last call; ``None`` where nothing changed."""
@@ -192,6 +244,9 @@ class Rows:
         # A reading can show a key twice: what is said of it is the same each time.
         self._raw, first = np.unique(raw, return_index=True)
         self._row_of, self._slot_of = rows[first], slots[first]
+        if self.nature is not None:
+            new = np.zeros((len(void), *self._last.shape[1:]), np.uint64)
+            self._last = np.concatenate([self._last, new])[first]
 
     def _row(self, group: GroupKey) -> int:
         row = self._rows.get(group)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from probefleet_agent import samples
+from probefleet_agent.baseline import Nature
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.samples import Classified, GroupKey, Mark, Rows, Stream
 from probefleet_wire import columns
@@ -76,8 +77,11 @@ class Operator:
             self.totals[self.keys[row]] = value
 
 
-def rows(width: int = 1, fold: str = "sum") -> Rows:
-    return Rows(width, ("name", "number"), fold)
+HASH, ARRAY_OF_U32 = Nature(fixed=False, listed=True), Nature(fixed=True, listed=False, bits=32)
+
+
+def rows(width: int = 1, fold: str = "sum", nature: Nature | None = None) -> Rows:
+    return Rows(width, ("name", "number"), fold, nature)
 
 
 def read(into: Rows, reading: dict[int, int], classifier: Classifier) -> None:
@@ -167,12 +171,55 @@ def test_a_new_stream_carries_everything(increments: list[dict[int, int]]) -> No
     assert after.keys == before.keys
 
 
-def test_a_total_never_falls_back_when_a_key_is_gone_from_the_map() -> None:
-    operator, table, classifier = Operator(), rows(), Classifier()
-    for reading in ({0: 23, 3: 7}, {0: 23}):
+@given(st.lists(st.dictionaries(st.integers(0, 9), st.integers(0, 99)), max_size=9), st.sampled_from([1, 4]))
+def test_what_a_key_had_counted_when_it_went_stays_counted(increments: list[dict[int, int]], width: int) -> None:
+    operator, table, classifier = Operator(), rows(width, nature=HASH), Classifier()
+    held, counted = Counter[int](), Counter[int]()
+    for increment in increments:
+        held = Counter({key: held[key] + count for key, count in increment.items()})  # all others are deleted
+        counted.update(increment)
+        read(table, held, classifier)
+        operator.take(table.table())
+    assert {group: sum(slots) for group, slots in operator.totals.items()} == {
+        group: total for group, (total,) in sums(counted).items()
+    }
+
+
+def test_a_key_that_went_and_came_between_two_readings_is_added_and_told() -> None:
+    operator, table, classifier = Operator(), rows(nature=HASH), Classifier()
+    for reading in ({0: 23, 3: 7}, {0: 5, 3: 11}, {3: 11}):
         read(table, reading, classifier)
         operator.take(table.table())
+    assert operator.totals == {("group 0", 0): [39]}
+    assert table.went == 2
+
+
+def test_slots_of_a_value_that_began_anew_are_added_each() -> None:
+    operator, table = Operator(), rows(width=3, nature=HASH)
+    for slots in ([1, 2, 3], [4, 0, 3]):
+        table.update(as_keys([0]), np.array([slots], np.uint64), Classifier())
+        operator.take(table.table())
+    assert operator.totals == {("group 0", 0): [5, 2, 6]}
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1))
+def test_a_32_bit_counter_in_an_array_is_followed_over_its_end(steps: list[int]) -> None:
+    operator, table, classifier, counted = Operator(), rows(nature=ARRAY_OF_U32), Classifier(), 0
+    for step in steps:
+        counted += step
+        read(table, {0: counted % 2**32}, classifier)
+        operator.take(table.table())
+    assert operator.totals == {("group 0", 0): [counted]}
+    assert not table.went
+
+
+def test_a_32_bit_counter_that_a_program_sets_to_zero_has_not_wrapped() -> None:
+    operator, table, classifier = Operator(), rows(nature=ARRAY_OF_U32), Classifier()
+    for count in (23, 0, 7):
+        read(table, {0: count}, classifier)
+        operator.take(table.table())
     assert operator.totals == {("group 0", 0): [30]}
+    assert table.went == 1
 
 
 @given(readings)
