@@ -25,6 +25,8 @@ from probefleet_core.tables import ResyncNeeded
 __all__ = ["Aggregate", "PodName", "PolicyFacts", "Result", "ResyncNeeded"]
 
 STALE_INTERVALS: Final = 3
+#: A window that is longer than this is no interval any more.
+LATE_INTERVALS: Final = 1.5
 MAX_NODES_NAMED: Final = 20
 MAX_GAPS: Final = 20
 #: Records in a result; a report shows fewer.
@@ -135,6 +137,7 @@ class Aggregate:
             uncounted=tuple(sorted({text for output in outputs for text in output.uncounted})[: tables.MAX_UNCOUNTED]),
             gaps=self._gaps(),
             cost=cost,
+            window_seconds=self._window_seconds(fresh),
         )
 
     def _states(self) -> Iterable[tuple[str, tables.TableState | events.EventState]]:
@@ -170,6 +173,14 @@ class Aggregate:
             + max((state.lost for state in self._events.values()), default=0)
             + self._costs.missed
         )
+
+    def _window_seconds(self, fresh: Iterable[str]) -> float:
+        """An interval; where a node was away for longer, the longest of the windows that stand in the result."""
+        found = [
+            state.nodes[node].window.seconds for _, state in self._states() for node in fresh if node in state.nodes
+        ]
+        interval, longest = self.facts.interval_ms / 1000, round(max(found, default=0.0))
+        return longest if longest > LATE_INTERVALS * interval else interval
 
     def _coverage(self, selected: Set[str], fresh: Set[str]) -> Coverage:
         missing = sorted(node for node in selected if node not in self._seen)

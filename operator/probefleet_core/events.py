@@ -18,7 +18,7 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import keys, result, tables
+from probefleet_core import keys, result, tables, windows
 from probefleet_core.result import Names, Record
 
 KEEP: Final = 1_000
@@ -59,8 +59,7 @@ class NodeRing:
     epoch: str = ""
     end_position: int = 0
     counted: int = 0  # in this epoch, by whomever they were received
-    clock: tables.Clock = field(default_factory=tables.Clock)
-    window_count: int = 0
+    window: windows.Windows[int] = field(default_factory=windows.Windows)  # how many records
     received_ns: int = 0
     submitted: int = 0
     lost: int = 0
@@ -128,10 +127,9 @@ class EventState:
         if fresh_epoch:
             self._end_epoch(state)
             state.epoch = chunk.epoch
-            state.clock.begin(time_ns, chunk.since_ns, interval_ms=self._interval_ms)
-            state.window_count = 0
-        elif state.clock.advance(time_ns):
-            state.window_count = 0
+            state.window.restart(time_ns, chunk.since_ns, interval_ms=self._interval_ms)
+        else:
+            state.window.sample(time_ns)
         state.session = session
         state.end_position = max(known, chunk.end_position)
         state.received_ns = max(state.received_ns, received_ns)
@@ -145,7 +143,8 @@ class EventState:
             state.counted += count
         else:
             state.counted = max(state.counted, counted_before + len(positions))
-        state.window_count += count
+        state.window.add(count)
+        state.window.settle(interval_ms=self._interval_ms)
         self.received += count
         if chunk.since_ns > 0:
             self.since_ns = min(self.since_ns or chunk.since_ns, chunk.since_ns)
@@ -158,8 +157,7 @@ class EventState:
         if state is None:
             return
         state.received_ns = max(state.received_ns, received_ns)
-        if time_ns - state.clock.time_ns >= 0.9e6 * self._interval_ms and state.clock.advance(time_ns):
-            state.window_count = 0
+        state.window.quiet(time_ns, interval_ms=self._interval_ms)
 
     @property
     def lost(self) -> int:
@@ -202,8 +200,9 @@ class EventState:
     def result(self, names: Names, *, fresh: Iterable[str], records: int) -> result.OutputResult:
         """Counts as rows of one, and the newest ``records`` by their time."""
         here = [self.nodes[node] for node in fresh if node in self.nodes]
-        window = sum(node.window_count for node in here if node.clock.seconds)
-        rate = sum(node.window_count / node.clock.seconds for node in here if node.clock.seconds)
+        timed = [node.window for node in here if node.window.seconds]
+        window = sum(sum(each.changes) for each in timed)
+        rate = sum(sum(each.changes) / each.seconds for each in timed)
         newest = self.since(max(self.received - records, 0), names, limit=records).records
         nodes = self.nodes.values()
         total = sum(node.counted + node.ended_counted for node in nodes)

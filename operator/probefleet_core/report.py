@@ -166,7 +166,7 @@ def _status(result: Result, detail: Detail) -> Json:
     body: Json = {
         "observedGeneration": result.facts.generation,
         "time": humane.timestamp(result.time_ns),
-        "windowSeconds": _number(result.facts.interval_ms / 1000),
+        "windowSeconds": _number(result.window_seconds),
         "columns": columns(result),
         "coverage": _camel(dataclasses.asdict(result.coverage)),
         "ratePerSecond": _number(result.rate_per_second),

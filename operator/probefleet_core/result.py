@@ -219,3 +219,4 @@ class Result:
     uncounted: tuple[str, ...]
     gaps: tuple[NodeGap, ...]
     cost: Cost
+    window_seconds: float  # the longest window of any node and output; an interval, where none was late

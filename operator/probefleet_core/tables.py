@@ -18,7 +18,7 @@ import numpy.typing as npt
 from probefleet_wire import columns, merge
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import keys, result
+from probefleet_core import keys, result, windows
 from probefleet_core.result import Names, Rows
 
 Counts = npt.NDArray[Any]
@@ -31,40 +31,11 @@ MAX_CELLS: Final = 1 << 24
 MAX_UNCOUNTED: Final = 10
 MAX_TEXT: Final = 200
 MAX_GAPS: Final = 16
-#: A first sample this many intervals after counting began is a window of its own.
-FRESH_INTERVALS: Final = 3
 MAX_ENDED: Final = 64
 
 
 class ResyncNeeded(Exception):
     """A table builds on rows that this aggregator never saw: the node has to begin a new stream."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """When one node's samples of one output were read; the wall clock of that node."""
-
-    time_ns: int = 0
-    before_ns: int = 0  # the sample before; 0: none, so there is no window
-
-    @property
-    def seconds(self) -> float:
-        """The window's length; 0 where there is none."""
-        return max(self.time_ns - self.before_ns, 0) / 1e9 if self.before_ns else 0.0
-
-    def advance(self, time_ns: int) -> bool:
-        """A sample of ``time_ns``: True where it begins a new window, False where it belongs to the newest."""
-        if time_ns == self.time_ns:
-            return False
-        # Newer by its number, older by its time: the node's clock was set back, so the time between is not
-        # known.
-        self.before_ns, self.time_ns = (self.time_ns if time_ns > self.time_ns else 0), time_ns
-        return True
-
-    def begin(self, time_ns: int, since_ns: int, *, interval_ms: int) -> None:
-        """The first sample of an epoch: a window only if counting began just now."""
-        began = 0 < since_ns <= time_ns <= since_ns + FRESH_INTERVALS * interval_ms * 1_000_000
-        self.before_ns, self.time_ns = (since_ns if began else 0), time_ns
 
 
 @dataclass(slots=True)
@@ -77,9 +48,7 @@ class NodeRows:
     keys: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
     values: Counts = field(default_factory=lambda: np.zeros((0, 1), np.uint64))
     distinct: bool = True  # no key twice: then NumPy's fast way to add is right
-    clock: Clock = field(default_factory=Clock)
-    # keys and differences of the newest window
-    changes: list[tuple[Indices, Counts]] = field(default_factory=list)
+    window: windows.Windows[tuple[Indices, Counts]] = field(default_factory=windows.Windows)  # keys and differences
     before: tuple[Indices, Counts] | None = None  # an older stream's rows of the same epoch, sorted by key
     received_ns: int = 0
     since_ns: int = 0
@@ -130,14 +99,12 @@ class TableState:
             self._restart(state, session, table, fresh_epoch=fresh_epoch)
             state.first_row = first_row
         if fresh_epoch:
-            state.clock.begin(time_ns, table.since_ns, interval_ms=self._interval_ms)
-            state.changes = []
-        elif state.clock.advance(time_ns):
-            state.changes = []
-            if not restarted:
-                state.before = None
+            state.window.restart(time_ns, table.since_ns, interval_ms=self._interval_ms)
+        elif state.window.sample(time_ns) and not restarted:
+            state.before = None
         self._add_rows(state, new_keys)
         self._set(state, rows, values)
+        state.window.settle(interval_ms=self._interval_ms)
         state.received_ns = max(state.received_ns, received_ns)
         state.since_ns, state.lost = table.since_ns, table.lost
         state.entries, state.max_entries = table.entries, table.max_entries
@@ -151,10 +118,7 @@ class TableState:
         if state is None:
             return
         state.received_ns = max(state.received_ns, received_ns)
-        # A node may speak of other policies more often: only a whole interval without change is a window
-        # without.
-        if time_ns - state.clock.time_ns >= 0.9e6 * self._interval_ms and state.clock.advance(time_ns):
-            state.changes, state.before = [], None
+        state.window.quiet(time_ns, interval_ms=self._interval_ms)
 
     @property
     def lost(self) -> int:
@@ -301,7 +265,7 @@ class TableState:
             state.values[rows] = values
         if self._cumulative:
             self._add(at, change, distinct=state.distinct)
-            state.changes.append((at, self._since_before(state, at, change)))
+            state.window.add((at, self._since_before(state, at, change)))
 
     def _since_before(self, state: NodeRows, at: Indices, change: Counts) -> Counts:
         if state.before is None or not state.before[0].size:
@@ -329,8 +293,8 @@ class TableState:
             self._sum[at] += change
 
     def _window(self, here: list[NodeRows], row_of: Indices, count: int) -> tuple[Counts, npt.NDArray[np.float64]]:
-        timed = [node for node in here if node.clock.seconds]
-        parts = [(at, change, node.clock.seconds) for node in timed for at, change in node.changes]
+        timed = [node.window for node in here if node.window.seconds]
+        parts = [(at, change, window.seconds) for window in timed for at, change in window.changes]
         if not parts:
             return np.zeros((count, self._width), np.uint64), np.zeros(count)
         rows = row_of[np.concatenate([at for at, _, _ in parts])]
@@ -349,7 +313,7 @@ class TableState:
         values = np.concatenate([node.values[:, 0] for node in here])
         if self._signed:
             values = values.view(np.int64)
-        times = np.repeat([node.clock.time_ns for node in here], [len(node.keys) for node in here])
+        times = np.repeat([node.window.time_ns for node in here], [len(node.keys) for node in here])
         merged = merge.combine(rows, values, count, merge=self._output.merge, times_ns=times)
         used = np.bincount(rows, minlength=count) > 0
         merged[~used] = 0

@@ -71,6 +71,27 @@ def test_the_window_is_the_last_interval_and_the_total_everything() -> None:
     assert (table_of(out.window), out.rate_per_second, out.total.whole) == ({}, 0.0, 108)
 
 
+def test_a_sample_before_its_time_makes_no_shorter_window() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a, shown = FakeNode("a"), []
+    for at in (10, 13, 20, 24, 30):  # at 13 and 24 there is a push: what was counted is sent before it
+        a.add("uid-web-1", count=7)
+        apply(aggregate, a, a.batch(at))
+        shown.append(ask(aggregate, at).outputs[0].window.whole)
+    assert shown == [7, 7, 14, 14, 14]
+
+
+def test_a_window_that_is_longer_than_an_interval_is_shown_as_long_as_it_is() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    a = FakeNode("a")
+    for at, seconds in ((10, 10), (21, 10), (321, 300), (331, 10)):  # for five minutes there was no stream
+        a.add("uid-web-1", count=at)
+        apply(aggregate, a, a.batch(at))
+        result = ask(aggregate, at)
+        assert (result.window_seconds, result.outputs[0].window.whole) == (seconds, at)
+    assert ask(aggregate, 400).window_seconds == 10, "no window is fresh"
+
+
 def test_a_first_sample_long_after_the_beginning_is_no_window() -> None:
     aggregate = Aggregate(facts(counter()))
     a = FakeNode("a", keys=())
@@ -615,6 +636,15 @@ def test_totals_are_exact_whatever_comes_twice_and_whoever_was_the_operator(step
         send_events(aggregate, sequence, told)
         most = max(most, sent)
         assert ask(aggregate, 10).outputs[0].total.whole == most
+
+
+def test_the_window_of_records_is_an_interval_however_often_they_come() -> None:
+    aggregate = events_aggregate()
+    for second in range(1, 35):
+        send_events(aggregate, second, chunk([48 * (23 * second + at) for at in range(23)]), at=second)
+        out = ask(aggregate, second, "a").outputs[0]
+        assert out.rate_per_second == pytest.approx(23)
+        assert out.window.whole == 23 * second if second < 9 else out.window.whole in (23 * 9, 23 * 10)
 
 
 def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
