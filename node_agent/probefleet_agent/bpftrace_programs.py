@@ -45,7 +45,7 @@ TABLE = Layout(
     ),
     key_bytes=_KEY.size,
     value=tuple(
-        Field(name=name, offset_bytes=8 * index, size_bytes=8, kind="int", type_name="u64")
+        Field(name=name, offset_bytes=8 * index, size_bytes=8, kind="int", type_name="s64", signed=True)
         for index, name in enumerate(("value", "count", "total"))
     ),
     value_bytes=24,

@@ -77,8 +77,10 @@ class TableReader:
         if self.output.kind == plan_pb2.Output.GAUGE:
             merge = plan_pb2.Output.Merge.Name(self.output.merge).lower()
             fold = "max" if merge == "latest" else merge
-        nature = self.nature if self.output.kind != plan_pb2.Output.GAUGE else None
-        self.rows = samples.Rows(self._width(), tuple(names), fold, nature)
+        gauge = self.output.kind == plan_pb2.Output.GAUGE
+        counted = not (self.of_records and not self.output.value)  # else records themselves are
+        signed = gauge and counted and decode.find(self.layout.value, self.output.value, "the map's value").signed
+        self.rows = samples.Rows(self._width(), tuple(names), fold, None if gauge else self.nature, signed)
         for name in self.rows.names:
             if name.startswith("key"):
                 self._decoder(name)  # a misnamed field is said now, not at the first event
@@ -115,12 +117,14 @@ class TableReader:
         for at in [*fields, *([self._cgroup] if self._cgroup else [])]:
             wanted[at.offset_bytes : at.offset_bytes + at.size_bytes] = 1
         distinct, index = np.unique(records * wanted, axis=0, return_inverse=True)
+        signed = numbers.view(np.int64 if self.rows.signed else np.uint64)
+        limits = np.iinfo(signed.dtype)
         target, start = {
-            "sum": (np.add, 0), "max": (np.maximum, 0), "min": (np.minimum, np.iinfo(np.uint64).max),
+            "sum": (np.add, 0), "max": (np.maximum, limits.min), "min": (np.minimum, limits.max),
         }[self.rows.fold]  # fmt: skip
-        totals = np.full(len(distinct), start, np.uint64)
-        target.at(totals, index.reshape(-1), numbers)
-        self.rows.update(distinct, totals, self._classify)
+        totals = np.full(len(distinct), start, signed.dtype)
+        target.at(totals, index.reshape(-1), signed)
+        self.rows.update(distinct, totals.view(np.uint64), self._classify)
 
     def cgroups(self, keys: Bytes) -> list[int]:
         """Distinct cgroup ids among the keys."""

@@ -304,10 +304,13 @@ def folded(values: npt.NDArray[np.uint8], layout: Layout, name: str, how: str) -
     if values.ndim == 2 or how == "sum":
         return numbers(values, layout, name)
     n, cpus = values.shape[:2]
-    each = raw(values.reshape(n * cpus, values.shape[2]), field).astype(np.uint64).reshape(n, cpus, *field.shape)
-    if how != "min":
-        return np.asarray(each.max(axis=1), dtype=np.uint64)
-    # A CPU that never wrote holds 0, which is no minimum of anything.
-    highest = np.iinfo(np.uint64).max
-    lowest = np.where(each == 0, highest, each).min(axis=1)
-    return np.asarray(np.where(lowest == highest, 0, lowest), dtype=np.uint64)
+    each = raw(values.reshape(n * cpus, values.shape[2]), field).astype(np.int64 if field.signed else np.uint64)
+    each = each.reshape(n, cpus, *field.shape)
+    # A CPU that never wrote holds 0, which is no minimum of anything, nor the maximum of what is below zero.
+    nothing, limits = each == 0, np.iinfo(each.dtype)
+    found = (
+        np.where(nothing, limits.max, each).min(axis=1)
+        if how == "min"
+        else (np.where(nothing, limits.min, each).max(axis=1))
+    )
+    return np.where(nothing.all(axis=1), each.dtype.type(0), found).view(np.uint64)

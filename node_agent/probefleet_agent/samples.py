@@ -70,6 +70,7 @@ class Rows:
     fold: str = "sum"  # how raw keys of one group come together: sum, max or min
     #: Of counters: how the map's entries come and go. None: what a reading says is all that there is, as of a gauge.
     nature: Nature | None = None
+    signed: bool = False  # of a gauge: it may be below zero
     pending_count: int = 0
     overflowed: bool = False
     went: int = 0  # how often a key went, or began anew
@@ -81,8 +82,10 @@ class Rows:
     #: Of each raw key what it was last read to hold; of each row what keys had counted that went. Only with ``nature``.
     _last: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     _retired: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
-    _totals: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
-    _sent: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    _totals: npt.NDArray[Any] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    _there: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # rows that hold anything now
+    _sent: npt.NDArray[Any] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    _sent_there: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     _sent_keys: int = 0
 
     def update(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint64], classify: Classify) -> None:
@@ -96,24 +99,30 @@ class Rows:
         counted = (row >= 0) & self._last_of_each(entry)
         row, slot, values = row[counted], slot[counted], values[counted]
         if self.nature is None:
-            totals = np.zeros((len(self._keys), self.width), np.uint64)
+            # As bits a sum is the same with and without a sign; what is larger is not.
+            values = values.view(np.int64 if self.signed else np.uint64)
+            limits = np.iinfo(values.dtype)
+            start = {"sum": 0, "max": limits.min, "min": limits.max}[self.fold]
+            totals = np.full((len(self._keys), self.width), start, values.dtype)
+            self._there = np.zeros(len(self._keys), bool)
+            self._there[row] = True
         else:
             self._follow(self.nature, entry[counted], values)
-            there = np.flatnonzero(self._row_of >= 0)
-            row, slot, values = self._row_of[there], self._slot_of[there], self._last[there]
+            counting = np.flatnonzero(self._row_of >= 0)
+            row, slot, values = self._row_of[counting], self._slot_of[counting], self._last[counting]
             totals = self._retired.copy()
-        if self.fold == "min":
-            totals[:] = np.iinfo(np.uint64).max
+            self._there = np.ones(len(self._keys), bool)
         self._fold({"sum": np.add, "max": np.maximum, "min": np.minimum}[self.fold], totals, row, slot, values)
+        totals[~self._there] = 0
         self._totals = totals
 
     def _fold(
         self,
         target: np.ufunc,
-        totals: npt.NDArray[np.uint64],
+        totals: npt.NDArray[Any],
         row: npt.NDArray[np.int64],
         slot: npt.NDArray[np.int64],
-        values: npt.NDArray[np.uint64],
+        values: npt.NDArray[Any],
     ) -> None:
         """Put values of raw keys to their rows."""
         if values.ndim == 2:
@@ -159,7 +168,7 @@ class Rows:
     def restart_stream(self) -> None:
         """A new stream knows nothing: all keys and values are due again."""
         self._sent_keys = 0
-        self._sent = np.zeros((0, self.width), np.uint64)
+        self._sent, self._sent_there = np.zeros((0, self.width), np.uint64), np.zeros(0, bool)
 
     def ask_again(self) -> None:
         """Who was refused may count by now: the next reading asks about those keys once more."""
@@ -176,7 +185,7 @@ class Rows:
         changed = np.ones(total, bool)
         seen = len(self._sent)
         if seen:
-            changed[:seen] = (self._totals[:seen] != self._sent).any(axis=1)
+            changed[:seen] = (self._totals[:seen] != self._sent).any(axis=1) | (self._there[:seen] != self._sent_there)
         rows = np.flatnonzero(changed)
         if not len(rows) and self._sent_keys == total:
             return None
@@ -185,9 +194,12 @@ class Rows:
         if new:
             for index, name in enumerate(self.names):
                 table.keys.append(columns.column(name, _as_column([key[index] for key in new])))
-        table.rows = columns.pack(rows.astype(np.uint32))
-        table.values = columns.pack(self._totals[rows])
-        self._sent, self._sent_keys = self._totals, total
+        there = self._there[rows]
+        table.rows = columns.pack(rows[there].astype(np.uint32))
+        table.values = columns.pack(self._totals[rows[there]])
+        if not there.all():
+            table.gone = columns.pack(rows[~there].astype(np.uint32))
+        self._sent, self._sent_there, self._sent_keys = self._totals, self._there, total
         return table
 
     def no_table(self) -> stream_pb2.Table:

@@ -47,6 +47,9 @@ class NodeRows:
     first_row: int = 0
     keys: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
     values: Counts = field(default_factory=lambda: np.zeros((0, 1), np.uint64))
+    there: npt.NDArray[np.bool_] = field(
+        default_factory=lambda: np.zeros(0, bool)
+    )  # of a gauge: rows that hold anything
     distinct: bool = True  # no key twice: then NumPy's fast way to add is right
     window: windows.Windows[tuple[Indices, Counts]] = field(default_factory=windows.Windows)  # keys and differences
     before: tuple[Indices, Counts] | None = None  # an older stream's rows of the same epoch, sorted by key
@@ -91,6 +94,7 @@ class TableState:
         if table.first_new_row != first_row + known and table.new_rows:
             raise ResyncNeeded(f"row {table.first_new_row} comes after row {first_row + known}")
         width, rows, values = self._read(table, first_row, known + table.new_rows)
+        gone = self._rows_of(table.gone, first_row, known + table.new_rows) if table.gone else np.zeros(0, np.int64)
         new_keys = self._keys.intern(node, table)
         # From here on nothing can fail.
         self.nodes[node] = state
@@ -104,6 +108,7 @@ class TableState:
             state.before = None
         self._add_rows(state, new_keys)
         self._set(state, rows, values)
+        state.there[rows], state.there[gone] = True, False
         state.window.settle(interval_ms=self._interval_ms)
         state.received_ns = max(state.received_ns, received_ns)
         state.since_ns, state.lost = table.since_ns, table.lost
@@ -194,22 +199,27 @@ class TableState:
             raise columns.ColumnsError(f"output {self._output.name!r}: {width} values a row are too many for its keys")
         if not table.rows and not table.values:
             return width, np.zeros(0, np.int64), np.zeros((0, width), np.uint64)
-        rows = columns.unpack_unsigned(table.rows, limit=row_count).astype(np.int64) - first_row
+        rows = self._rows_of(table.rows, first_row, row_count)
         values = columns.unpack(table.values, limit=row_count * width)
         if values.dtype.kind == "f" or values.size != rows.size * width:
             raise columns.ColumnsError(
                 f"output {self._output.name!r}: {values.size} values of {values.dtype} for {rows.size} rows"
             )
-        if rows.size:
-            if not bool((rows[1:] > rows[:-1]).all()):
-                raise columns.ColumnsError(f"output {self._output.name!r}: changed rows do not ascend")
-            if int(rows[0]) < 0 or int(rows[-1]) >= row_count:
-                raise columns.ColumnsError(f"output {self._output.name!r}: a value for a row that has no key")
         if values.dtype.kind == "i":
             if self._cumulative:
                 raise columns.ColumnsError(f"output {self._output.name!r}: counts are unsigned")
             self._signed = True
         return width, rows, values.view(np.uint64).reshape(-1, width)
+
+    def _rows_of(self, data: bytes, first_row: int, row_count: int) -> Indices:
+        """Row numbers of this epoch. Raises ColumnsError."""
+        rows = columns.unpack_unsigned(data, limit=row_count).astype(np.int64) - first_row
+        if rows.size:
+            if not bool((rows[1:] > rows[:-1]).all()):
+                raise columns.ColumnsError(f"output {self._output.name!r}: changed rows do not ascend")
+            if int(rows[0]) < 0 or int(rows[-1]) >= row_count:
+                raise columns.ColumnsError(f"output {self._output.name!r}: a value for a row that has no key")
+        return rows
 
     def _grow(self, width: int) -> None:
         """Room for all keys and for the widest table. Keys beyond what fits were refused when they were interned."""
@@ -237,6 +247,7 @@ class TableState:
             state.before = (found, merge.sum_by(place, state.values, len(found)))
         state.session, state.epoch = session, table.epoch
         state.keys, state.values = np.zeros(0, np.int64), np.zeros((0, self._width), np.uint64)
+        state.there = np.zeros(0, bool)
         state.distinct = True
 
     def _add_rows(self, state: NodeRows, new_keys: Indices) -> None:
@@ -244,6 +255,7 @@ class TableState:
         if not new_keys.size:
             return
         state.keys = np.concatenate([state.keys, new_keys])
+        state.there = np.concatenate([state.there, np.zeros(len(new_keys), bool)])
         state.values = np.concatenate([state.values, np.zeros((len(new_keys), self._width), np.uint64)])
         state.distinct = len(np.unique(state.keys)) == len(state.keys)
 
@@ -307,13 +319,13 @@ class TableState:
         return window, np.bincount(rows, weights=moved * per_second, minlength=count).astype(np.float64)
 
     def _gauges(self, here: list[NodeRows], row_of: Indices, count: int) -> tuple[Counts, npt.NDArray[np.bool_]]:
-        if not any(node.keys.size for node in here):
+        if not any(node.there.any() for node in here):
             return np.zeros((count, 1), np.uint64), np.zeros(count, bool)
-        rows = row_of[np.concatenate([node.keys for node in here])]
-        values = np.concatenate([node.values[:, 0] for node in here])
+        rows = row_of[np.concatenate([node.keys[node.there] for node in here])]
+        values = np.concatenate([node.values[node.there, 0] for node in here])
         if self._signed:
             values = values.view(np.int64)
-        times = np.repeat([node.window.time_ns for node in here], [len(node.keys) for node in here])
+        times = np.repeat([node.window.time_ns for node in here], [int(node.there.sum()) for node in here])
         merged = merge.combine(rows, values, count, merge=self._output.merge, times_ns=times)
         used = np.bincount(rows, minlength=count) > 0
         merged[~used] = 0

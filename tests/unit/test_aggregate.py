@@ -377,6 +377,26 @@ def test_gauges_merge_as_they_say(merge: int, expected: int) -> None:
     assert ask(aggregate, 100).outputs[0].window.labels == ()
 
 
+@pytest.mark.parametrize("merge", [O.SUM, O.MAX, O.MIN, O.LATEST])
+def test_what_is_gone_on_one_node_leaves_the_gauge_to_the_others(merge: int) -> None:
+    aggregate = Aggregate(facts(counter("workload", kind=O.GAUGE, merge=merge)))
+    a, b = FakeNode("a"), FakeNode("b")
+    for node, value in ((a, 3), (b, 2 if merge == O.MIN else 9)):
+        node.values = {("uid-web-1",): [value], ("uid-cart",): [1]}
+        apply(aggregate, node, node.batch(10))
+    gone = b.batch(20)
+    gone.tables[0].gone = columns.pack(np.array([0, 1], np.uint32))
+    apply(aggregate, b, gone)
+    assert table_of(ask(aggregate, 20).outputs[0].window) == {("web",): 3, ("cart",): 1}
+    gone = a.batch(21)
+    gone.tables[0].gone = columns.pack(np.array([1], np.uint32))
+    apply(aggregate, a, gone)
+    assert table_of(ask(aggregate, 21).outputs[0].window) == {("web",): 3}
+    a.values["uid-cart",] = [5]
+    apply(aggregate, a, a.batch(31))
+    assert table_of(ask(aggregate, 31).outputs[0].window) == {("web",): 3, ("cart",): 5}
+
+
 def test_gauges_may_be_negative_and_do_not_outlive_their_epoch() -> None:
     aggregate = Aggregate(facts(counter(kind=O.GAUGE)))
     for session, (value, epoch) in enumerate([(-5, "e1"), (-7, "e2")]):
@@ -755,6 +775,7 @@ def pack(values: list[int], dtype: type = np.uint64) -> bytes:
         (table(keys=[]), None),
         (table(rows=pack([0, 0])), "do not ascend"),
         (table(rows=pack([1, 2])), "a row that has no key"),
+        (table(gone=pack([2])), "a row that has no key"),
         (table(rows=pack([0])), "2 values of uint64 for 1 rows"),
         (table(values=pack([5, -6], np.int64)), "unsigned"),
         (table(values=columns.pack([0.5, 1.5])), "float64"),

@@ -221,6 +221,25 @@ def test_a_gauge_folds_cpus_and_keys_as_its_merge_says(
     assert content(table.rows.table()) == {(): [expected]}
 
 
+@pytest.mark.parametrize(
+    ("merge", "expected"), [(Output.MAX, 3), (Output.MIN, -7), (Output.SUM, -9), (Output.LATEST, 3)]
+)
+def test_a_gauge_below_zero_is_less_than_one_above(book: Book, merge: Output.Merge.ValueType, expected: int) -> None:
+    layout = Layout((CGROUP,), 8, (Field("", 0, 4, "int", signed=True),), 4)
+    values = rectangle([struct.pack("<i4xi4xi4x", *cpus) for cpus in ((-5, 0, 3), (-7, 0, 0))], 24).reshape(2, 3, 8)
+    whole, alone = (reader(book, Output(kind=Output.GAUGE, merge=merge), layout) for _ in range(2))
+    whole.read(counts(IN_WEB, IN_WEB + 100), values)
+    book.learn({CgroupId(IN_WEB + 100): f"/kubepods/pod{WEB}"})
+    whole.read(counts(IN_WEB, IN_WEB + 100), values)
+    table = whole.rows.table()
+    assert table is not None
+    assert columns.unpack(table.values, limit=9).tolist() == [expected]
+    alone.read(counts(IN_WEB), rectangle([struct.pack("<i", -5)], 4))  # not by CPU
+    table = alone.rows.table()
+    assert table is not None
+    assert columns.unpack(table.values, limit=9).tolist() == [-5]
+
+
 STACKED = Layout(
     (
         CGROUP,

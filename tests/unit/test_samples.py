@@ -263,6 +263,22 @@ def test_a_gauge_may_fall() -> None:
     assert operator.totals == {("group 0", 0): [23]}
 
 
+@pytest.mark.parametrize("fold", ["max", "min", "sum"])
+def test_a_gauge_that_is_gone_has_no_value(fold: str) -> None:
+    table, said = rows(fold=fold), []
+    for reading in ({0: 23, 1: 29}, {1: 29}, {1: 29}, {0: 0, 1: 29}):
+        read(table, reading, Classifier())
+        news = table.table()
+        said.append(news and tuple(columns.unpack(each, limit=9).tolist() if each else [] for each in (
+            news.rows, news.values, news.gone)))  # fmt: skip
+    assert said == [([0, 1], [23, 29], []), ([], [], [0]), None, ([0], [0], [])]
+    read(table, {1: 29}, Classifier())
+    table.restart_stream()
+    news = table.table()
+    assert news is not None
+    assert (columns.unpack(news.rows, limit=9).tolist(), columns.unpack(news.gone, limit=9).tolist()) == ([1], [0])
+
+
 def test_a_slot_in_the_key_becomes_a_slot_of_the_row() -> None:
     operator, table = Operator(), rows(width=4)
     # Slots are remainders of five; the last of the row is open to the right.
