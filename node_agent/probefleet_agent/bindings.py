@@ -160,16 +160,18 @@ class Bindings:
         if collect.wants_events(output):
             self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
             return
-        earlier = None
-        if before and before.digest == bound.digest and before.plan.generation == bound.plan.generation:
-            earlier = before.tables.get(output.name)
+        earlier = before.tables.get(output.name) if before and before.digest == bound.digest else None
+        if earlier is not None and earlier.selector != self._book.selector(PolicyUid(bound.plan.policy_uid)):
+            earlier = None  # it has judged keys by the pods of another one
         joined = loaded.joined.get(bound.plan.policy_uid)
         baseline = joined.baselines.get((output.map, output.value)) if joined else None
         if output.kind == plan_pb2.Output.GAUGE or (baseline is not None and baseline.map_id != handle.info.id):
             baseline = None
         if earlier is not None and earlier.output == output and earlier.baseline is baseline:
-            # The same rows go on under their numbers: the plan differs in what is no output's business. An edit begins
-            # with every row: it may select other pods, and the operator has forgotten those of before.
+            # The same rows go on: the plan differs in what is no output's business. But with each edit the operator
+            # begins anew, and has to hear of all of them.
+            if earlier.plan.generation != bound.plan.generation:
+                earlier.rows.restart_stream()
             earlier.plan = bound.plan
             bound.tables[output.name] = earlier
             return

@@ -59,11 +59,13 @@ class TableReader:
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
-    _turn: int = 0  # of the policy's selection, when keys were last judged
+    selector: str = field(init=False)  # by which its keys were judged
+    _turn: int = 0  # of the policy's selection, when they were last
     _unnamed: frozenset[int] = frozenset()
     _unnamed_since_ns: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.selector = self.book.selector(PolicyUid(self.plan.policy_uid))
         key = self.layout.key
         self._cgroup = decode.with_typedef(key, *decode.CGROUP) or self._named("cgroup")
         slots = self.output.histogram.slots

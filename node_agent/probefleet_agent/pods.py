@@ -124,6 +124,10 @@ class Book:
                 ever |= selected.pods
                 self._turns[policy] = self.turn(policy) + 1
 
+    def selector(self, policy: PolicyUid) -> str:
+        """What selects its pods, in words; with another one what was judged before says nothing."""
+        return self._selectors.get(policy, "")
+
     def turn(self, policy: PolicyUid) -> int:
         """Another number when the policy selects pods that it did not before: who was refused may count from now on."""
         return self._turns.get(policy, 0)
