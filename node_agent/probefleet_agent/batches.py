@@ -104,7 +104,9 @@ def add_events(
             read = ring.read(reader.cursor, _RING_READ_BYTES)
             # Of records that are shorter than their type there may be so many that the whole would not fit in memory.
             records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
-            if not len(records) and records.end_position == reader.cursor and reader.announced:
+            counts = instance.lost_of(uid)
+            quiet = not len(records) and records.end_position == reader.cursor and counts == reader.told
+            if quiet and reader.announced:
                 continue
             data = _records(records, layout.value_bytes)
             identities.know(collect.cgroups_in(_as_keys(layout), data), now_ns)
@@ -115,17 +117,19 @@ def add_events(
                 bound.failure = Failure.of(error)
                 continue
             if chunk is None:
-                # Nothing came, and yet an operator that is new has to hear what lay before.
+                # Nothing came, and yet an operator that is new has to hear what lay before, and each of what was lost.
                 chunk = stream_pb2.EventChunk(end_position=reader.cursor, dropped=reader.dropped)
-            reader.announced = True
+            reader.announced, reader.told = True, counts
             # Not where records are held back for want of an identity: they come no sooner by reading on.
             whole = records.end_position == reader.cursor
             much = reader.cursor - began.position > _RING_READ_BYTES // 2 or len(records) < len(read)
             behind = behind or (whole and much)
-            counts = instance.lost_of(uid)
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
-            chunk.since_ns, chunk.submitted, chunk.lost = instance.since_of(uid), counts[2], counts[1] + counts[3]
+            chunk.since_ns, chunk.submitted = instance.since_of(uid), counts[2]
+            # A map that is full on the way to the record loses it, too.
+            chunk.lost_by_program, chunk.lost_before_ring = counts[1], counts[0] + counts[3]
+            chunk.lost = counts[1]
             if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before

@@ -166,11 +166,17 @@ class Aggregate:
         return self._tables[name].result(names, fresh=fresh, qualified=self.facts.cluster)
 
     def _lost(self) -> int:
-        # Every output of a program carries the program's whole loss: the largest is the policy's, not the
-        # sum.
+        # Every output of a program carries what the program counts: the largest is the policy's, not the sum. What one
+        # ring lost, or its reader dropped, all outputs of that ring have.
+        tables, records = self._tables.values(), self._events.values()
+        rings: dict[str, int] = {}
+        for state in records:
+            own = state.lost - state.lost_by_program - state.lost_before_ring
+            rings[state.map] = max(own, rings.get(state.map, 0))
         return (
-            max((state.lost for state in self._tables.values()), default=0)
-            + max((state.lost for state in self._events.values()), default=0)
+            max((*(state.lost for state in tables), *(state.lost_before_ring for state in records)), default=0)
+            + max((state.lost_by_program for state in records), default=0)
+            + sum(rings.values())
             + self._costs.missed
         )
 

@@ -63,6 +63,8 @@ class NodeRing:
     received_ns: int = 0
     submitted: int = 0
     lost: int = 0
+    lost_by_program: int = 0
+    lost_before_ring: int = 0
     dropped: int = 0
     uncounted: tuple[str, ...] = ()
     gaps: tuple[tuple[int, int, str], ...] = ()
@@ -71,6 +73,8 @@ class NodeRing:
     ended_counted: int = 0
     ended_submitted: int = 0
     ended_lost: int = 0
+    ended_lost_by_program: int = 0
+    ended_lost_before_ring: int = 0
     ended_dropped: int = 0
 
 
@@ -136,6 +140,8 @@ class EventState:
         # Cumulative counters: a chunk that was sent again may be older than what is known.
         state.submitted = max(state.submitted, chunk.submitted)
         state.lost, state.dropped = max(state.lost, chunk.lost), max(state.dropped, chunk.dropped)
+        state.lost_by_program = max(state.lost_by_program, chunk.lost_by_program)
+        state.lost_before_ring = max(state.lost_before_ring, chunk.lost_before_ring)
         state.uncounted = tables.bounded_texts(chunk.uncounted)
         state.gaps = state.before + tables.bounded_gaps(chunk.gaps)
         count = len(positions) - start
@@ -161,8 +167,25 @@ class EventState:
 
     @property
     def lost(self) -> int:
-        """Records that found no room in the ring, and those that agents could not keep."""
-        return sum(n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values())
+        """Records that found no room in the ring, or came to none, and those that agents could not keep."""
+        return self.lost_before_ring + sum(
+            n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values()
+        )
+
+    @property
+    def lost_by_program(self) -> int:
+        """Of ``lost``, what the program counted for all of its rings together: other outputs have the same."""
+        return sum(n.lost_by_program + n.ended_lost_by_program for n in self.nodes.values())
+
+    @property
+    def lost_before_ring(self) -> int:
+        """What the program could not record at all: tables and other outputs have the same."""
+        return sum(n.lost_before_ring + n.ended_lost_before_ring for n in self.nodes.values())
+
+    @property
+    def map(self) -> str:
+        """What its records come from."""
+        return self._output.map
 
     def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
         """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
@@ -263,8 +286,11 @@ class EventState:
         state.ended_counted += state.counted
         state.ended_submitted += state.submitted
         state.ended_lost += state.lost
+        state.ended_lost_by_program += state.lost_by_program
+        state.ended_lost_before_ring += state.lost_before_ring
         state.ended_dropped += state.dropped
         state.counted = state.submitted = state.lost = state.dropped = 0
+        state.lost_by_program = state.lost_before_ring = 0
 
 
 def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Record]:

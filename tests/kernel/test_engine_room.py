@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from probefleet_agent import batches, identities, loaded
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import maps, pins
 from probefleet_agent.pods import CgroupId
-from probefleet_wire.v1 import stream_pb2
+from probefleet_core import aggregate, result
+from probefleet_wire.v1 import plan_pb2, stream_pb2
 
+from tests.kernel.support import compile_object
 from tests.kernel.test_engine import push
 from tests.workloads import run
 
@@ -133,3 +137,40 @@ def test_a_full_map_is_said_to_be_full_where_its_losses_are_not_counted(
         assert (table.entries, table.max_entries) == (1, 1)
         assert (table.lost >= 23) == counts_losses
         assert list(table.uncounted) == ([] if counts_losses else [FULL])
+
+
+NO_RECORD = """
+#include "vmlinux.h"
+#include <bpf/bpf_helpers.h>
+#include "probefleet.h"
+char LICENSE[] SEC("license") = "GPL";
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); __type(value, u64); } records SEC(".maps");
+SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
+{
+	u64 *record = probefleet_selected(0) ? 0 : probefleet_reserve(&records, sizeof(u64));
+
+	if (record)
+		probefleet_submit(record);
+	probefleet_count_lost(PROBEFLEET_LOST_UPDATE);
+	return 0;
+}
+"""
+
+
+def test_records_that_never_came_to_the_ring_are_lost_though_no_other_comes(folder: Path) -> None:
+    wanted, data = push(1), compile_object(NO_RECORD, prelude=False)
+    plan = wanted.plans[0]
+    plan.instance.object.sha256 = wanted.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+    plan.instance.attachments[0].program = "on_exec"
+    plan.outputs.add(name="execs", map="records", kind=plan_pb2.Output.EVENTS)
+    wanted.blobs[0].zstd = zstandard.compress(data)
+    with Engine.open(bpffs=folder) as engine, run.in_cgroup("web") as cgroup:
+        engine.apply(wanted)
+        engine.hello()
+        policy = aggregate.Aggregate(result.PolicyFacts("p", "", "p", 1, 1000, tuple(plan.outputs)))
+        for _ in range(2):
+            run.run("execs", 23, cgroup=cgroup)
+            batch = engine.collect(time.time_ns(), force=True)
+            assert batch is not None
+            assert policy.apply("node", 1, batch, batch.time_ns)
+        assert policy.result(batch.time_ns, selected_nodes={"node"}, names={}.get).lost >= 46

@@ -492,6 +492,24 @@ def test_losses_of_all_outputs_of_a_program_are_the_largest_not_the_sum() -> Non
     assert out.gaps == (result.NodeGap("a", 1, 5, "the agent was away"),)
 
 
+def test_what_a_program_lost_is_one_loss_in_its_tables_and_its_records() -> None:
+    records = [
+        counter(name=name, kind=O.EVENTS, map=ring) for name, ring in (("execs", "a"), ("again", "a"), ("b", "b"))
+    ]
+    aggregate = Aggregate(facts(counter(), *records))
+    node = FakeNode("a", keys=())
+    node.add()
+    batch = node.batch(10, lost=7)  # maps that were full: no row, and no record
+    for name, full, dropped in (("execs", 3, 1), ("again", 3, 2), ("b", 5, 0)):
+        each = chunk([0], lost=11 + full, lost_before_ring=7, lost_by_program=11, dropped=dropped)
+        each.output = name
+        batch.events.append(each)
+    apply(aggregate, node, batch)
+    out = ask(aggregate, 11)
+    assert out.lost == 7 + 11 + (3 + 2) + 5
+    assert [each.lost for each in out.outputs] == [7, 22, 23, 23]
+
+
 def test_cost_is_the_share_of_the_newest_window() -> None:
     aggregate = Aggregate(facts(counter()))
 

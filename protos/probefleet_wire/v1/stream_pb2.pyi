@@ -698,6 +698,8 @@ class EventChunk(_message.Message):
     GAPS_FIELD_NUMBER: _builtins.int
     START_POSITION_FIELD_NUMBER: _builtins.int
     COUNTED_BEFORE_FIELD_NUMBER: _builtins.int
+    LOST_BY_PROGRAM_FIELD_NUMBER: _builtins.int
+    LOST_BEFORE_RING_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -709,7 +711,7 @@ class EventChunk(_message.Message):
     submitted: _builtins.int
     """cumulative: records that the program put in, where it counts them"""
     lost: _builtins.int
-    """cumulative: records that found no room"""
+    """cumulative: records that found no room in the ring"""
     dropped: _builtins.int
     """cumulative: records that the agent could not keep"""
     since_ns: _builtins.int
@@ -720,6 +722,10 @@ class EventChunk(_message.Message):
     """How many of the policy's records lay before start_position, since the ring began: what an earlier operator got is in
     a later one's total by it. Absent: nobody knows. A stream's first chunk of a ring may carry this number alone.
     """
+    lost_by_program: _builtins.int
+    """those of `lost` that the program counts itself, of all its rings together"""
+    lost_before_ring: _builtins.int
+    """cumulative: what it could not record for another reason; its tables' `lost`"""
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """"time_ns" (wall clock), "pod_uid", "container_id" and the record's fields"""
@@ -746,10 +752,12 @@ class EventChunk(_message.Message):
         gaps: _abc.Iterable[Global___Gap] | None = ...,
         start_position: _builtins.int = ...,
         counted_before: _builtins.int | None = ...,
+        lost_by_program: _builtins.int = ...,
+        lost_before_ring: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "counted_before", b"counted_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "columns", b"columns", "counted_before", b"counted_before", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "columns", b"columns", "counted_before", b"counted_before", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "lost_before_ring", b"lost_before_ring", "lost_by_program", b"lost_by_program", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__counted_before: _TypeAlias = _typing.Literal["counted_before"]  # noqa: Y015
     _WhichOneofArgType__counted_before: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before"]  # noqa: Y015
