@@ -177,7 +177,12 @@ def column(name: str, values: AnyArray | Sequence[str] | Sequence[int] | Sequenc
     """A named column of a message: a NumPy array of numbers, or a sequence of strings (or numbers)."""
     if not isinstance(values, np.ndarray) and values and isinstance(values[0], str):
         return stream_pb2.Column(name=name, strings=pack_strings(str(value) for value in values))
-    array = np.asarray(values)
+    if not isinstance(values, np.ndarray) and values and isinstance(values[0], int):
+        # NumPy's own choice for small numbers beside those from 2⁶³ on (addresses) is a float, which rounds them.
+        numbers = [int(value) for value in values]
+        array: AnyArray = np.array(numbers, np.uint64 if max(numbers) > np.iinfo(np.int64).max else np.int64)
+    else:
+        array = np.asarray(values)
     if array.dtype.kind in "UO":
         return stream_pb2.Column(name=name, strings=pack_strings(array.tolist()))
     if array.dtype.kind == "f" and len(array):

@@ -177,6 +177,8 @@ def test_hostile_strings_are_refused_in_words(strings: stream_pb2.Strings, words
 @pytest.mark.parametrize(
     ("values", "kind", "back"),
     [
+        ([0, 2**63 + 1, 2**64 - 1], "integers", [0, 2**63 + 1, 2**64 - 1]),
+        ([-(2**63), 0], "integers", [-(2**63), 0]),
         (["a", "b", "a"], "strings", ["a", "b", "a"]),
         (np.array(["a", "b"], dtype=object), "strings", ["a", "b"]),
         (np.array(["a", "b"]), "strings", ["a", "b"]),
