@@ -74,6 +74,7 @@ class Rows:
     pending_count: int = 0
     overflowed: bool = False
     went: int = 0  # how often a key went, or began anew
+    _other: int = -1  # the row of groups beyond ``MAX_ROWS``; it is no group's
     _rows: dict[GroupKey, int] = field(default_factory=dict)
     _keys: list[GroupKey] = field(default_factory=list)
     _raw: npt.NDArray[Any] | None = None  # sorted, as void
@@ -191,6 +192,8 @@ class Rows:
             return None
         new = self._keys[self._sent_keys :]
         table = stream_pb2.Table(first_new_row=self._sent_keys, new_rows=len(new), width=self.width)
+        if self.overflowed and self._other >= self._sent_keys:
+            table.other_row = 1 + self._other
         if new:
             for index, name in enumerate(self.names):
                 table.keys.append(columns.column(name, _as_column([key[index] for key in new])))
@@ -262,15 +265,17 @@ class Rows:
 
     def _row(self, group: GroupKey) -> int:
         row = self._rows.get(group)
-        if row is None:
-            if len(self._keys) >= MAX_ROWS:
-                self.overflowed = True
-                group = tuple("(other)" if isinstance(part, str) else -1 for part in group)
-                if group in self._rows:
-                    return self._rows[group]
+        if row is not None:
+            return row
+        if len(self._keys) < MAX_ROWS:
             row = self._rows[group] = len(self._keys)
             self._keys.append(group)
-        return row
+            return row
+        if not self.overflowed:
+            self.overflowed, self._other = True, len(self._keys)
+            # Of the columns' types; ``other_row`` says what it is.
+            self._keys.append(tuple("" if isinstance(part, str) else 0 for part in group))
+        return self._other
 
 
 def _as_column(parts: list[str | int | float]) -> list[str] | list[int] | list[float]:

@@ -94,6 +94,15 @@ class Keys:
                 parts.append(["?"] * count)
             else:
                 raise columns.ColumnsError(f"new rows of output {table.output[:64]!r} without column {name!r}")
+        if table.other_row:
+            other = table.other_row - 1 - table.first_new_row
+            if not 0 <= other < count:
+                raise columns.ColumnsError(f"output {table.output[:64]!r}: row {other} of {count} new ones is (other)")
+            # All that found no room on the node, under one name whatever the columns' types are.
+            parts = [
+                part if name == NODE else [*part[:other], result.OTHER, *part[other + 1 :]]
+                for name, part in zip(self.names, parts, strict=True)
+            ]
         if POD_UID in self.names:
             uids = parts[self.names.index(POD_UID)]
             parts.append(["" if uid in _SPECIAL else node for uid in uids])

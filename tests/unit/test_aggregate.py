@@ -419,6 +419,22 @@ def test_beyond_a_thousand_rows_the_rest_is_one_and_totals_stay_exact() -> None:
     assert total.whole == sum(range(1, 1501))
 
 
+def test_what_found_no_room_on_its_node_is_other_whatever_it_is_grouped_by() -> None:
+    aggregate = Aggregate(facts(counter("node", "pod", "key.port")))
+    for name in ("a", "b"):
+        node = FakeNode(name, keys=("pod_uid", "key.port"))
+        node.add("uid-web-1", 0, count=23)
+        node.add("", 0, count=7)
+        batch = node.batch(10)
+        batch.tables[0].other_row = 2
+        apply(aggregate, node, batch)
+        node.add("", 0, count=3)
+        apply(aggregate, node, node.batch(20))
+    assert totals(aggregate) == {
+        (name, *key): count for name in ("a", "b") for key, count in ((("web-1", 0), 23), (("(other)", "(other)"), 10))
+    }
+
+
 def test_keys_beyond_the_bound_are_counted_under_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_NODE_KEYS", 10)
     aggregate = Aggregate(facts(counter("key.pid", kind=O.TOPK)))
@@ -794,6 +810,7 @@ def pack(values: list[int], dtype: type = np.uint64) -> bytes:
         (table(rows=pack([0, 0])), "do not ascend"),
         (table(rows=pack([1, 2])), "a row that has no key"),
         (table(gone=pack([2])), "a row that has no key"),
+        (table(other_row=3), "row 2 of 2 new ones"),
         (table(rows=pack([0])), "2 values of uint64 for 1 rows"),
         (table(values=pack([5, -6], np.int64)), "unsigned"),
         (table(values=columns.pack([0.5, 1.5])), "float64"),

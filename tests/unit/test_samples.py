@@ -71,6 +71,8 @@ class Operator:
         assert table.first_new_row == len(self.keys)
         parts = [columns.read_column(column, table.new_rows) for column in table.keys]
         self.keys += [tuple(key) for key in zip(*(list(part) for part in parts), strict=True)]
+        if table.other_row:
+            self.keys[table.other_row - 1] = ()
         rows = columns.unpack_unsigned(table.rows, limit=100_000).tolist()
         values = columns.unpack_unsigned(table.values, limit=1_000_000).reshape(-1, table.width).tolist()
         for row, value in zip(rows, values, strict=True):
@@ -308,7 +310,23 @@ def test_groups_beyond_the_limit_share_one_row_and_no_count_is_lost(monkeypatch:
     table.update(as_keys([1, 2, 3, 4]), np.array([3, 5, 7, 11], np.uint64), each)
     operator.take(table.table())
     assert table.overflowed
-    assert operator.totals == {("key 1", 1): [3], ("key 2", 2): [5], ("(other)", -1): [18]}
+    assert operator.totals == {("key 1", 1): [3], ("key 2", 2): [5], (): [18]}
+
+
+def test_the_row_of_the_rest_is_no_groups_and_leaves_the_numbers_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MAX_ROWS", 3)
+    numbers = [2**64 - 1, 0xFFFFFFFF81000001, 0xFFFFFFFF81000002, 7, 11]  # addresses of the kernel
+
+    def each(keys: npt.NDArray[np.uint8]) -> Classified:
+        zeros = np.zeros(len(keys), np.int64)
+        return Classified([(number,) for number in numbers], zeros.astype(bool), zeros)
+
+    operator, table = Operator(), Rows(1, ("address",))
+    table.update(as_keys(range(5)), np.array([2, 3, 5, 7, 11], np.uint64), each)
+    operator.take(table.table())
+    assert operator.totals == {(number,): [count] for number, count in zip(numbers[:3], (2, 3, 5), strict=True)} | {
+        (): [18]
+    }
 
 
 def test_an_output_without_groups_is_one_row() -> None:

@@ -526,6 +526,7 @@ class Table(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     MAX_ENTRIES_FIELD_NUMBER: _builtins.int
+    OTHER_ROW_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
@@ -551,6 +552,8 @@ class Table(_message.Message):
     """places of the map that are taken, where it is a hash; keys of ended pods keep theirs"""
     max_entries: _builtins.int
     """places that it has; 0: it is no hash, and cannot fill up"""
+    other_row: _builtins.int
+    """1 + the row of all groups that found no room, where it is among the new ones"""
     gone: _builtins.bytes
     """columns.pack(uint32[n]): rows of a gauge that hold nothing, until `rows` has them again"""
     @_builtins.property
@@ -582,11 +585,12 @@ class Table(_message.Message):
         generation: _builtins.int = ...,
         entries: _builtins.int = ...,
         max_entries: _builtins.int = ...,
+        other_row: _builtins.int = ...,
         gone: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "gone", b"gone", "keys", b"keys", "lost", b"lost", "max_entries", b"max_entries", "new_rows", b"new_rows", "output", b"output", "policy_uid", b"policy_uid", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "gone", b"gone", "keys", b"keys", "lost", b"lost", "max_entries", b"max_entries", "new_rows", b"new_rows", "other_row", b"other_row", "output", b"output", "policy_uid", b"policy_uid", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
