@@ -252,10 +252,15 @@ def placed(
         complete=True,
     )
     assert made is not None
+    for state in made.nodes.values():
+        for selection in state.selections:
+            selection.ClearField("selector")  # frames that were recorded before have none
     return made
 
 
 def state_of(push: stream_pb2.Push) -> placement.NodeState:
+    for selection in push.selections:
+        selection.ClearField("selector")
     return placement.NodeState(tuple(push.plans), tuple(push.probe_maps), tuple(push.selections))
 
 
