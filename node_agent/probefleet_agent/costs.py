@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import syscall
+from probefleet_agent.kernel import clock, syscall
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.loaded import Loaded, Runs
 from probefleet_agent.reconcile import Digest
@@ -36,8 +36,6 @@ class Sums:
     run_time_ns: int = 0
     hook_time_ns: int = 0
     stats_time_ns: int = 0
-    misses: int = 0
-    earlier_misses: int = 0  # of programs that others took the place of
     over: int = 0
 
 
@@ -76,12 +74,13 @@ class Costs:
 
     def stat(self, loaded: Loaded, policy_uids: Sequence[str]) -> stream_pb2.InstanceStat:
         """For a batch."""
-        sums = self._sums.get(Digest(loaded.digest), Sums())
+        sums, now = self._sums.get(Digest(loaded.digest), Sums()), loaded.runs()
         return stream_pb2.InstanceStat(
             digest=loaded.digest, runs=sums.runs, run_time_ns=sums.run_time_ns, hook_time_ns=sums.hook_time_ns,
             stats_time_ns=sums.stats_time_ns, cost_known=self._wanted and not (loaded.unmeasured or loaded.running),
-            map_bytes=loaded.map_bytes, recursion_misses=sums.misses, policy_uids=sorted(policy_uids),
+            map_bytes=loaded.map_bytes, recursion_misses=now.recursion_misses, policy_uids=sorted(policy_uids),
             misses_before={uid: joined.misses for uid, joined in loaded.joined.items() if joined.misses},
+            epoch=f"{clock.boot_id()}:{now.first_program}",
         )  # fmt: skip
 
     def take_fresh(self) -> set[Digest]:
@@ -92,8 +91,6 @@ class Costs:
     def begin_anew(self, digest: Digest) -> None:
         """Its programs were loaded again, and count from zero: the window that is open says nothing of them."""
         self._at_open.pop(digest, None)
-        if sums := self._sums.get(digest):
-            sums.earlier_misses = sums.misses
 
     def forget(self, digest: Digest) -> None:
         """The instance is gone."""
@@ -124,7 +121,6 @@ class Costs:
         for digest, each in loaded.items():
             now = each.runs()
             sums = self._sums.setdefault(digest, Sums())
-            sums.misses = sums.earlier_misses + now.recursion_misses
             if digest not in self._at_open:
                 continue
             before = self._at_open[digest]

@@ -29,8 +29,9 @@ LINES = Layout((), 0, (Field("line", 0, LINE_BYTES, "char", type_name="char", sh
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What an instance's programs have run so far, as far as statistics were on."""
+    """What an instance's programs have run so far, as far as statistics were on; skipped runs always count."""
 
+    first_program: int  # the kernel's id; 0: there is none
     count: int
     time_ns: int  # in the programs
     hook_time_ns: int  # on the way to them, of hooks whose cost is known
@@ -178,6 +179,7 @@ class Loaded:
         """Of all programs."""
         infos = {name: syscall.program_info(fd) for name, fd in self.programs.items()}
         return Runs(
+            first_program=min((info.id for info in infos.values()), default=0),
             count=sum(info.run_count for info in infos.values()),
             time_ns=sum(info.run_time_ns for info in infos.values()),
             hook_time_ns=round(sum(info.run_count * self.hooks_ns.get(name, 0.0) for name, info in infos.items())),

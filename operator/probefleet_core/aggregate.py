@@ -102,7 +102,6 @@ class Aggregate:
         Should it come back in the same epoch, its rows take the place of those that it left.
         """
         self._seen.pop(node, None)
-        self._costs.forget(node)
 
     def events_since(self, output: str, cursor: int, *, names: Names, limit: int = events.MOST_KEPT) -> events.Page:
         """Records of an events output from ``cursor`` on (0: all that are kept). Raises KeyError for another output."""
@@ -132,7 +131,9 @@ class Aggregate:
             since_ns=min(since, default=0),
             outputs=outputs,
             coverage=self._coverage(selected_nodes, set(fresh)),
-            rate_per_second=cost.runs_per_second or (counting[0].rate_per_second if counting else 0.0),
+            # A sum of some nodes' runs would be no rate of the fleet.
+            rate_per_second=(cost.runs_known and cost.runs_per_second)
+            or (counting[0].rate_per_second if counting else 0.0),
             lost=self._lost(),
             uncounted=tuple(sorted({text for output in outputs for text in output.uncounted})[: tables.MAX_UNCOUNTED]),
             gaps=self._gaps(),

@@ -34,6 +34,7 @@ class NodeCost:
     agent_rss_bytes: int = 0
     map_bytes: int = 0
     missed: int = 0
+    missed_in: tuple[str, int] = ("", 0)  # the epoch, and what was missed in it before the policy joined
     shared_by: int = 1
 
 
@@ -54,10 +55,11 @@ class Costs:
             # Another instance, or the same loaded anew: it counts from zero.
             state.runs = state.run_time_ns = state.hook_time_ns = state.stats_time_ns = 0
             state.digest = stat.digest
-        missed = max(stat.recursion_misses - stat.misses_before.get(policy_uid, 0), 0)
-        if missed < state.missed:
+        before = stat.misses_before.get(policy_uid, 0)
+        if state.missed_in != (stat.epoch, before):
             self._retired_missed += state.missed
-        state.missed = missed
+            state.missed, state.missed_in = 0, (stat.epoch, before)
+        state.missed = max(stat.recursion_misses - before, state.missed)
         on_ns = stat.stats_time_ns - state.stats_time_ns
         if on_ns > 0:
             runs = stat.runs - state.runs
@@ -75,12 +77,6 @@ class Costs:
         state.time_ns, state.agent_cpu_ns = batch.time_ns, batch.agent_cpu_ns
         state.agent_rss_bytes, state.map_bytes = batch.agent_rss_bytes, stat.map_bytes
         state.shared_by = max(len(stat.policy_uids), 1)
-
-    def forget(self, node: str) -> None:
-        """The node is gone; what it missed stays missed."""
-        gone = self._nodes.pop(node, None)
-        if gone:
-            self._retired_missed += gone.missed
 
     @property
     def missed(self) -> int:
@@ -103,6 +99,7 @@ class Costs:
             max_node=worst,
             mean_cores=sum(state.cores for state in known.values()) / len(known) if known else 0.0,
             runs_per_second=sum(state.runs_per_second for state in here.values()),
+            runs_known=_runs_known(list(here.values())),
             max_map_bytes=max(state.map_bytes for state in here.values()),
             total_map_bytes=sum(state.map_bytes for state in here.values()),
             max_agent_cores=max(state.agent_cores for state in here.values()),
@@ -110,3 +107,10 @@ class Costs:
             max_agent_rss_bytes=max(state.agent_rss_bytes for state in here.values()),
             shared_by=max(state.shared_by for state in here.values()),
         )
+
+
+def _runs_known(here: list[NodeCost]) -> bool:
+    """Is the sum of the runs the fleet's? Not where a node will never tell, nor before most of them have."""
+    telling = sum(state.stats_time_ns > 0 for state in here)
+    mute = any(not state.stats_time_ns and not state.measuring for state in here)
+    return not mute and 2 * telling > len(here)

@@ -196,7 +196,8 @@ class Cost:
     max_cores: float = 0.0
     max_node: str = ""
     mean_cores: float = 0.0
-    runs_per_second: float = 0.0
+    runs_per_second: float = 0.0  # of the nodes that can tell
+    runs_known: bool = False  # which are all, or all but some that have begun just now
     max_map_bytes: int = 0
     total_map_bytes: int = 0
     max_agent_cores: float = 0.0

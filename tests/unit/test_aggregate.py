@@ -544,19 +544,35 @@ def test_cost_is_the_share_of_the_newest_window() -> None:
     assert (cost.known_nodes, cost.unknown_nodes, cost.max_node, cost.shared_by) == (1, 1, "a", 2)
     assert cost.measuring_nodes == 1
     assert cost.max_cores == pytest.approx(0.04 + 3000 * 1e-6)
-    assert ask(aggregate, 20).rate_per_second == cost.runs_per_second == 3000
+    assert (cost.runs_per_second, cost.runs_known) == (3000, False)
+    assert ask(aggregate, 20).rate_per_second == 0, "it is not the fleet's"
     assert (cost.max_map_bytes, cost.total_map_bytes) == (4096, 3 * 4096)
     assert cost.max_agent_cores == pytest.approx(0.01)
     # Loaded anew: counts from zero.
-    send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND, recursion_misses=2)
+    send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
     assert ask(aggregate, 30).cost.runs_per_second == 500
-    send("a", 4, 40, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
-    assert ask(aggregate, 40).cost.runs_per_second == 500  # statistics were off in between
-    assert ask(aggregate, 40).lost == 2
+    send("a", 4, 55, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
+    assert ask(aggregate, 55).rate_per_second == 500  # statistics were off in between, and the others are not fresh
     aggregate.forget("a")
-    assert (ask(aggregate, 40).cost.max_node, ask(aggregate, 40).lost) == ("", 2)
+    assert ask(aggregate, 55).cost.max_node == ""
     aggregate.forget("nobody")
     assert ask(aggregate, 400).cost == result.Cost()
+
+
+def test_runs_that_were_skipped_count_once_whatever_becomes_of_node_agent_and_programs() -> None:
+    aggregate = Aggregate(facts(counter()))
+    lost = []
+    for sequence, (epoch, misses) in enumerate(
+        [("boot-1:7", 2), ("boot-1:7", 3), ("boot-2:5", 4), ("boot-2:5", 4), ("boot-2:9", 0), ("boot-2:9", 11)], 1
+    ):
+        if sequence == 4:
+            aggregate.forget("a")  # its Node was deleted, and made anew
+        batch = stream_pb2.Batch(sequence=sequence, time_ns=START + sequence * SECOND)
+        batch.instances.add(digest="d1", policy_uids=[UID], recursion_misses=misses, epoch=epoch)
+        aggregate.apply("a", 1, batch, START)
+        lost.append(ask(aggregate, sequence).lost)
+    # A reboot, and programs that were loaded anew for a map that grew, count from zero.
+    assert lost == [2, 3, 3 + 4, 3 + 4, 3 + 4, 3 + 4 + 11]
 
 
 def test_runs_skipped_before_a_policy_joined_are_not_its_loss() -> None:

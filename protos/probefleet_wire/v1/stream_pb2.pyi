@@ -804,6 +804,7 @@ class InstanceStat(_message.Message):
     POLICY_UIDS_FIELD_NUMBER: _builtins.int
     HOOK_TIME_NS_FIELD_NUMBER: _builtins.int
     MISSES_BEFORE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     STATS_TIME_NS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     runs: _builtins.int
@@ -813,8 +814,11 @@ class InstanceStat(_message.Message):
     """false: no CAP_SYS_ADMIN, no BPF_ENABLE_STATS, or a hook that cannot be measured"""
     map_bytes: _builtins.int
     recursion_misses: _builtins.int
+    """cumulative in the epoch"""
     hook_time_ns: _builtins.int
     """runs × what the hook itself costs, as measured on the node; the kernel does not see it"""
+    epoch: _builtins.str
+    """"<boot id>:<kernel id of the first program>" """
     stats_time_ns: _builtins.int
     """how long stats were on, cumulative: runs and run_time_ns belong to that time"""
     @_builtins.property
@@ -835,11 +839,12 @@ class InstanceStat(_message.Message):
         policy_uids: _abc.Iterable[_builtins.str] | None = ...,
         hook_time_ns: _builtins.int = ...,
         misses_before: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        epoch: _builtins.str = ...,
         stats_time_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "hook_time_ns", b"hook_time_ns", "map_bytes", b"map_bytes", "misses_before", b"misses_before", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_known", b"cost_known", "digest", b"digest", "epoch", b"epoch", "hook_time_ns", b"hook_time_ns", "map_bytes", b"map_bytes", "misses_before", b"misses_before", "policy_uids", b"policy_uids", "recursion_misses", b"recursion_misses", "run_time_ns", b"run_time_ns", "runs", b"runs", "stats_time_ns", b"stats_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
