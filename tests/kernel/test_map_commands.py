@@ -126,6 +126,27 @@ def test_what_is_wrong_is_said(running: policies.Run, arguments: tuple[str, ...]
     assert re.search(says, str(done.exception)), done.exception
 
 
+@pytest.mark.parametrize("kind", ["QUEUE", "STACK", "RINGBUF", "PERF_EVENT_ARRAY"])
+def test_what_a_dump_would_take_out_is_left_to_outputs(kind: str) -> None:
+    types = {
+        "PERF_EVENT_ARRAY": "__uint(key_size, 4); __uint(value_size, 4);",
+        "RINGBUF": "__uint(max_entries, 4096);",
+    }
+    inside = types.get(kind, "__uint(max_entries, 8); __type(value, u64);")
+    source = f"""
+struct {{ __uint(type, BPF_MAP_TYPE_{kind}); {inside} }} records SEC(".maps");
+u64 calls = 0;
+ON_CALL {{ if (ours()) calls++; return 0; }}
+"""
+    outputs = [{"name": "calls", "from": {"map": ".bss", "value": "calls"}, "counter": {}}]
+    with policies.run(policies.c_policy(source, name="mine", outputs=outputs)):
+        done = CliRunner().invoke(main.machine, ["map", "dump", "mine", "records"])
+    assert str(done.exception) == (
+        f"map records is of type {kind.lower().replace('_', '-')}, which is not read: reading takes its entries out; "
+        "an output with events: {} does"
+    )
+
+
 WRITTEN = {
     "HASH": "",
     "PERCPU_HASH": "",

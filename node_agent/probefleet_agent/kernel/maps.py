@@ -112,8 +112,9 @@ def read(fd: SupportsIndex, info: MapInfo) -> tuple[Bytes, Bytes]:
         return _read_inner(fd, info)
     if info.type in map_types.STORAGE:
         return map_storage.read_storage(fd, info)
-    if info.type in map_types.POPPED or (info.type != MapType.STACK_TRACE and why_not_read(info)):
-        why = why_not_read(info) or "reading takes its entries out"
+    drained = map_types.read_as(info.type) is Read.RECORDS
+    if drained or (info.type != MapType.STACK_TRACE and why_not_read(info)):
+        why = why_not_read(info) or "reading takes its entries out; an output with events: {} does"
         raise ProbefleetError(f"map {info.name} is of type {map_types.name_of(info.type)}, which is not read: {why}")
     if info.type not in _BATCHED:
         keys, values = _read_each(fd, info)
