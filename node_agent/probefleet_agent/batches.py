@@ -207,6 +207,8 @@ def _uncounted(reader: collect.TableReader, handle: MapHandle, identities: Ident
         words.append(f"more than {samples.MAX_ROWS:,} rows: the rest is in one row (other)")
     if isinstance(reader.stacks, names.StackReader) and reader.stacks.collisions:
         words.append("stacks that collided in the stack trace map")
+    if isinstance(reader.stacks, names.StackReader) and reader.stacks.ambiguous:
+        words.append("stacks whose id is in more than one stack trace map")
     if identities.tracker.lost():
         words.append("cgroups that could not be remembered: pods that ended quickly may be missing")
     return words

@@ -179,7 +179,8 @@ class Bindings:
         if output.kind == plan_pb2.Output.STACKS:
             traces = [each for each in loaded.maps.values() if each.info.type == MapType.STACK_TRACE]
             programs = frozenset(loaded.programs)
-            stacks = names.StackReader(traces[0].fd, self._symbolizer, self.lookups, programs) if traces else None
+            fds = [each.fd for each in traces]
+            stacks = names.StackReader(fds, self._symbolizer, self.lookups, programs) if traces else None
         # An iterator's records are read anew each time; what bpftrace prints, the agent itself adds up.
         listed = handle.info.type != ITERATOR and loaded.running is None
         bound.tables[output.name] = collect.TableReader(

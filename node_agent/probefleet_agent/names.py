@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from probefleet_wire.map_types import Flag
 
 from probefleet_agent.kernel import clock, maps, symbols
 from probefleet_agent.kernel.fds import Fd
@@ -113,42 +114,86 @@ def without_own(innermost_first: Sequence[str], programs: Collection[str]) -> Se
     return innermost_first[first:]
 
 
-class StackReader:
-    """``collect.Stacks`` over one stack trace map, of an instance with these programs."""
+#: ``struct bpf_stack_build_id``, of maps with BPF_F_STACK_BUILD_ID: with status 1 a place in a file, else an address.
+_BY_BUILD_ID = np.dtype([("status", "<i4"), ("build_id", "u1", 20), ("place", "<u8")])
+_PLACE_IN_A_FILE = 1
+_KERNEL_HALF = np.uint64(1 << 63)
 
-    def __init__(self, fd: Fd, symbolizer: Symbolizer, lookups: MachineLookups, programs: Collection[str] = ()) -> None:
-        self._fd, self._info, self._programs = fd, maps.info(fd), programs
-        self._symbolizer, self._lookups = symbolizer, lookups
-        self.collisions = 0
+
+def _of_kernel(addresses: npt.NDArray[np.uint64]) -> bool:
+    return bool(len(addresses)) and bool(addresses[0] >= _KERNEL_HALF)
+
+
+class StackReader:
+    """``collect.Stacks`` over an instance's stack trace maps; ``programs`` are those of the instance.
+
+    An id does not say which map it is of. Where several maps have one of that number, it is the one with addresses of
+    the right half, the kernel's or the user's; where that leaves several, none is taken, and it is counted.
+    """
+
+    def __init__(
+        self, fds: Sequence[Fd], symbolizer: Symbolizer, lookups: MachineLookups, programs: Collection[str] = ()
+    ) -> None:
+        self._maps = [(fd, maps.info(fd)) for fd in fds]
+        self._symbolizer, self._lookups, self._programs = symbolizer, lookups, programs
+        self.collisions = self.ambiguous = 0
 
     def folded(
         self, pids: Sequence[int], kernel_ids: Sequence[int | None], user_ids: Sequence[int | None]
     ) -> list[str]:
         """``command;outermost;…;innermost`` of each: user frames first, kernel frames marked ``_[k]``."""
-        users = [self._addresses(each) for each in user_ids]
+        users = [self._addresses(each, pid) for pid, each in zip(pids, user_ids, strict=True)]
+        # What its type calls a stack, and no more, may be one of the kernel.
         named = iter(
-            self._symbolizer.users([(pid, user) for pid, user in zip(pids, users, strict=True) if user is not None])
+            self._symbolizer.users(
+                [
+                    (pid, user)
+                    for pid, user in zip(pids, users, strict=True)
+                    if user is not None and not _of_kernel(user)
+                ]
+            )
         )
         found = []
         for pid, user, kernel_id in zip(pids, users, kernel_ids, strict=True):
             parts = [self._lookups.command(pid) or (f"pid {pid}" if pid else "idle")]
-            if user is not None:
+            kernels = [self._addresses(kernel_id)]
+            if user is not None and _of_kernel(user):
+                kernels.append(user)
+            elif user is not None:
                 parts += reversed(next(named))
-            kernel = self._addresses(kernel_id)
-            if kernel is not None:
-                functions = without_own(self._symbolizer.kernel(kernel), self._programs)
-                parts += [f"{name}_[k]" for name in reversed(functions)]
+            for kernel in kernels:
+                if kernel is not None:
+                    functions = without_own(self._symbolizer.kernel(kernel), self._programs)
+                    parts += [f"{name}_[k]" for name in reversed(functions)]
             found.append(";".join(part.replace(";", ":") for part in parts))
         return found
 
-    def _addresses(self, stack_id: int | None) -> npt.NDArray[np.uint64] | None:
+    def _addresses(self, stack_id: int | None, pid: int | None = None) -> npt.NDArray[np.uint64] | None:
+        """Of the kernel, or of the process."""
         if stack_id is None or stack_id < 0:
             self.collisions += stack_id == _COLLISION
             return None
         key = np.array([stack_id], np.uint32).view(np.uint8).reshape(1, 4)
-        values, there = maps.lookup_many(self._fd, self._info, key)
-        if not there[0]:
-            return None
-        addresses = np.asarray(values[0].view(np.uint64))
-        found: npt.NDArray[np.uint64] = addresses[addresses != 0]
+        stacks: dict[bytes, npt.NDArray[np.uint64]] = {}
+        for fd, info in self._maps:
+            values, there = maps.lookup_many(fd, info, key)
+            if there[0]:
+                addresses = self._read(values[0], info, pid)
+                stacks[addresses.tobytes()] = addresses
+        found = [each for each in stacks.values() if _of_kernel(each) == (pid is None)] or [*stacks.values()]
+        self.ambiguous += len(found) > 1
+        return found[0] if len(found) == 1 else None
+
+    def _read(self, value: npt.NDArray[np.uint8], info: maps.MapInfo, pid: int | None) -> npt.NDArray[np.uint64]:
+        if not info.flags & Flag.STACK_BUILD_ID:
+            addresses = value.view(np.uint64)
+            plain: npt.NDArray[np.uint64] = addresses[addresses != 0]
+            return plain
+        frames = value.view(_BY_BUILD_ID)
+        frames = frames[frames["status"] != 0]
+        in_files = frames["status"] == _PLACE_IN_A_FILE
+        found: npt.NDArray[np.uint64] = frames["place"].astype(np.uint64)
+        if pid is not None and in_files.any():
+            places = [(each["build_id"].tobytes().hex(), int(each["place"])) for each in frames[in_files]]
+            found[in_files] = self._symbolizer.loaded_at(pid, places)
         return found

@@ -27,6 +27,7 @@ UNKNOWN = "[unknown]"
 # Symbol tables are kept for this many bytes from one reading to the next; the agent is to stay small.
 CACHE_BYTES = 8 << 20
 MAX_MAPS_LINES = 65536
+MAX_BUILD_IDS = 1024
 _SYMBOL = re.compile(rb"^([0-9a-f]+) [tTwW] (\S+)", re.MULTILINE)
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ (\d+) *(.*)$")
 _DEBUG = "/usr/lib/debug/.build-id"
@@ -164,6 +165,7 @@ class Symbolizer:
         self.resolved = 0
         self.unknown = 0
         self._files: OrderedDict[_FileKey, _File] = OrderedDict()
+        self._build_ids: OrderedDict[_FileKey, str] = OrderedDict()
 
     def kernel(self, addresses: Addresses) -> list[str]:
         """Names of kernel addresses."""
@@ -202,6 +204,27 @@ class Symbolizer:
             _libc.malloc_trim(0)
         ends = np.cumsum(lengths).tolist()
         return [self._counted(names[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+    def loaded_at(self, pid: int, places: Sequence[tuple[str, int]]) -> Addresses:
+        """Where a process has (build id, offset in the file); 0 where it has no such file, or is gone."""
+        found = np.zeros(len(places), np.uint64)
+        wanted = {build_id for build_id, _ in places}
+        for mapping in _mappings(pid):
+            file = _Wanted(pid, mapping, np.zeros(0, np.int64))
+            if not mapping.path.startswith("/") or (key := file.key()) is None:
+                continue
+            if key not in self._build_ids:
+                self._build_ids[key] = build_id(file.path())
+                if len(self._build_ids) > MAX_BUILD_IDS:
+                    self._build_ids.popitem(last=False)
+            its_own = self._build_ids.get(key)
+            if its_own not in wanted:
+                continue
+            for index, (of_file, offset) in enumerate(places):
+                at = offset - mapping.offset
+                if of_file == its_own and 0 <= at < mapping.end - mapping.start:
+                    found[index] = mapping.start + at
+        return found
 
     def _name_file(self, key: _FileKey, places: list[_Wanted], everything: Addresses, names: list[str]) -> None:
         file = self._file(key, places)
