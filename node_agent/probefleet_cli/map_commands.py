@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,12 @@ def list_maps(*, output: str, bpffs: Path) -> None:
     """Every map that is pinned here, by policy."""
     rows: list[dict[str, Any]] = []
     for each in _pinned(bpffs):
-        with _opened(each) as (fd, info):
-            rows.append(_listed(each, fd, info))
+        try:
+            with syscall.obj_get(str(each.path)) as fd:
+                rows.append(_listed(each, fd, kernel_maps.info(fd)))
+        except agent_errors.KernelError as error:
+            if error.errno != errno.ENOENT:  # its policy has just gone
+                raise Failure(str(error)) from error
     if output == "json":
         click.echo(json.dumps({"maps": rows}, indent=2, ensure_ascii=False))
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from probefleet_agent.kernel import maps
-from probefleet_cli import main
+from probefleet_cli import main, map_commands
 
 from tests.kernel import policies
 from tests.kernel.support import call_getppid
@@ -103,6 +104,17 @@ def test_all_of_a_policys_maps_are_listed(running: policies.Run) -> None:
     assert mine["nets"]["type"] == "lpm-trie" and mine["nets"]["flags"] == ["no_prealloc"]
     assert mine["ways"]["notRead"] == "it holds programs" and mine["table"]["bytes"] > 0
     assert "default/mine" in command("list") and "percpu-array" in command("list")
+
+
+def test_maps_that_go_while_they_are_listed_are_left_out(
+    running: policies.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = list(map_commands._pinned(Path("/sys/fs/bpf")))
+    gone = map_commands.Pinned(("default/gone",), "table", policies.folder() / "map_gone", None)
+    monkeypatch.setattr(map_commands, "_pinned", lambda _: iter([gone, *there]))
+    listed = json.loads(command("list", "--output", "json"))["maps"]
+    assert "default/mine" in {owner for row in listed for owner in row["policies"]}
+    assert "default/gone" not in {owner for row in listed for owner in row["policies"]}
 
 
 @pytest.mark.parametrize(
