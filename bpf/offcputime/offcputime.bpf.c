@@ -79,7 +79,7 @@ static __always_inline s32 stack(void *ctx, u64 flags)
 	return id;
 }
 
-static __always_inline void leave(void *ctx, struct task_struct *task)
+static __always_inline void leave(void *ctx, struct task_struct *task, u64 now)
 {
 	struct leaving leaving;
 	u64 key = (u64)task;
@@ -91,12 +91,12 @@ static __always_inline void leave(void *ctx, struct task_struct *task)
 	leaving.sleeper.pid = task->tgid;
 	leaving.sleeper.kernel_stack = stack(ctx, 0);
 	leaving.sleeper.user_stack = stack(ctx, BPF_F_USER_STACK);
-	leaving.since = bpf_ktime_get_ns();
+	leaving.since = now;
 	if (bpf_map_update_elem(&away, &key, &leaving, BPF_ANY))
 		probefleet_count_lost(PROBEFLEET_LOST_UPDATE);
 }
 
-static __always_inline void come_back(struct task_struct *task)
+static __always_inline void come_back(struct task_struct *task, u64 now)
 {
 	u64 key = (u64)task, elapsed;
 	struct leaving *found, leaving;
@@ -107,7 +107,7 @@ static __always_inline void come_back(struct task_struct *task)
 		return;
 	leaving = *found;
 	bpf_map_delete_elem(&away, &key);
-	elapsed = bpf_ktime_get_ns() - leaving.since;
+	elapsed = now - leaving.since;
 	if (elapsed < minimum)
 		return;
 	sleep = probefleet_value(&sleeps, &leaving.sleeper, &no_sleep);
@@ -121,17 +121,18 @@ static __always_inline void come_back(struct task_struct *task)
 SEC("tp_btf/sched_switch")
 int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_struct *next)
 {
-	u64 state = state_of(prev), key;
+	/* One moment for both: what taking the stack of one costs is not added to the other's time off the CPU. */
+	u64 state = state_of(prev), key, now = bpf_ktime_get_ns();
 
 	if (state & TASK_DEAD) {
 		key = (u64)prev;
 		bpf_map_delete_elem(&away, &key);
 	} else if (prev->pid && probefleet_selected_process(prev->tgid) && (preempted || (!preempt && state))) {
 		/* Preempted on its way to sleep it stays on the queue, whatever its state says. */
-		leave(ctx, prev);
+		leave(ctx, prev, now);
 	}
 	if (next->pid)
-		come_back(next);
+		come_back(next, now);
 	return 0;
 }
 

@@ -280,8 +280,10 @@ def test_997_sleeps_have_their_time_and_their_stack(web: Path, preempted: str) -
                 assert set(keys["pid"]) == {workload.pid}
                 assert 997 * 500_000 <= nanoseconds <= elapsed
                 if preempted == "true":
-                    # Off the CPU and on it are all of the time, but for what went by before and after.
-                    assert 0.9 * elapsed <= nanoseconds + ran_ns <= 1.01 * elapsed
+                    # Off the CPU and on it are all of the time, but for what went by before and after. The scheduler
+                    # lets a thread that preempts another run from its wake-up on (rq_clock_skip_update), which is some
+                    # microseconds before the switch: on a busy machine it has each sleep a little shorter than we.
+                    assert 0.9 * elapsed <= nanoseconds + ran_ns <= elapsed + made.queued * 20_000
                 if probe.lost()[3] == 0:
                     asleep = [
                         int(value["nanoseconds"])
