@@ -17,7 +17,7 @@ from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Failure
-from probefleet_agent.kernel import map_storage, maps, uapi
+from probefleet_agent.kernel import clock, map_storage, maps, uapi
 from probefleet_agent.kernel.rings import Records, RingReader
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import ITERATOR, LOST, Loaded, MapHandle
@@ -225,6 +225,9 @@ def _records(records: Records, record_bytes: int) -> collect.Bytes:
 def _beginning(instance: Loaded, handle: MapHandle, reader: collect.TableReader) -> tuple[str, int]:
     """The epoch of a table, and since when it counts."""
     epoch = handle.epoch
+    if handle.probe_map_uid:
+        # It holds what others counted before this policy came. One that is not ours is no older than this boot.
+        return epoch, handle.since_ns or clock.booted_ns()
     if reader.baseline is not None:
         # A policy that left and came again counts from nothing once more: another epoch.
         return f"{epoch}:{reader.baseline.since_ns:x}", reader.baseline.since_ns

@@ -310,7 +310,8 @@ class Executor:
             opened.load()
             fd = opened.map_fd(spec.map)
         definition = next(each for each in parsed.maps if each.name == spec.map)
-        return MapHandle(spec.map, fd, maps.info(fd), map_layout.layout_of(parsed, definition), spec.uid)
+        layout = map_layout.layout_of(parsed, definition)
+        return MapHandle(spec.map, fd, maps.info(fd), layout, spec.uid, since_ns=time.time_ns())
 
     def remember_map(self, spec: plan_pb2.ProbeMap, handle: MapHandle) -> None:
         """Write its manifest anew."""
@@ -323,7 +324,8 @@ class Executor:
         spec = plan_pb2.ProbeMap.FromString(base64.b64decode(told["spec"]))
         fd = pinned.maps["map"]
         layout = Layout.from_json(told["layout"]) if told["layout"] else None
-        return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid, heir_of=told.get("heir_of", 0))
+        heir_of, since_ns = told.get("heir_of", 0), told.get("since_ns", 0)
+        return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid, heir_of=heir_of, since_ns=since_ns)
 
     def _measure_hooks(self, loaded: Loaded) -> None:
         """What each program's hooks cost a run: the dearest's, where it has several."""
@@ -369,7 +371,8 @@ def pin_map(folder: pins.Folder, spec: plan_pb2.ProbeMap, handle: MapHandle) -> 
 
 def _map_manifest(spec: plan_pb2.ProbeMap, handle: MapHandle) -> bytes:
     layout = handle.layout.to_json() if handle.layout else ""
-    return json.dumps({"spec": b64(spec), "layout": layout, "heir_of": handle.heir_of}).encode()
+    told = {"spec": b64(spec), "layout": layout, "heir_of": handle.heir_of, "since_ns": handle.since_ns}
+    return json.dumps(told).encode()
 
 
 def wait(*begun: Loaded) -> None:

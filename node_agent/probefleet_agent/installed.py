@@ -95,7 +95,7 @@ class Installed:
                 continue
             for handle in loaded.maps.values():
                 if shared := self.maps.get(MapUid(handle.probe_map_uid)):
-                    handle.heir_of = shared[1].heir_of
+                    handle.heir_of, handle.since_ns = shared[1].heir_of, shared[1].since_ns
             self.loaded[digest] = loaded
             if time.time_ns() - loaded.asked_ns > FORGOTTEN_NS:
                 log.warning("no operator has asked for this instance in an hour: removed", digest=name)

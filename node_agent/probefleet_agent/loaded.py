@@ -49,6 +49,9 @@ class MapHandle:
     probe_map_uid: str = ""  # of the ProbeMap that it is, where it is shared
     ring: KeptRing | None = None  # where its records are not the kernel's: lines of a process
     heir_of: int = 0  # kernel id of the first map whose entries it goes on with: a ProbeMap that grew
+    since_ns: int = (
+        0  # of a ProbeMap: when the first one was made, which may be long before who reads it; 0: nobody knows
+    )
 
     @property
     def epoch(self) -> str:

@@ -94,7 +94,7 @@ def grow(
 
     Raises ProbefleetError; then nothing new is left, and users that are halted are to be resumed.
     """
-    new = replace(new, heir_of=old.heir_of or old.info.id)
+    new = replace(new, heir_of=old.heir_of or old.info.id, since_ns=old.since_ns)
     title = f"ProbeMap {spec.namespace}/{spec.name}"
     step = f"{title} grew from {old.info.max_entries:,} to {new.info.max_entries:,} entries"
     with contextlib.ExitStack() as undo:

@@ -184,9 +184,10 @@ def _taken(
     try:
         for name in (*opened.map_names, *(each for each in opened.section_names if each in definitions)):
             fd = opened.map_fd(name)
-            uid, heir_of = (shared[name].probe_map_uid, shared[name].heir_of) if name in shared else ("", 0)
-            layout = map_layout.layout_of(parsed, definitions[name])
-            loaded.maps[name] = MapHandle(name, fd, maps.info(fd), layout, uid, heir_of=heir_of)
+            made = MapHandle(name, fd, maps.info(fd), map_layout.layout_of(parsed, definitions[name]))
+            if theirs := shared.get(name):
+                made.probe_map_uid, made.heir_of, made.since_ns = theirs.probe_map_uid, theirs.heir_of, theirs.since_ns
+            loaded.maps[name] = made
         for program in opened.program_names:
             if opened.autoload(program):
                 loaded.programs[program] = opened.program_fd(program)

@@ -18,6 +18,12 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@functools.cache
+def booted_ns() -> int:
+    """When this machine was started, by the wall clock of now."""
+    return offset_ns(time.CLOCK_BOOTTIME)
+
+
 def offset_ns(clock: int = time.CLOCK_MONOTONIC) -> int:
     """Wall clock minus the kernel's clock (bpf_ktime_get_ns() is CLOCK_MONOTONIC, …_boot_ns() CLOCK_BOOTTIME).
 
