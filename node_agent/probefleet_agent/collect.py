@@ -135,7 +135,7 @@ class TableReader:
     def unnamed(self, now_ns: int) -> int:
         """Cgroups of the last reading that nobody can tell whose they are, for longer than a name takes to come."""
         known = self._unnamed_since_ns if self.book.current else {}
-        self._unnamed_since_ns = {cgroup: known.get(cgroup, now_ns) for cgroup in self._unnamed}
+        self._unnamed_since_ns = {cgroup: min(known.get(cgroup, now_ns), now_ns) for cgroup in self._unnamed}
         return sum(now_ns - since >= HOLD_NS for since in self._unnamed_since_ns.values())
 
     def _width(self) -> int:
@@ -252,7 +252,7 @@ class EventReader:
         stop = len(records)
         if pending.any():
             waiting_since_ns = self._waiting_since_ns if self.book.current else 0
-            self._waiting_since_ns = waiting_since_ns or now_ns
+            self._waiting_since_ns = min(waiting_since_ns or now_ns, now_ns)  # the clock may have been set back
             if now_ns - self._waiting_since_ns < HOLD_NS:
                 stop = int(np.flatnonzero(pending)[0])
                 end_position = int(positions[stop])

@@ -64,7 +64,7 @@ class Costs:
         if not self._wanted:
             return []
         if self._fd is None:
-            if now_ns >= self._next_ns and loaded:
+            if loaded and not self._next_ns - EVERY_NS <= now_ns < self._next_ns:  # or the clock was set back
                 self._open(loaded)
                 self._next_ns = now_ns + EVERY_NS
             return []

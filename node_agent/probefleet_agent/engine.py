@@ -218,9 +218,13 @@ class Engine:
             process.ask()  # all at once: each takes a second or two
         for process in running:
             process.pump(complete=force and complete)
-        due = [uid for uid, each in bound.items() if force or now_ns >= each.due_ns]
+        # Long before it is due: the clock was set back.
+        due = [
+            uid for uid, each in bound.items()
+            if force or not each.due_ns - _interval_ns(each.plan) <= now_ns < each.due_ns
+        ]  # fmt: skip
         self._bindings.lookups.refresh()
-        if now_ns - self._followed_ns > FOLLOW_EVERY_NS:
+        if abs(now_ns - self._followed_ns) > FOLLOW_EVERY_NS:
             self._follow(now_ns)
         if due:
             self._identities.learn(scan=False)
@@ -241,12 +245,12 @@ class Engine:
             self._identities.forget_gone(now_ns, lambda: batches.cgroups_in_use(loaded, self._bindings))
             self._fill_filters()
         for uid in due:
-            interval_ns = max(bound[uid].plan.interval_ms, 100) * 1_000_000
+            interval_ns = _interval_ns(bound[uid].plan)
             # Aligned to whole intervals: the nodes' windows lie over each other.
             bound[uid].due_ns = (now_ns // interval_ns + 1) * interval_ns
         for digest in {bound[uid].digest for uid in due} | self._costs.take_fresh():
             batch.instances.append(self._costs.stat(loaded[digest], self._bindings.users(digest)))
-        if now_ns - self._remembered_ns > REMEMBER_NS:
+        if abs(now_ns - self._remembered_ns) > REMEMBER_NS:
             self._remember(now_ns)
         if not (batch.tables or batch.events or batch.instances):
             return None
@@ -447,6 +451,10 @@ def _same(one: plan_pb2.Plan, other: plan_pb2.Plan | None) -> bool:
     return other is not None and one.SerializeToString(deterministic=True) == other.SerializeToString(
         deterministic=True
     )
+
+
+def _interval_ns(plan: plan_pb2.Plan) -> int:
+    return max(plan.interval_ms, 100) * 1_000_000
 
 
 def _resident_bytes() -> int:

@@ -64,7 +64,7 @@ class Identities:
         if all(cgroup in self.book.identities for cgroup in cgroup_ids):
             return
         self.learn(scan=False)
-        if now_ns - self._scanned_ns > _SCAN_EVERY_NS and any(
+        if abs(now_ns - self._scanned_ns) > _SCAN_EVERY_NS and any(
             cgroup not in self.book.identities for cgroup in cgroup_ids
         ):
             self.learn(scan=True)
@@ -73,12 +73,13 @@ class Identities:
         """Where room for new cgroups gets short, forget those that ended an hour ago and that no map and no record
         holds (``in_use``): whose a count is must be known as long as there is the count. Returns how many went.
         """
-        if not self.tracker.crowded or now_ns - self._forgot_ns < _FORGET_EVERY_NS:
+        if not self.tracker.crowded or abs(now_ns - self._forgot_ns) < _FORGET_EVERY_NS:
             return 0
         self._forgot_ns = now_ns
         remembered = self.tracker.paths()  # before the tree: what comes in between is in neither
         gone = remembered.keys() - self.tracker.scan().keys()
-        self._gone_since_ns = {cgroup: self._gone_since_ns.get(cgroup, now_ns) for cgroup in gone}
+        # Of a moment that is yet to come the clock was set back.
+        self._gone_since_ns = {cgroup: min(self._gone_since_ns.get(cgroup, now_ns), now_ns) for cgroup in gone}
         ripe = {cgroup for cgroup, since_ns in self._gone_since_ns.items() if now_ns - since_ns >= GONE_NS}
         if ripe:
             ripe -= in_use()

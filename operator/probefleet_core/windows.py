@@ -68,6 +68,6 @@ class Windows(Generic[T]):
 
     def quiet(self, time_ns: int, *, interval_ms: int) -> None:
         """The node spoke of other things only: after a whole interval that says that nothing changed here."""
-        if time_ns - self.time_ns >= WHOLE * interval_ms * 1_000_000:
+        if not 0 <= time_ns - self.time_ns < WHOLE * interval_ms * 1_000_000:
             self.sample(time_ns)
             self.settle(interval_ms=interval_ms)

@@ -134,6 +134,18 @@ def test_an_edit_that_leaves_the_programs_alone_sends_every_row_again(folder: Pa
             assert (table.generation, table.first_new_row, table.new_rows) == (generation, 0, 1)
 
 
+def test_a_node_whose_clock_is_set_back_goes_on_sampling(folder: Path) -> None:
+    pushed = push(1)
+    pushed.plans[0].outputs.add(name="execs", map="execs")
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed)
+        now_ns, times = time.time_ns(), []
+        for at_ns in (now_ns, now_ns + 1, now_ns - 3600 * 10**9, now_ns - 3600 * 10**9 + 1):
+            batch = engine.collect(at_ns)
+            times += [batch.time_ns - now_ns] if batch and batch.tables else []
+        assert times == [0, -3600 * 10**9]
+
+
 TWO_WAYS = """
 struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, u32); __type(value, u64); }
 ways SEC(".maps");

@@ -717,6 +717,17 @@ def test_the_window_of_records_is_an_interval_however_often_they_come() -> None:
         assert out.window.whole == 23 * second if second < 9 else out.window.whole in (23 * 9, 23 * 10)
 
 
+def test_records_stop_though_the_clock_is_set_back() -> None:
+    aggregate = events_aggregate()
+    send_events(aggregate, 1, chunk([0, 48]), at=3610)
+    send_events(aggregate, 2, chunk([96, 144], start_position=96), at=3620)
+    assert ask(aggregate, 3620, "a").outputs[0].rate_per_second == 0.2
+    batch = stream_pb2.Batch(sequence=3, time_ns=START + 20 * SECOND)
+    batch.instances.add(digest="d1", policy_uids=[UID])
+    aggregate.apply("a", 1, batch, START + 3630 * SECOND)
+    assert ask(aggregate, 3630, "a").outputs[0].rate_per_second == 0
+
+
 def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
     aggregate = events_aggregate()
     old = chunk([0, 48], submitted=2, lost=4)

@@ -365,6 +365,15 @@ def test_a_record_that_nobody_claims_is_dropped_after_five_seconds_and_counted(b
     assert source.cursor == 1096
 
 
+def test_a_clock_that_is_set_back_holds_nothing_for_longer(book: Book) -> None:
+    source, table, hour_ns = events(book), reader(book, Output(kind=Output.COUNTER)), 3600 * 10**9
+    for now_ns in (hour_ns, 1, 1 + collect.HOLD_NS):
+        chunk_of(source, [IN_NEW], now_ns=now_ns)
+        table.read(keys((IN_NEW, 80, 0)), counts(23))
+        unnamed = table.unnamed(now_ns)
+    assert (source.dropped, unnamed) == (1, 1)
+
+
 def test_the_five_seconds_start_anew_for_the_next_unknown(book: Book) -> None:
     source = events(book)
     chunk_of(source, [IN_NEW], now_ns=1)
