@@ -16,7 +16,7 @@ Schema = dict[str, Any]
 
 
 def load(plural: str) -> Schema:
-    crd: Schema = yaml.safe_load((CRDS / f"{plural}.yaml").read_text())
+    crd: Schema = yaml.load((CRDS / f"{plural}.yaml").read_text(), yaml.CSafeLoader)
     return crd
 
 

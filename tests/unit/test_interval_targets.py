@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 from probefleet_core import catalog, errors, interval_targets, planner, policy, to_wire
 from probefleet_core.interval_targets import Interval, Iterator, Target
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.bpf_c import compiled
+
 SOURCE = """
 #include <probefleet.h>
 struct row { u32 state; port_t port; cgroup_id_t cgroup; comm_t name; };
@@ -32,16 +29,6 @@ ticks SEC(".maps");
 SEC("syscall") int tick(void *ctx) { u32 zero = 0; probefleet_add(&ticks, &zero, 1); return 0; }
 """
 ROW = {"map": "dump", "record": "struct row"}
-
-
-@functools.cache
-def compiled(source: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.bpf.c"
-        path.write_text(source)
-        command = ["clang", "-g", "-O2", "-target", "bpf", "-mcpu=v3", "-D__TARGET_ARCH_x86"]
-        subprocess.run([*command, f"-I{ROOT / 'bpf/include'}", "-c", path, "-o", f"{path}.o"], check=True)
-        return Path(f"{path}.o").read_bytes()
 
 
 def planned(*outputs: dict[str, Any], source: str = SOURCE, **spec: Any) -> planner.Planned:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 from probefleet_wire import bpf_code, network_programs, verdicts
 from probefleet_wire.bpf_code import EXIT
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.network_programs import CGROUP_SKB, CGROUP_SOCK, SOCKET_FILTER, TC, XDP, Kind
 
-INCLUDE = Path(__file__).resolve().parents[2] / "bpf/include"
+from tests import bpf_c
+
 PRELUDE = """
 #include "vmlinux.h"
 #include <bpf/bpf_helpers.h>
@@ -63,15 +59,8 @@ SEC("tc") int third(struct __sk_buff *skb)
 """
 
 
-@functools.cache
 def compiled(source: str, cpu: str = "v3") -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.bpf.c"
-        path.write_text(PRELUDE + source)
-        command = ["clang", "-g", "-O2", "-target", "bpf", f"-mcpu={cpu}", f"-I{INCLUDE}", "-c", str(path)]
-        done = subprocess.run([*command, "-o", f"{path}.o"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return Path(f"{path}.o").read_bytes()
+    return bpf_c.compiled(PRELUDE + source, cpu=cpu)
 
 
 def objections(source: str, kind: Kind = XDP, program: str = "it", cpu: str = "v3") -> list[str]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +9,8 @@ from probefleet_core import catalog, errors, network_targets, planner, policy, t
 from probefleet_core.network_targets import CgroupSkb, CgroupSock, Hook, SocketFilter, Tc, Xdp
 from probefleet_wire import bpf_code, network_programs, verdicts
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import bpf_c
+
 PRELUDE = """
 #include <probefleet.h>
 struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64); }
@@ -36,14 +33,8 @@ SEC("xdp") int on_packet(struct xdp_md *ctx)
 """
 
 
-@functools.cache
 def compiled(source: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.bpf.c"
-        path.write_text(PRELUDE + source)
-        command = ["clang", "-g", "-O2", "-target", "bpf", "-mcpu=v3", "-D__TARGET_ARCH_x86"]
-        subprocess.run([*command, f"-I{ROOT / 'bpf/include'}", "-c", path, "-o", f"{path}.o"], check=True)
-        return Path(f"{path}.o").read_bytes()
+    return bpf_c.compiled(PRELUDE + source)
 
 
 def manifest(source: str, *attach: dict[str, Any], **spec: Any) -> dict[str, Any]:

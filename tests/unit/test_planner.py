@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,8 @@ from probefleet_wire import clang
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
+
+from tests.bpf_c import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 Json = dict[str, Any]
@@ -104,22 +104,6 @@ SEC("raw_tp/sched_switch") int on_switch(void *ctx) { unused.time = 1; return 0;
 char LICENSE[] SEC("license") = "GPL";
 """
 )
-
-
-@functools.cache
-def compiled(source: str, *flags: str) -> bytes:
-    """C → a CO-RE object, by the machine's clang and the repository's headers."""
-    with tempfile.TemporaryDirectory() as folder:
-        text, made = Path(folder, "x.bpf.c"), Path(folder, "x.bpf.o")
-        text.write_text(source)
-        subprocess.run(
-            [
-                *("clang", "-O2", "-target", "bpf", "-mcpu=v3", "-D__TARGET_ARCH_x86", *(flags or ("-g",))),
-                *("-I", str(ROOT / "bpf/include"), "-c", str(text), "-o", str(made)),
-            ],
-            check=True,
-        )
-        return made.read_bytes()
 
 
 def program(section: str, body: str = "return 0;") -> str:
@@ -520,7 +504,7 @@ def test_garbage_is_no_object(elf: bytes, says: str) -> None:
 
 
 def test_objects_without_btf_or_programs_are_refused() -> None:
-    assert refused(own(), compiled(program("raw_tp/x"), "-g0"))[0].what == "an object without BTF"
+    assert refused(own(), compiled(program("raw_tp/x"), btf=False))[0].what == "an object without BTF"
     empty = SMALL + 'int counter SEC(".data");\n'
     assert {each.what for each in refused(own(), compiled(empty))} == {"no program", "missing"}
 
