@@ -12,6 +12,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import SupportsIndex
 
 from probefleet_wire.observe_only import refused_helpers
 from probefleet_wire.v1 import plan_pb2
@@ -56,11 +57,14 @@ def load(
     with contextlib.ExitStack() as undo:
         undo.callback(loaded.close)
         with syscall.btf_load(program.btf_bytes) as btf:
-            for each in program.maps:
+            # A map of maps is made in the likeness of one that is there.
+            for each in sorted(program.maps, key=lambda each: bool(each.inner)):
                 if each.name in own:
                     loaded.maps[each.name] = replace(own[each.name], fd=own[each.name].fd.dup())
                     continue
-                loaded.maps[each.name] = _map(each, shared.get(each.name), sizes.get(each.name, 0), btf, instance.title)
+                inner = loaded.maps[each.inner].fd if each.inner else 0
+                size = sizes.get(each.name, 0)
+                loaded.maps[each.name] = _map(each, shared.get(each.name), size, btf, inner, instance.title)
             fds = {name: handle.fd for name, handle in loaded.maps.items()}
             functions = {function.name: function for function in program.functions}
             for attachment in chosen:
@@ -148,7 +152,9 @@ def _section(instance: plan_pb2.Instance, attachment: plan_pb2.Attachment) -> st
     return hint.kind
 
 
-def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, title: str) -> MapHandle:
+def _map(
+    each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, inner: SupportsIndex, title: str
+) -> MapHandle:
     definition = each.definition
     layout = _layout(each)
     if shared is not None:
@@ -162,6 +168,7 @@ def _map(each: bcc.BccMap, shared: MapHandle | None, max_entries: int, btf: Fd, 
         max_entries=max_entries or definition.max_entries,
         name=each.name,
         flags=definition.flags,
+        inner_map_fd=inner,
         btf_fd=btf if typed else 0,
         btf_key_type_id=definition.key_type if typed else 0,
         btf_value_type_id=definition.value_type if typed else 0,

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _TABLE = re.compile(
-    r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE|TABLE\w*)"
+    r"\bBPF_(HASH|LRU_HASH|PERCPU_HASH|ARRAY|PERCPU_ARRAY|HISTOGRAM|PERF_OUTPUT|RINGBUF_OUTPUT|STACK_TRACE"
+    r"|LPM_TRIE|TABLE\w*)"
     r"\s*\(([^()]*)\)"
 )
+LPM_TRIE = "LPM_TRIE"
 _PROGRAM_ARRAY = re.compile(r"\bBPF_PROG_ARRAY\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)")
 _SLOTS_OF_TABLE = 4  # BPF_TABLE("prog", int, int, name, size)
 #: Integers of C and of the kernel: what a leaf or one of its members has to be for it to be counted.
@@ -115,7 +117,7 @@ def _types(kind: str, words: list[str]) -> tuple[str, str]:
         return "int", second or "u64"
     if kind == "HISTOGRAM":
         return second or "int", "u64"
-    return (second or "u64", third or "u64") if "HASH" in kind else ("", "")
+    return (second or "u64", third or "u64") if "HASH" in kind or kind == LPM_TRIE else ("", "")
 
 
 def fields_of(source: str, c_type: str) -> tuple[str, ...] | None:

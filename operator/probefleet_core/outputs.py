@@ -162,7 +162,7 @@ def bcc_outputs(source: str) -> tuple[values.Output, ...]:
                     group_by=groups,
                 )
             )
-        elif "HASH" in table.kind or "ARRAY" in table.kind:
+        elif "HASH" in table.kind or "ARRAY" in table.kind or table.kind == bcc_source.LPM_TRIE:
             made += _bcc_counters(source, table)
     if bcc_source.prints(source):
         made.append(values.Output(PRINTS, PRINTS, values.Kind.EVENTS, group_by=()))
@@ -216,7 +216,8 @@ def bcc_groups(source: str, name: str) -> tuple[str, ...]:
         return ()
     if table.kind == "HISTOGRAM":
         return _bcc_slots(source, table)[1]
-    fields = bcc_source.fields_of(source, table.key)
+    # Of a trie the whole key is the prefix.
+    fields = bcc_source.fields_of(source, table.key) if table.kind != bcc_source.LPM_TRIE else None
     return ("key",) if fields is None else tuple(f"key.{field}" for field in fields)[:8]
 
 

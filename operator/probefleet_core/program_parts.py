@@ -157,7 +157,8 @@ def of_bcc(policy: values.ProbePolicy, source: str, problems: errors.Problems) -
         problems.add(
             "spec.outputs",
             "missing",
-            why="no table is declared by BPF_HASH, BPF_HISTOGRAM, BPF_ARRAY, BPF_PERF_OUTPUT or BPF_RINGBUF_OUTPUT",
+            why="no table is declared by BPF_HASH, BPF_LPM_TRIE, BPF_HISTOGRAM, BPF_ARRAY, BPF_PERF_OUTPUT or "
+            "BPF_RINGBUF_OUTPUT",
             write="Write outputs that name the program's maps.",
         )
     return Parts(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from probefleet_agent.kernel import bcc
+from probefleet_agent.kernel import bcc, maps, syscall
+from probefleet_wire import map_types
 
-from tests.kernel import examples_runner
+from tests.kernel import examples_runner, policies
+from tests.kernel.support import call_getppid
 
 HEADERS = Path(f"/tmp/probefleet-test-headers-{os.getuid()}")
 STACKS = """
@@ -142,3 +145,82 @@ int f(struct pt_regs *ctx, struct sk_buff *given, struct scatterlist *list)
 	return skb_rx_queue_recorded(&skb) ? skb_get_rx_queue(&skb) : 0;
 }
 """)
+
+
+def by_bcc(declared: str, body: str, **spec: Any) -> policies.Manifest:
+    """A policy that runs this at each getppid of this process."""
+    made = policies.c_policy("", **spec)
+    source = f"""
+{declared}
+TRACEPOINT_PROBE(syscalls, sys_enter_getppid)
+{{
+    if (bpf_get_current_pid_tgid() >> 32 != {os.getpid()})
+        return 0;
+    {body}
+    return 0;
+}}
+"""
+    made["spec"]["program"] = {"bcc": {"source": source}}
+    return made
+
+
+@pytest.mark.parametrize("kind", ["QUEUE", "STACK"])
+def test_queues_and_stacks_are_drained_with_what_they_hold(kind: str) -> None:
+    outputs = [{"name": "notes", "from": {"map": "notes"}, "events": {}}]
+    declared = f"struct note {{ u64 number; u32 pid; }}; BPF_{kind}(notes, struct note, 4096);"
+    body = f"struct note note = {{ .number = 7, .pid = {os.getpid()} }}; notes.push(&note, 0);"
+    with policies.run(by_bcc(declared, body, outputs=outputs)) as run:
+        call_getppid(997)
+        events = run.output("notes")["events"]
+    assert events["received"] == 997
+    assert {(each["number"], each["pid"]) for each in events["records"]} == {("7", str(os.getpid()))}
+
+
+def test_a_trie_is_an_output_by_its_prefixes() -> None:
+    declared = "struct prefix { u32 prefixlen; u32 address; }; BPF_LPM_TRIE(nets, struct prefix, u64, 16);"
+    body = """
+    struct prefix net = { .prefixlen = 8, .address = 10 }, host = { .prefixlen = 32, .address = 0x0302010a };
+    u64 zero = 0, *count;
+    nets.lookup_or_try_init(&net, &zero);
+    count = nets.lookup(&host);
+    if (count)
+        __sync_fetch_and_add(count, 1);
+"""
+    with policies.run(by_bcc(declared, body)) as run:
+        call_getppid(997)
+        assert run.rows("nets") == {("10.0.0.0/8",): 997}
+
+
+@pytest.mark.parametrize(
+    "outer", ['BPF_ARRAY_OF_MAPS(outer, "inner", 4);', 'BPF_HASH_OF_MAPS(outer, int, "inner", 4);']
+)
+def test_maps_of_maps_are_made_in_the_likeness_of_their_inner_one(outer: str) -> None:
+    declared = f"BPF_ARRAY(inner, u64, 4); {outer} BPF_ARRAY(counts, u64, 2);"
+    body = "int zero = 0; void *found = outer.lookup(&zero); int key = found ? 1 : 0; counts.atomic_increment(key);"
+    outputs = [{"name": "counts", "from": {"map": "counts"}, "topk": {}, "groupBy": ["key"]}]
+    with policies.run(by_bcc(declared, body, outputs=outputs)) as run:
+        call_getppid(23)
+        assert run.rows("counts") == {("0",): 23}, "nobody has put one there"
+        (pin,) = policies.folder().glob("probefleet/instances/*/map_outer")
+        with syscall.obj_get(str(pin)) as fd:
+            assert maps.info(fd).type in map_types.OUTER
+
+
+def test_a_stack_by_build_ids_is_named() -> None:
+    declared = """
+typedef u32 pid_nr_t;
+typedef int user_stack_id_t;
+struct where { pid_nr_t process; user_stack_id_t user; };
+BPF_HASH(calls, struct where);
+BPF_STACK_TRACE_BUILDID(users, 64);
+"""
+    body = f"""
+    struct where key = {{ .process = {os.getpid()} }};
+    key.user = users.get_stackid(args, BPF_F_USER_STACK);
+    calls.increment(key);
+"""
+    outputs = [{"name": "calls", "from": {"map": "calls"}, "stacks": {}, "groupBy": []}]
+    with policies.run(by_bcc(declared, body, outputs=outputs)) as run:
+        call_getppid(23)
+        (row,) = run.output("calls")["total"]["rows"]
+    assert row["value"] == 23 and "getppid" in row["key"][-1].rpartition(";")[2]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from probefleet_wire import clang, kept, sandbox
+from probefleet_wire import clang, kept, map_layout, map_types, sandbox
 from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.btf import Btf
 from probefleet_wire.btf_layout import Field
@@ -354,6 +354,8 @@ def _map(told: dict[str, Any], names: Mapping[int, str], btf: Btf | None) -> Bcc
     key, value = int(told.get("key_type", 0)), int(told.get("value_type", 0))
     if definition.name == bcc_source.PRINT_RING:
         record, record_bytes = _struct(bcc_source.PRINT_RECORD, btf)
+    elif definition.type in map_types.POPPED:
+        record, record_bytes = _annotated(definition.name, btf)
     else:
         record, record_bytes = _record([str(each) for each in told["event_fields"]], btf)
     if btf is not None and key and value:
@@ -365,7 +367,7 @@ def _map(told: dict[str, Any], names: Mapping[int, str], btf: Btf | None) -> Bcc
     described = btf is not None and definition.key_type
     return BccMap(
         definition=definition,
-        key=btf.layout_of(key) if btf is not None and described else (),
+        key=map_layout.key_of(btf, definition)[0] if btf is not None and described else (),
         value=btf.layout_of(value) if btf is not None and described else (),
         record=record,
         record_bytes=record_bytes,
@@ -388,6 +390,15 @@ def _record(fields: Sequence[str], btf: Btf | None) -> tuple[tuple[Field, ...], 
         if isinstance(found, Struct) and tuple(member.name for member in found.members if member.name) == wanted:
             return btf.layout_of(type_id), found.size_bytes
     return (), 0
+
+
+def _annotated(name: str, btf: Btf | None) -> tuple[tuple[Field, ...], int]:
+    """The layout of a queue's or stack's values, which BCC describes beside it (BPF_ANNOTATE_KV_PAIR_QUEUESTACK)."""
+    found = btf.find(f"____btf_map_{name}", Kind.STRUCT) if btf is not None else 0
+    if btf is None or not found:
+        return (), 0
+    value = next((each.type for each in btf.struct(found).members if each.name == "value"), None)
+    return (btf.layout_of(value), btf.size_of(value)) if value else ((), 0)
 
 
 def _struct(name: str, btf: Btf | None) -> tuple[tuple[Field, ...], int]:
