@@ -72,7 +72,7 @@ def add_tables(
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
             table.uncounted.extend([*instance.followers.sentences(), *instance.troubles, *instance.notes])
-            table.gaps.extend(_gaps(instance, uid))
+            table.gaps.extend(_gaps(instance, uid, now_ns))
             batch.tables.append(table)
         joining.keep(instance, uid)
 
@@ -106,7 +106,7 @@ def add_events(
             records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
             counts = instance.lost_of(uid)
             quiet = not len(records) and records.end_position == reader.cursor and counts == reader.told
-            if quiet and reader.announced:
+            if quiet and reader.announced and not instance.detached:  # then a gap grows
                 continue
             data = _records(records, layout.value_bytes)
             identities.know(collect.cgroups_in(_as_keys(layout), data), now_ns)
@@ -133,7 +133,7 @@ def add_events(
             if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before
-            chunk.gaps.extend(_gaps(instance, uid))
+            chunk.gaps.extend(_gaps(instance, uid, now_ns))
             chunk.uncounted.extend(instance.notes)
             chunk.start_position = began.position
             if began.counted is not None:
@@ -237,5 +237,5 @@ def _beginning(instance: Loaded, handle: MapHandle, reader: collect.TableReader)
     return epoch, joined.since_ns
 
 
-def _gaps(loaded: Loaded, policy: PolicyUid) -> list[stream_pb2.Gap]:
-    return [stream_pb2.Gap(start_ns=start, end_ns=end, why=why) for start, end, why in loaded.gaps_of(policy)]
+def _gaps(loaded: Loaded, policy: PolicyUid, now_ns: int) -> list[stream_pb2.Gap]:
+    return [stream_pb2.Gap(start_ns=start, end_ns=end, why=why) for start, end, why in loaded.gaps_of(policy, now_ns)]

@@ -89,8 +89,10 @@ class Costs:
         return fresh
 
     def begin_anew(self, digest: Digest) -> None:
-        """Its programs were loaded again, and count from zero: the window that is open says nothing of them."""
+        """Its programs were loaded or attached again: no window until now says anything of them."""
         self._at_open.pop(digest, None)
+        if sums := self._sums.get(digest):
+            sums.over = 0
 
     def forget(self, digest: Digest) -> None:
         """The instance is gone."""

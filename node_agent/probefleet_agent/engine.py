@@ -368,6 +368,9 @@ class Engine:
         before = self._bindings.bound.get(uid)
         loaded = self._installed.loaded[digest]
         failure = self._installed.rewrite(loaded, plan.instance)
+        if loaded.detached and before is not None and before.plan.generation != plan.generation:
+            self._costs.begin_anew(digest)
+            failure = self._installed.attach_again(loaded) or failure
         self._installed.learn_records(loaded, plan)
         if uid in loaded.plans:
             joining.extend(self._root, loaded, plan)

@@ -26,7 +26,7 @@ from probefleet_agent.errors import ObjectError
 from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
-from probefleet_agent.loaded import FILTER, Loaded, MapHandle, b64
+from probefleet_agent.loaded import FILTER, OVER_BUDGET, Loaded, MapHandle, b64
 
 MAX_WAYS = 64
 #: Of what BCC made; the agent is to stay small.
@@ -97,7 +97,8 @@ class Executor:
         except BaseException:
             again.close()
             raise
-        again.since_ns, again.asked_ns, again.detached = loaded.since_ns, loaded.asked_ns, loaded.detached
+        again.since_ns, again.asked_ns = loaded.since_ns, loaded.asked_ns
+        again.detached, again.detached_ns = loaded.detached, loaded.detached_ns
         again.gaps, again.plans = list(loaded.gaps), dict(loaded.plans)
         again.joined = joining.passed_on(loaded)
         again.ways, again.record_layouts = list(loaded.ways), dict(loaded.record_layouts)
@@ -217,6 +218,8 @@ class Executor:
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],
                 halted_ns=told.get("halted_ns", 0),
+                detached=told.get("detached", ""),
+                detached_ns=told.get("detached_ns", 0),
                 record_layouts={name: Layout.from_json(text) for name, text in told.get("records", {}).items()},
             )
             anew = joining.adopt(self.root, loaded, told.get("joined", {}))
@@ -231,7 +234,9 @@ class Executor:
                 why = "perf buffers end with the agent's process, and the records that came meanwhile with them"
                 loaded.gaps.append((stopped_ns, time.time_ns(), why))
                 self.root.write_manifest(digest, loaded.manifest())
-            if not loaded.pinned_links:
+            if loaded.detached:
+                self.root.detach(digest)  # an agent that was about to has ended
+            elif not loaded.pinned_links:
                 self._attach(loaded, pinned={number // MAX_PLACES for number in pinned.numbered})
                 why = "this kernel (before 5.15) ends such attachments with the agent's process"
                 loaded.gaps.append((stopped_ns, time.time_ns(), why))
@@ -266,7 +271,9 @@ class Executor:
         loaded.close()
 
     def detach(self, loaded: Loaded) -> None:
-        """End its attachments; maps and what they hold stay."""
+        """End its attachments; maps and what they hold stay. What is pinned says so first."""
+        loaded.detached_ns = time.time_ns()
+        self.remember(loaded)
         if loaded.running is not None:
             loaded.running.close()
             loaded.running = None
@@ -276,6 +283,16 @@ class Executor:
             link.close()
         loaded.links.clear()
         loaded.followers.close()
+
+    def attach_again(self, loaded: Loaded) -> None:
+        """What was detached may try once more; the time between is a gap. Raises ProbefleetError: it stays detached."""
+        why, since_ns = loaded.detached, loaded.detached_ns
+        loaded.halted_ns, loaded.detached, loaded.detached_ns = since_ns, "", 0
+        try:
+            self.resume(loaded, OVER_BUDGET)
+        except BaseException:
+            loaded.halted_ns, loaded.detached, loaded.detached_ns = 0, why, since_ns
+            raise
 
     def follow(self, loaded: Loaded, pods: Pods, now_ns: int) -> None:
         """Keep up with interfaces and pods that came and went; ``pods`` are those that its policies select."""

@@ -213,6 +213,16 @@ class Installed:
         self._executor.detach(self.loaded[digest])
         log.warning("over its budget: detached", digest=digest)
 
+    def attach_again(self, loaded: Loaded) -> Failure | None:
+        """What went over its budget may try once more, for its policy has changed; why not, where that fails."""
+        try:
+            self._executor.attach_again(loaded)
+        except (ProbefleetError, OSError) as error:
+            log.warning("cannot be attached again", digest=loaded.digest, error=str(error))
+            return Failure.of(error)
+        log.info("attached again", digest=loaded.digest)
+        return None
+
     def follow(self, loaded: Loaded, pods: Pods, now_ns: int) -> None:
         """Attach to what came, let go of what went."""
         self._executor.follow(loaded, pods, now_ns)

@@ -22,6 +22,7 @@ from probefleet_agent.perf_ring import KeptRing
 
 FILTER = "probefleet_filter"
 LOST = "probefleet_lost"
+OVER_BUDGET = "its programs were detached, for they went over budget.cpu"
 ITERATOR = 0  # where a map's type stands
 LINE_BYTES = 256
 LINES = Layout((), 0, (Field("line", 0, LINE_BYTES, "char", type_name="char", shape=(LINE_BYTES,)),), LINE_BYTES)
@@ -132,6 +133,7 @@ class Loaded:
     asked_ns: int = 0
     halted_ns: int = 0  # since when it is attached no more, for a map of it grows; 0: it is attached
     detached: str = ""  # why, where it went over its budget
+    detached_ns: int = 0  # since when
     hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
     unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
     running: Process | None = None
@@ -173,10 +175,11 @@ class Loaded:
         """When a policy came: with the instance, or later."""
         return self.joined[policy].since_ns if policy in self.joined else self.since_ns
 
-    def gaps_of(self, policy: str) -> list[tuple[int, int, str]]:
-        """Gaps of the time since a policy came."""
+    def gaps_of(self, policy: str, now_ns: int) -> list[tuple[int, int, str]]:
+        """Gaps of the time since a policy came, until now."""
         since_ns = self.since_of(policy)
-        return [(max(start, since_ns), end, why) for start, end, why in self.gaps if end > since_ns]
+        gaps = [*self.gaps, (self.detached_ns, now_ns, OVER_BUDGET)] if self.detached else self.gaps
+        return [(max(start, since_ns), end, why) for start, end, why in gaps if end > since_ns]
 
     def runs(self) -> Runs:
         """Of all programs."""
@@ -244,6 +247,8 @@ class Loaded:
                 "joined": {uid: joined.to_json() for uid, joined in self.joined.items()},
                 "asked_ns": self.asked_ns,
                 "halted_ns": self.halted_ns,
+                "detached": self.detached,
+                "detached_ns": self.detached_ns,
             },
             separators=(",", ":"),
         ).encode()

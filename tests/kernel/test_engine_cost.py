@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from probefleet_agent import costs
+from probefleet_agent import costs, loaded
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import features, hooks
+from probefleet_agent.reconcile import Digest
+from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from tests.kernel import support
@@ -113,6 +115,43 @@ def test_the_first_window_is_reported_when_it_is_over_with_the_hooks_time(folder
     # What is reported is what is measured for this kind of hook, times the runs; a busy machine measures unevenly.
     a_run_ns, again_ns = stat.hook_time_ns / stat.runs, cost_ns(hooks.Hooks(), "tp_btf")
     assert again_ns / 5 < a_run_ns < again_ns * 5
+
+
+def test_what_went_over_its_budget_stays_detached_until_the_policy_changes(folder: Path) -> None:
+    def execs(generation: int, version: int) -> stream_pb2.Push:
+        wanted = push(version)
+        wanted.plans[0].generation = generation
+        wanted.plans[0].outputs.add(name="execs", map="execs")
+        return wanted
+
+    def counted(engine: Engine) -> tuple[int, list[str]]:
+        """How many more execs, and the gaps that are told."""
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        engine.hello()
+        batch = engine.collect(time.time_ns(), force=True)
+        assert batch is not None
+        (table,) = batch.tables
+        return int(columns.unpack(table.values, limit=999).sum()), [gap.why for gap in table.gaps]
+
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(execs(1, 1))
+        assert counted(engine) == (1, [])
+        (instance,) = engine._installed.loaded.values()
+        instance.detached = "it took 99m of CPU"
+        engine._installed.detach(Digest(instance.digest))
+        assert counted(engine) == (1, [loaded.OVER_BUDGET])
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(execs(1, 2))
+        assert counted(engine) == (1, [loaded.OVER_BUDGET])
+        (status,) = engine.status().policies
+        assert (status.state, status.message) == (stream_pb2.PolicyStatus.DETACHED, "it took 99m of CPU")
+        engine.apply(execs(2, 3))
+        (status,) = engine.status().policies
+        assert status.state == stream_pb2.PolicyStatus.READY
+        assert counted(engine) == (2, [loaded.OVER_BUDGET]), "the gap is over, and told"
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(execs(2, 4))
+        assert counted(engine) == (3, [loaded.OVER_BUDGET])
 
 
 def test_a_hook_that_cannot_be_measured_makes_the_cost_unknown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
