@@ -1,8 +1,9 @@
 """Before the operator is uninstalled: every policy is deleted, and every agent has said that nothing is left.
 
 Two sides. `python -m probefleet_operator.drain` runs in the chart's pre-delete hook: it deletes all ProbePolicies and
-ProbeMaps, then asks the operator's `/drainz` until it says yes. `Drain` is that route: the operator pushes what the
-deletions make of the desired state as ever, and this only looks whether all nodes have answered.
+ProbeMaps, and the pod that `helm test` left, then asks the operator's `/drainz` until it says yes. `Drain` is that
+route: the operator pushes what the deletions make of the desired state as ever, and this only looks whether all nodes
+have answered.
 
 Why not at the agent's end (preStop): an upgrade looks the same from there, and must not lose a count.
 """
@@ -25,6 +26,7 @@ from probefleet_operator import api, controller, errors, session
 ASK_SECONDS = 0.5
 MAX_NAMED = 20  # nodes named in an answer
 KINDS = ("probepolicies", "probemaps")
+TEST_POD = "probefleet-test"  # of the chart's test hook: helm removes no hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,17 @@ def control_progress(control: controller.Controller) -> Progress:
     )
 
 
-async def drain(client: api.Api, operator: str, timeout_seconds: float, say: Callable[[str], None]) -> int:
-    """Delete everything and wait; the exit status. Nodes that are away are named, and do not hold up the rest."""
+async def drain(
+    client: api.Api, operator: str, timeout_seconds: float, say: Callable[[str], None], *, namespace: str
+) -> int:
+    """Delete everything and wait; the exit status. Nodes that are away are named, and do not hold up the rest.
+
+    ``namespace`` is the installation's own.
+    """
     end = time.monotonic() + timeout_seconds
     for plural in KINDS:
         say(f"deleted {await _delete_all(client, plural)} {plural}")
+    await _delete(client, f"/api/v1/namespaces/{namespace}/pods/{TEST_POD}")
     last = "the operator has not answered"
     left: api.Json = {"busyNodes": -1}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
@@ -127,32 +135,42 @@ async def _delete_all(client: api.Api, plural: str) -> int:
         async for page in client.pages(f"{api.GROUP_PATH}/{plural}", accept=api.METADATA_ONLY):
             for item in page.get("items") or ():
                 metadata = item["metadata"]
-                try:
-                    path = f"{api.GROUP_PATH}/namespaces/{metadata['namespace']}/{plural}/{metadata['name']}"
-                    await client.request("DELETE", path)
-                    deleted += 1
-                except errors.NotFound:
-                    pass  # somebody was faster
+                path = f"{api.GROUP_PATH}/namespaces/{metadata['namespace']}/{plural}/{metadata['name']}"
+                deleted += await _delete(client, path)
     except errors.NotFound:
         pass  # the kind itself is gone: then so is every object of it
     return deleted
 
 
+async def _delete(client: api.Api, path: str) -> bool:
+    """Whether it was there."""
+    try:
+        await client.request("DELETE", path)
+    except errors.NotFound:
+        return False  # it never was, or somebody was faster
+    return True
+
+
 @click.command()
 @click.option("--operator", required=True, help="The operator's HTTP port: http://HOST:PORT")
+@click.option("--namespace", required=True, help="Where all of it is installed.")
 @click.option("--timeout-seconds", default=60.0, show_default=True)
-def main(*, operator: str, timeout_seconds: float) -> None:
+def main(*, operator: str, namespace: str, timeout_seconds: float) -> None:
     """Delete all ProbePolicies and ProbeMaps and wait until no node runs anything."""
 
     async def body() -> int:
         async with api.Api(api.in_cluster(os.environ)) as client:
-            return await drain(client, operator, timeout_seconds, lambda line: print(line, flush=True))
+            return await drain(client, operator, timeout_seconds, _say, namespace=namespace)
 
     try:
         sys.exit(asyncio.run(body()))
     except errors.OperatorError as problem:
         print(problem, file=sys.stderr)
         sys.exit(1)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

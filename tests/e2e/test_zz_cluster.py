@@ -164,9 +164,9 @@ def test_helm_upgrade_loses_and_doubles_no_record(namespace: str, plugin: Path) 
 
 
 def test_helm_test_passes(installed: str) -> None:
-    said = kube.run("helm", "test", "probefleet", "--namespace", installed, seconds=120).stdout
-    assert said.count("TEST SUITE:") == said.count("Succeeded") > 0
-    assert not kube.get("pod", "probefleet-test", installed), "it takes itself away"
+    said = kube.run("helm", "test", "probefleet", "--namespace", installed, "--logs", seconds=120).stdout
+    assert said.count("TEST SUITE:") == said.count("Succeeded") == said.count("POD LOGS: probefleet-test") == 1
+    assert "operator: ok" in said
 
 
 # Two operators.

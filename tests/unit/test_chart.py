@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from probefleet_core.policy import parse_policy
+from probefleet_operator import drain
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/probefleet"
@@ -58,7 +59,7 @@ def test_no_role_is_bound_to_agents() -> None:
         if each["kind"] in ("RoleBinding", "ClusterRoleBinding")
         for subject in each["subjects"]
     }
-    assert bound == {"probefleet-operator", "probefleet-drain", "probefleet-test"}
+    assert bound == {"probefleet-operator", "probefleet-drain"}
 
 
 def test_agents_have_only_a_token_for_the_operator() -> None:
@@ -200,12 +201,26 @@ def test_the_notes_say_the_next_three_commands(tmp_path: Path) -> None:
     notes = find(render(chart=chart), "Notes", "notes")["text"]
     commands = [line.strip() for line in notes.splitlines() if re.match(r"\s+(helm|kubectl) ", line)]
     assert commands == [
-        "helm test p --namespace system",
+        "helm test p --namespace system --logs",
         "kubectl apply --namespace default -f - <<'YAML'",
         "kubectl get probepolicies,probereports --namespace default",
     ]
     (policy,) = yaml.safe_load_all(notes.partition("<<'YAML'")[2].partition("YAML")[0])
     assert parse_policy(policy).name == "syscalls"
+
+
+def test_helm_test_has_logs_to_show_and_uninstalling_takes_its_pod_away() -> None:
+    """`helm test --logs` reads the logs of a pod of each test hook's name, after the hooks."""
+    objects = render()
+    (test,) = [each for each in objects if each["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
+    assert test["kind"] == "Pod" and test["spec"]["automountServiceAccountToken"] is False
+    assert test["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+    (rule,) = find(objects, "Role", "probefleet-drain")["rules"]
+    assert (rule["resources"], rule["verbs"]) == (["pods"], ["delete"])
+    assert rule["resourceNames"] == [test["metadata"]["name"]] == [drain.TEST_POD]
+    assert find(objects, "RoleBinding", "probefleet-drain")["metadata"]["namespace"] == "system"
+    (job,) = find(objects, "Job", "probefleet-drain")["spec"]["template"]["spec"]["containers"]
+    assert "--namespace=system" in job["args"]
 
 
 @pytest.mark.parametrize("setting", ["operator.replica=2", "agent.cgroupRoot=here", "operator.logLevel=loud"])

@@ -75,7 +75,7 @@ async def test_ten_thousand_nodes_are_a_short_answer() -> None:
 async def test_who_does_not_lead_or_know_everything_says_nothing(control: controller.Controller | None) -> None:
     async with served(drain.Drain(lambda: control).routes()) as url, api_of(FakeApiServer()) as client:
         lines: list[str] = []
-        assert await drain.drain(client, url, 0.1, lines.append) == 1
+        assert await drain.drain(client, url, 0.1, lines.append, namespace="system") == 1
         assert "does not lead, or has not listed everything" in "\n".join(lines)
 
 
@@ -117,10 +117,11 @@ async def test_everything_is_deleted_and_it_waits_for_the_last_node() -> None:
     fake = FakeApiServer()
     for path in ("probepolicies/a", "probepolicies/b", "probemaps/m"):
         fake.put(f"{SHOP}/{path}", {"metadata": {"namespace": "shop"}})
+    fake.put("/api/v1/namespaces/system/pods/probefleet-test", {})  # what `helm test` left
     lines: list[str] = []
     busy = {**NOTHING, "done": False, "busyNodes": 1, "busy": ["a"]}
     async with served(answering(busy, busy, NOTHING)) as url, api_of(fake) as client:
-        assert await drain.drain(client, url, 5, lines.append) == 0
+        assert await drain.drain(client, url, 5, lines.append, namespace="system") == 0
     assert lines == ["deleted 2 probepolicies", "deleted 1 probemaps", "no program, map or pin is left on any node"]
     assert not fake.objects
 
@@ -129,7 +130,7 @@ async def test_nodes_that_are_away_are_named_and_do_not_hold_up_the_rest() -> No
     lines: list[str] = []
     away = {**NOTHING, "done": False, "awayNodes": 1, "away": ["lost"]}
     async with served(answering(away)) as url, api_of(FakeApiServer()) as client:
-        assert await drain.drain(client, url, 0.2, lines.append) == 0
+        assert await drain.drain(client, url, 0.2, lines.append, namespace="system") == 0
     assert "Their pins stay until `probefleet purge` or a reboot: ['lost']" in lines[-1]
 
 
@@ -137,7 +138,7 @@ async def test_a_node_that_does_not_get_empty_stops_the_uninstallation() -> None
     lines: list[str] = []
     busy = {**NOTHING, "done": False, "busyNodes": 1, "busy": ["stuck"]}
     async with served(answering(busy)) as url, api_of(FakeApiServer()) as client:
-        assert await drain.drain(client, url, 0.2, lines.append) == 1
+        assert await drain.drain(client, url, 0.2, lines.append, namespace="system") == 1
     assert "1 nodes still remove ['stuck']" in lines[-2]
     assert "helm uninstall --no-hooks" in lines[-1]
 
@@ -145,5 +146,5 @@ async def test_a_node_that_does_not_get_empty_stops_the_uninstallation() -> None
 async def test_an_operator_that_does_not_answer_stops_it_too() -> None:
     lines: list[str] = []
     async with api_of(FakeApiServer()) as client:
-        assert await drain.drain(client, "http://127.0.0.1:9", 0.1, lines.append) == 1
+        assert await drain.drain(client, "http://127.0.0.1:9", 0.1, lines.append, namespace="system") == 1
     assert "http://127.0.0.1:9/drainz: " in lines[-2]
