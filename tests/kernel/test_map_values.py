@@ -292,6 +292,7 @@ ON_CALL
 """
 
 
+@pytest.mark.shows("map/global-data")
 def test_global_variables_are_written_typed_and_change_while_the_program_counts() -> None:
     outputs = [{"name": name, "from": {"map": ".bss", "value": name}, "counter": {}} for name in ("calls", "sum")]
 

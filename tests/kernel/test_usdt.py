@@ -375,6 +375,7 @@ int on_twelve(struct pt_regs *ctx)
     return made
 
 
+@pytest.mark.shows("attach/usdt")
 @pytest.mark.parametrize("cookies", [True, False], ids=["by-cookie", "by-address"])
 def test_programs_of_bcc_read_arguments_as_bcc_has_them_do(
     marks: run.Workload, monkeypatch: pytest.MonkeyPatch, cookies: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +54,16 @@ async def test_a_source_is_compiled_once_and_the_hit_rate_says_so() -> None:
     assert len(compiler.compiled) == 1
     assert (asked("hit") - hits, asked("miss") - misses) == (22, 1)
     assert REGISTRY.get_sample_value("probefleet_compile_cache_bytes") == len(C)
+
+
+def test_an_agent_neither_has_a_compiler_of_c_nor_calls_one() -> None:
+    """BCC's C and bpftrace's scripts are compiled on nodes; what clang makes comes with the push, by its digest."""
+    root = Path(__file__).parents[2]
+    agent = [path.read_text() for path in (root / "node_agent/probefleet_agent").rglob("*.py")]
+    assert len(agent) > 50 and not any("compile_core" in text for text in agent)
+    installed = (root / "images/agent.Containerfile").read_text()
+    packages = {word for words in re.findall(r"apt-get install ([^&]*)", installed) for word in words.split()}
+    assert "python3-bpfcc" in packages and not {word for word in packages if word.startswith(("clang", "llvm", "gcc"))}
 
 
 async def test_another_name_or_source_is_another_object() -> None:
