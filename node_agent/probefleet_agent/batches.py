@@ -52,23 +52,26 @@ def add_tables(
             if handle is None:
                 continue  # an iterator that was detached
             key = (bound.digest, handle.name)
-            if key not in readings:
-                readings[key] = _read(instance, handle)
-            identities.know(reader.cgroups(readings[key][0]), now_ns)
+            bound.unread.pop(name, None)
             try:
+                if key not in readings:
+                    readings[key] = _read(instance, handle)
+                identities.know(reader.cgroups(readings[key][0]), now_ns)
                 reader.read(*readings[key])
             except (DecodeError, ProbefleetError) as error:
-                bound.failure = Failure.of(error)
-                continue
+                # The others go on. This one's rows stay as they were, and its report says why.
+                bound.unread[name] = Failure.of(error)
             table = reader.rows.table() or reader.rows.no_table()
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch, table.since_ns = _beginning(instance, handle, reader)
             table.lost = counts[0] + counts[3]
-            if handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
+            if key in readings and handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
             if full and LOST not in instance.maps:
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
+            if unread := bound.unread.get(name):
+                table.uncounted.append(f"output {name} could not be read: {unread.message}")
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
             table.uncounted.extend([*instance.followers.sentences(), *instance.troubles, *instance.notes])
@@ -114,7 +117,7 @@ def add_events(
             try:
                 chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
             except DecodeError as error:
-                bound.failure = Failure.of(error)
+                bound.unread[name] = Failure.of(error)
                 continue
             if chunk is None:
                 # Nothing came, and yet an operator that is new has to hear what lay before, and each of what was lost.

@@ -36,7 +36,8 @@ class Bound:
     tables: dict[str, collect.TableReader] = field(default_factory=dict)
     events: dict[str, collect.EventReader] = field(default_factory=dict)
     due_ns: int = 0
-    failure: Failure | None = None  # its outputs cannot be read
+    failure: Failure | None = None  # its outputs cannot be read, or its maps not be written
+    unread: dict[str, Failure] = field(default_factory=dict)  # outputs that could not be read when they were due
 
 
 class Bindings:

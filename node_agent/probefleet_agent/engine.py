@@ -274,15 +274,16 @@ class Engine:
 
     @property
     def turns(self) -> tuple[int, frozenset[str]]:
-        """Another value when a status has something new to say: what began by now, and what went over its budget or
-        ended by itself.
+        """Another value when a status has something new to say: what began by now, what went over its budget or ended
+        by itself, and what cannot be read.
         """
         gone = (
             digest
             for digest, loaded in self._installed.loaded.items()
             if loaded.detached or (loaded.running is not None and loaded.running.ended)
         )
-        return self._settled, frozenset(gone)
+        unread = (uid for uid, bound in self._bindings.bound.items() if bound.unread)
+        return self._settled, frozenset((*gone, *unread))
 
     def remove_everything(self) -> None:
         """Take every instance, map and pin of this tree away."""
@@ -433,7 +434,9 @@ class Engine:
             status.verified_instructions = loaded.verified_instructions()
             if not plan.HasField("instance"):
                 status.generation = bound.plan.generation
-        failure = self._installed.failures.get(Digest(plan.instance.digest)) or (bound.failure if bound else None)
+        failure = self._installed.failures.get(Digest(plan.instance.digest))
+        if failure is None and bound is not None:
+            failure = bound.failure or next(iter(bound.unread.values()), None)
         if failure is not None:
             status.state = stream_pb2.PolicyStatus.FAILED
             status.reason, status.message, status.log_tail = failure.reason, failure.message, failure.log_tail

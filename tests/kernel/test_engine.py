@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 from probefleet_agent.engine import Engine, StalePush
+from probefleet_agent.errors import KernelError
+from probefleet_agent.kernel import maps
+from probefleet_agent.kernel.fds import Fd
 from probefleet_wire import columns, resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -144,6 +148,45 @@ def test_a_node_whose_clock_is_set_back_goes_on_sampling(folder: Path) -> None:
             batch = engine.collect(at_ns)
             times += [batch.time_ns - now_ns] if batch and batch.tables else []
         assert times == [0, -3600 * 10**9]
+
+
+def test_a_map_that_cannot_be_read_is_told_and_the_others_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = compile_object('SEC("tp_btf/sched_process_exec") int on_exec(void *ctx) { return hit(); }')
+    pushed = push(1)
+    plan = pushed.plans[0]
+    plan.instance.object.sha256 = pushed.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+    plan.instance.attachments[0].program = "on_exec"
+    plan.outputs.add(name="hits", map="hits")
+    pushed.blobs[0].zstd = zstandard.compress(data)
+    other = pushed.plans.add()
+    other.CopyFrom(push(1).plans[0])
+    other.policy_uid, other.instance.digest = "other", "f" * 32
+    other.outputs.add(name="execs", map="execs")
+    pushed.blobs.add().CopyFrom(push(1).blobs[0])
+    pushed.selections.add(policy_uid="other", everything=True)
+
+    def read(fd: Fd, info: maps.MapInfo) -> tuple[maps.Bytes, maps.Bytes]:
+        if info.name == "hits":
+            raise KernelError(errno.ENOMEM, "read map hits")
+        return really_read(fd, info)
+
+    really_read, words = maps.read, "read map hits: Cannot allocate memory (ENOMEM)"
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed)
+        before = engine.turns
+        monkeypatch.setattr(maps, "read", read)
+        tables = {table.output: table for table in collected(engine).tables}
+        assert list(tables["hits"].uncounted) == [f"output hits could not be read: {words}"]
+        assert not tables["execs"].uncounted
+        said = {each.policy_uid: (each.state, each.message) for each in engine.status().policies}
+        assert said["p"] == (stream_pb2.PolicyStatus.FAILED, words)
+        assert said["other"][0] == stream_pb2.PolicyStatus.READY
+        assert engine.turns != before, "it is told at once"
+        monkeypatch.setattr(maps, "read", really_read)
+        assert not any(table.uncounted for table in collected(engine).tables)
+        assert engine.turns == before
 
 
 TWO_WAYS = """
