@@ -58,6 +58,7 @@ class Session:
         self._engine = engine
         self._dial = dial
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._line = asyncio.Lock()  # from a batch's number to its place in the queue
 
     async def run(self) -> None:
         """Dial, again and again, until cancelled."""
@@ -125,9 +126,7 @@ class Session:
             await self._call(lambda: self._engine.acknowledge(message.ack.sequence))
             return
         # What the old instances counted last, before they go.
-        last = await self._call(lambda: self._last(message.push))
-        if last is not None:
-            await outgoing.put(stream_pb2.FromAgent(batch=last))
+        await self._send(lambda: self._last(message.push), outgoing)
         status = await self._call(lambda: self._apply(message.push))
         await outgoing.put(stream_pb2.FromAgent(status=status))
 
@@ -141,15 +140,22 @@ class Session:
     async def _sample(self, outgoing: asyncio.Queue[stream_pb2.FromAgent]) -> None:
         turns = self._engine.turns
         while True:
-            batch = await self._call(lambda: self._engine.collect(time.time_ns()))
-            if batch is not None:
-                await outgoing.put(stream_pb2.FromAgent(batch=batch))
+            await self._send(lambda: self._engine.collect(time.time_ns()), outgoing)
             if self._engine.turns != turns:
                 turns = self._engine.turns
                 status = await self._call(self._engine.status)
                 await outgoing.put(stream_pb2.FromAgent(status=status))
             # A ring of 16 MB is full within 0.3 s of a million records a second.
             await asyncio.sleep(0 if self._engine.behind else TICK_SECONDS)
+
+    async def _send(
+        self, collect: Callable[[], stream_pb2.Batch | None], outgoing: asyncio.Queue[stream_pb2.FromAgent]
+    ) -> None:
+        """One batch, in the order of numbers: one that is overtaken would be taken for one that came before."""
+        async with self._line:
+            batch = await self._call(collect)
+            if batch is not None:
+                await outgoing.put(stream_pb2.FromAgent(batch=batch))
 
     async def _call(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function)
