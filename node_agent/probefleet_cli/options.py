@@ -97,6 +97,6 @@ def settings(command: Command) -> Command:
 
 def wide(command: Command) -> Command:
     """``--wide``."""
-    return click.option(
-        "--wide", is_flag=True, help="On a terminal, show every field of each record whole, as in a pipe."
-    )(command)
+    return click.option("--wide", is_flag=True, help="On a terminal, show records and keys whole, as in a pipe.")(
+        command
+    )

@@ -45,7 +45,7 @@ def render(status: Json, *, name: str, namespace: str = "", output: str = "table
 def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0, whole: bool = False) -> list[str]:
     """The long form of the report's summary: every row and every distribution that the status has.
 
-    Records of events are fitted into ``width`` columns; 0: they are shown whole. ``whole``: of all time that the report
+    Rows and records are fitted into ``width`` columns; 0: they are shown whole. ``whole``: of all time that the report
     covers, as a tool prints at its end, and not of the last interval.
     """
     found = [f"== {name} =="]
@@ -57,7 +57,10 @@ def report_lines(status: Json, *, name: str, rows: int = 50, width: int = 0, who
         elif output["kind"] == "stacks":
             found += stacks_lines(output)
         else:
-            found += summary.output_lines(output, rows=rows, histograms=1, whole=whole)
+            seconds = status["windowSeconds"]
+            found += summary.output_lines(
+                output, rows=rows, histograms=1, window_seconds=seconds, whole=whole, width=width
+            )
             found += _row_histograms(output, summary.part_shown(output, whole=whole))
     return found
 
@@ -94,7 +97,7 @@ def write(
 
 def events_lines(output: Json, *, rows: int = MAX_EVENT_ROWS, width: int = 0) -> list[str]:
     """The newest records as a table, oldest first, with what became of the others; fitted into ``width``, if given."""
-    found = summary.output_lines(output, rows=0, histograms=0)
+    found = summary.event_lines(output, 0)
     records = output["events"]["records"][-min(rows, MAX_EVENT_ROWS) :]
     if not records:
         return [*found, "  nothing yet"]

@@ -16,6 +16,8 @@ Json: TypeAlias = dict[str, Any]
 MAX_LINES: Final = 60
 MAX_LINE: Final = 160
 BAR: Final = 40
+GAP: Final = 2  # between columns
+LEAST: Final = 8  # no part of a key becomes narrower
 #: A map with this share of its entries taken is announced.
 NEARLY_FULL: Final = 0.8
 IDENTITIES: Final = frozenset({"node", "namespace", "workload", "pod", "container"})
@@ -25,7 +27,10 @@ def lines(status: Json, *, rows: int = 5, histograms: int = 1) -> list[str]:
     """The short form: at most ``MAX_LINES`` lines; ``rows`` of each output, and its whole distribution."""
     found = head(status)
     for output in status["outputs"]:
-        found += ["", *output_lines(output, rows=rows, histograms=histograms)]
+        found += [
+            "",
+            *output_lines(output, rows=rows, histograms=histograms, window_seconds=status["windowSeconds"]),
+        ]
     found = [line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in found]
     if len(found) > MAX_LINES:
         found = [*found[: MAX_LINES - 1], f"… {len(found) - MAX_LINES + 1} more lines: see status.outputs"]
@@ -35,8 +40,8 @@ def lines(status: Json, *, rows: int = 5, histograms: int = 1) -> list[str]:
 def head(status: Json) -> list[str]:
     """What holds for the whole report: how far it reaches, what is lost, what it costs."""
     shown, coverage, cost = status["columns"], status["coverage"], status["cost"]
-    first = f"{shown['coverage']} nodes, {shown['rate']}, lost {shown['lost']}"
-    found = [first + (f", since {shown['since']}" if shown["since"] else ": no sample has come yet")]
+    since, rest = shown["since"], f"{_rate(status)}, lost {shown['lost']}"
+    found = [f"{shown['coverage']} nodes" + (f" for {since}, {rest}" if since else f", {rest}: no sample has come yet")]
     if coverage["missingCount"]:
         found.append(f"no sample from {_names(coverage['missing'], coverage['missingCount'])}")
     if coverage["staleCount"]:
@@ -46,16 +51,24 @@ def head(status: Json) -> list[str]:
     found += [f"gap on {gap['node']}: {gap['start']} to {gap['end']}: {gap['why']}" for gap in status["gaps"][-3:]]
     if cost["nodesKnown"]:
         shared = f", shared by {cost['sharedBy']} policies" if cost["sharedBy"] > 1 else ""
+        several = coverage["selected"] > 1
+        mean = f" (the busiest), {humane.percent(cost['meanMillicores'] / 1000)} on average" if several else ""
         found.append(
-            f"cost: {cost['overhead']} of one CPU on {cost['maxNode']} (the busiest), "
-            f"{humane.percent(cost['meanMillicores'] / 1000)} on average, "
-            f"{humane.size(cost['mapBytesMax'])}B of maps a node{shared}"
+            f"cost: {cost['overhead']} of one CPU on {cost['maxNode']}{mean}, "
+            f"{humane.size(cost['mapBytesMax'])}B of maps{' a node' if several else ''}{shared}"
         )
     elif cost["overhead"] == "measuring":
         found.append("cost: measuring (programs are timed one second in ten)")
     elif cost["nodesUnknown"]:
         found.append("cost: unknown (agents may not read the kernel's run-time statistics, or cannot measure a hook)")
     return found
+
+
+def _rate(status: Json) -> str:
+    """With what is counted, where that is the runs of the programs: they are more, or fewer, than the events."""
+    text: str = status["columns"]["rate"]
+    runs = status["cost"]["runsPerSecond"]
+    return f"{text.removesuffix('/s')} runs/s" if runs and runs == status["ratePerSecond"] else text
 
 
 def _filling(outputs: Sequence[Json]) -> list[str]:
@@ -76,17 +89,21 @@ def part_shown(output: Json, *, whole: bool) -> str:
     return "window" if moved and not (whole and output["kind"] != "gauge") else "total"
 
 
-def output_lines(output: Json, *, rows: int, histograms: int, whole: bool = False) -> list[str]:
-    """One output: title, distribution, largest rows, of the part that ``part_shown`` says."""
-    grouped = f" by {', '.join(output['groupBy'])}" if output["groupBy"] else ""
+def output_lines(
+    output: Json, *, rows: int, histograms: int, window_seconds: float, whole: bool = False, width: int = 0
+) -> list[str]:
+    """One output: title, distribution, largest rows of the part that ``part_shown`` says. ``width`` as in ``table``."""
+    grouped = f" by {', '.join(name.removeprefix('key.') for name in output['groupBy'])}" if output["groupBy"] else ""
     kind = output["kind"]
     if kind == "events":
-        return _event_lines(output, rows)
+        return event_lines(output, rows)
     which = part_shown(output, whole=whole)
     part = output[which]
-    span = "last interval" if which == "window" else "since the beginning"
+    span = f"last {humane.duration(window_seconds * 1e9)}" if which == "window" else "since the beginning"
     amount = ""
-    if kind != "gauge":
+    if kind == "gauge":
+        span = "as read last"
+    else:
         amount = f", {_value(part['value'], output)}" + (
             f" of {_value(output['total']['value'], output)}" if which == "window" else ""
         )
@@ -97,7 +114,7 @@ def output_lines(output: Json, *, rows: int, histograms: int, whole: bool = Fals
         if histograms and part.get("buckets"):
             found += [f"  {line}" for line in histogram(part["buckets"], output["unit"])]
     if output["groupBy"] or kind == "gauge":
-        found += [f"  {line}" for line in table(part, output, rows)]
+        found += [f"  {line}" for line in table(part, output, rows, width=max(width - 2, 0))]
     elif kind != "histogram" and not part["rows"]:
         found.append("  nothing yet")
     found += [f"  {line}" for line in nameless(output)]
@@ -150,13 +167,24 @@ def percentiles_text(part: Json, unit: str) -> str:
     )
 
 
-def table(part: Json, output: Json, limit: int) -> list[str]:
-    """The largest rows in columns: key, value, share or rate, percentiles."""
+def table(part: Json, output: Json, limit: int, *, width: int = 0) -> list[str]:
+    """The largest rows in columns: key, value, share or rate, percentiles.
+
+    No wider than ``width``, where one is given: the widest parts of keys give way, down to ``LEAST``.
+    """
     header, body = cells(part, output, limit)
     if not body:
         return ["nothing yet"]
     widths = [max(len(row[at]) for row in (header, *body)) for at in range(len(header))]
     left = len(output["groupBy"])
+    most = max(widths[:left], default=0)
+    room = width - GAP * (len(widths) - 1) - sum(widths[left:])
+    while width and most > LEAST and sum(min(each, most) for each in widths[:left]) > room:
+        most -= 1
+    widths[:left] = [min(each, most) for each in widths[:left]]
+    header[:left] = [title if len(title) <= most else title[: most - 1] + "…" for title in header[:left]]
+    for row in body:
+        row[:left] = [_short(text, most) for text in row[:left]]
     return [
         "  ".join(
             text.ljust(width) if at < left else text.rjust(width)
@@ -217,7 +245,8 @@ def _short(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else "…" + text[1 - limit :]
 
 
-def _event_lines(output: Json, rows: int) -> list[str]:
+def event_lines(output: Json, rows: int) -> list[str]:
+    """Records of events: what became of them, and the newest ``rows``."""
     events = output["events"]
     lost = f", lost {humane.count(events['lost'])}" + (
         f", dropped {humane.count(events['dropped'])}" if events["dropped"] else ""

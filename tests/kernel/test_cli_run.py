@@ -113,7 +113,7 @@ def test_on_a_terminal_the_table_is_alive_and_what_is_done_is_said() -> None:
     assert process.wait(timeout=60) == 0
     text = seen.decode()
     assert text.index("loading …") < text.index("counting …") < text.index("== syscount ==")
-    head = "1/1 nodes, "
+    head = "1/1 nodes for "
     assert text.count(head) >= 2, "while it counts, and at the end"
     # A live view goes back up over what it drew.
     assert re.search(r"\x1b\[\d*A|\x1b\[1A", text[text.index(head) : text.rindex(head)])

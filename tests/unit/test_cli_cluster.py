@@ -128,7 +128,7 @@ def test_a_run_ends_with_all_that_it_counted(
 
     fake.answers[f"POST {POLICIES}"] = create
     assert call(kubeconfig, "run", "syscount", "--for", "1s") == 0
-    assert "calls (topk by pod, key.uid), since the beginning, 997" in capsys.readouterr().out
+    assert "calls (topk by pod, uid), since the beginning, 997" in capsys.readouterr().out
 
 
 def test_a_run_creates_follows_prints_and_deletes(

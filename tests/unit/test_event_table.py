@@ -37,6 +37,10 @@ def test_what_is_said_twice_is_said_once() -> None:
     assert (shop["time"], shop["pod"], host["pod"]) == ("13:23:27.356", "shop/web-1/nginx", "(host)")
 
 
+def test_a_machine_without_pods_needs_no_column_for_them() -> None:
+    assert list(event_table.terse([HOST, HOST])[0]) == ["time", "pid", "file", "arguments"]
+
+
 def test_what_differs_stays() -> None:
     first, _ = event_table.terse([RECORD, {**HOST, "node": "node2", "command": "other"}])
     assert first["node"] == "node1" and first["command"] == "sleep"
@@ -60,6 +64,14 @@ def test_of_a_path_the_end_is_kept_and_of_words_the_beginning() -> None:
     header, body = ["FILE", "ARGUMENTS"], [["/usr/lib/very/long/way/to/sleep", "sleep " + "x" * 300]]
     (row,) = event_table.fitted(header, body, 40)[1]
     assert row[0].startswith("…") and row[0].endswith("/to/sleep") and row[1].startswith("sleep x")
+
+
+def test_a_time_and_a_process_are_told_from_others_however_narrow_it_is() -> None:
+    header, body = ["TIME", "PID", "ARGUMENTS"], [["13:23:27.356", "a-long-name[3978]", "sleep " + "x" * 300]]
+    (row,) = event_table.fitted(header, body, 32)[1]
+    assert row[:2] == ["13:23:27", "a-l…[3978]"]
+    (row,) = event_table.fitted(header, body, 400)[1]
+    assert row == body[0]
 
 
 def test_a_wide_terminal_and_a_pipe_show_everything() -> None:

@@ -184,6 +184,19 @@ def test_overhead_is_a_share_or_unknown_or_being_measured_or_nothing_yet() -> No
     assert lines[-1].startswith("cost: unknown")
 
 
+def test_one_machine_is_not_called_the_busiest_and_runs_are_called_runs() -> None:
+    cost = result.Cost(
+        known_nodes=1, max_cores=0.0031, mean_cores=0.0031, max_node="vm", runs_per_second=997, runs_known=True
+    )
+    measured = dataclasses.replace(
+        calls(), cost=cost, rate_per_second=997, coverage=dataclasses.replace(calls().coverage, selected=1, sampled=1)
+    )
+    assert summary.head(report.status(measured)) == [
+        "1/1 nodes for 11s, 997 runs/s, lost 0",
+        "cost: 0.31% of one CPU on vm, 0B of maps",
+    ]
+
+
 def large(rows: int, *, kind: int, key: str, limit: int = 50, outputs: int = 1) -> Result:
     column = "stack" if kind == O.STACKS else "key.path"
     plans = [
@@ -208,7 +221,16 @@ def test_at_most_fifty_rows_are_shown_and_the_rest_is_in_other() -> None:
     assert status["outputs"][0]["truncated"] == "50 of 3,000 rows are shown, the rest is in other"
     fewer = report.status(large(3000, kind=O.COUNTER, key="", limit=7))["outputs"][0]
     assert (len(fewer["total"]["rows"]), fewer["total"]["other"]["rows"]) == (7, 2993)
-    assert any("(2,995 more)" in line for line in summary.output_lines(fewer, rows=5, histograms=0))
+    assert any("(2,995 more)" in line for line in summary.output_lines(fewer, rows=5, histograms=0, window_seconds=10))
+
+
+def test_rows_fit_a_terminal_and_keep_the_end_of_a_path() -> None:
+    output = report.status(large(3, kind=O.COUNTER, key="/very/long/path" * 4))["outputs"][0]
+    title, *rows = summary.output_lines(output, rows=5, histograms=0, window_seconds=10, width=40)
+    assert title == "out0 (counter by path), last 10s, 6 of 6"
+    assert max(map(len, rows)) == 40
+    assert rows[1].split() == ["…ong/path/very/long/path", "3", "50%"]
+    assert len(summary.output_lines(output, rows=5, histograms=0, window_seconds=10)[1]) > 60, "a pipe has room"
 
 
 @pytest.mark.parametrize(
