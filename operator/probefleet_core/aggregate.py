@@ -36,7 +36,7 @@ RESULT_RECORDS: Final = 50
 class Aggregate:
     """Everything that is known of one policy's samples."""
 
-    __slots__ = ("_costs", "_events", "_generation", "_seen", "_sessions", "_tables", "facts")
+    __slots__ = ("_began_ns", "_costs", "_events", "_generation", "_seen", "_sessions", "_tables", "facts")
 
     def __init__(self, facts: PolicyFacts) -> None:
         self.facts = facts
@@ -51,6 +51,7 @@ class Aggregate:
         self._tables = {o.name: tables.TableState(o, interval_ms=interval) for o in outputs if o.kind != events_kind}
         self._events = {o.name: events.EventState(o, interval_ms=interval) for o in outputs if o.kind == events_kind}
         self._costs = costs.Costs()
+        self._began_ns = 0  # when the first sample of this generation came
         self._seen: dict[str, int] = {}  # node → when its newest sample of this generation came
 
     def update(self, facts: PolicyFacts) -> None:
@@ -91,6 +92,7 @@ class Aggregate:
         self._sessions[node] = (session, batch.sequence)
         if sampled or runs:
             self._seen[node] = max(received_ns, self._seen.get(node, 0))
+            self._began_ns = self._began_ns or received_ns
             for name, state in self._states():
                 if name not in sampled:
                     state.touch(node, time_ns=batch.time_ns, received_ns=received_ns)
@@ -123,6 +125,7 @@ class Aggregate:
         fresh = [node for node, seen_ns in self._seen.items() if seen_ns >= oldest_ns]
         outputs = tuple(self._output(output.name, fresh, names) for output in self.facts.outputs)
         cost = self._costs.result(fresh)
+        coverage = self._coverage(selected_nodes, set(fresh))
         counting = [o for o in outputs if o.output.kind != plan_pb2.Output.GAUGE]
         since = [output.since_ns for output in outputs if output.since_ns]
         return Result(
@@ -130,7 +133,8 @@ class Aggregate:
             time_ns=now_ns,
             since_ns=min(since, default=0),
             outputs=outputs,
-            coverage=self._coverage(selected_nodes, set(fresh)),
+            coverage=coverage,
+            settled=not coverage.missing_count or 0 < self._began_ns < oldest_ns,
             # A sum of some nodes' runs would be no rate of the fleet.
             rate_per_second=(cost.runs_known and cost.runs_per_second)
             or (counting[0].rate_per_second if counting else 0.0),

@@ -220,4 +220,5 @@ class Result:
     uncounted: tuple[str, ...]
     gaps: tuple[NodeGap, ...]
     cost: Cost
+    settled: bool  # every node has said what it holds, or had the time to: totals do not grow for that any more
     window_seconds: float  # the longest window of any node and output; an interval, where none was late

@@ -48,12 +48,17 @@ class OutputsCollector(Collector):
             who = {"namespace": each.facts.namespace, "policy": each.facts.name}
             if each.coverage.selected:
                 coverage.add_sample(coverage.name, who, each.coverage.sampled / each.coverage.selected)
-            lost.add_sample(f"{lost.name}_total", who, each.lost)
+            if each.settled:
+                lost.add_sample(f"{lost.name}_total", who, each.lost)
             runs.add_sample(runs.name, who, each.rate_per_second)
             if each.cost.known_nodes:
                 cores.add_sample(cores.name, who, each.cost.max_cores)
             room, omitted = self._limit, 0
             for output in each.outputs:
+                if not each.settled and output.output.kind != plan_pb2.Output.GAUGE:
+                    # A counter that is small until all nodes have come again looks like one that counts from zero:
+                    # rate() would add all of it once more.
+                    continue
                 labels = {**who, "output": output.output.name}
                 kind = output.output.kind
                 if kind == plan_pb2.Output.HISTOGRAM:
@@ -74,7 +79,8 @@ class OutputsCollector(Collector):
 
 def _rows(family: Metric, name: str, output: result.OutputResult, labels: Labels, room: int) -> tuple[int, int]:
     """Add a sample a row; answers how many were added and how many left out."""
-    rows = output.total
+    # A gauge is of now: what a node held that is silent, or has left, is none of it.
+    rows = output.window if output.output.kind == plan_pb2.Output.GAUGE else output.total
     taken = min(len(rows.labels), max(room, 0))
     for row, value in zip(rows.labels[:taken], rows.weights[:taken].tolist(), strict=True):
         family.add_sample(name, labels | _row_labels(output.output.group_by, row), value)
@@ -95,7 +101,7 @@ def _histogram(family: Metric, output: result.OutputResult, labels: Labels, room
         for end, count in zip(ends, slots, strict=True):
             running += count
             if math.isfinite(end):
-                family.add_sample(f"{family.name}_bucket", named | {"le": f"{end:g}"}, running)
+                family.add_sample(f"{family.name}_bucket", named | {"le": f"{end:.17g}"}, running)
         family.add_sample(f"{family.name}_bucket", named | {"le": "+Inf"}, running)
         family.add_sample(f"{family.name}_count", named, running)
     return taken * each, len(rows.labels) - taken + rows.other_count

@@ -183,8 +183,10 @@ def test_a_node_that_gets_ahead_during_its_session_is_noticed() -> None:
 # Prometheus.
 
 
-def merged(rows: int, *, kind: int = plan_pb2.Output.COUNTER, width: int = 1) -> result.Result:
-    """A real aggregate's result with that many rows."""
+def merged(
+    rows: int, *, kind: int = plan_pb2.Output.COUNTER, width: int = 1, at_seconds: float = 5.5, again: bool = True
+) -> result.Result:
+    """A real aggregate's result with that many rows, of a node whose first sample came at 2 s, and that samples on."""
     output = plan_pb2.Output(name="calls", map="calls", kind=kind, group_by=["key.port"], unit="calls")
     known = aggregate.Aggregate(
         aggregate.PolicyFacts(
@@ -204,7 +206,11 @@ def merged(rows: int, *, kind: int = plan_pb2.Output.COUNTER, width: int = 1) ->
         since_ns=1,
     )
     known.apply("node1", 1, stream_pb2.Batch(sequence=1, time_ns=2_000_000_000, tables=[table]), 2_000_000_000)
-    return known.result(2_500_000_000, selected_nodes={"node1", "node2"}, names=lambda _: None)
+    if again:
+        later = stream_pb2.Batch(sequence=2, time_ns=5_000_000_000)
+        later.instances.add(policy_uids=["u"])
+        known.apply("node1", 1, later, later.time_ns)
+    return known.result(int(at_seconds * 1e9), selected_nodes={"node1", "node2"}, names=lambda _: None)
 
 
 def scraped(*results: result.Result, limit: int = 2000) -> str:
@@ -217,6 +223,30 @@ def test_counters_are_exported_with_their_keys() -> None:
     text = scraped(merged(2))
     assert 'probefleet_output_total{key_port="0",namespace="shop",output="calls",policy="calls"} 3.0' in text
     assert 'probefleet_policy_coverage_ratio{namespace="shop",policy="calls"} 0.5' in text
+
+
+def test_counters_wait_until_all_nodes_have_come_or_could_have() -> None:
+    for kind, family in (
+        (plan_pb2.Output.COUNTER, "output_total{"), (plan_pb2.Output.HISTOGRAM, "output_distribution_count{")
+    ):  # fmt: skip
+        text = scraped(merged(2, kind=kind, at_seconds=2.5, again=False))
+        assert 'probefleet_policy_coverage_ratio{namespace="shop",policy="calls"} 0.5' in text
+        assert family not in text and "lost_total{" not in text
+        text = scraped(merged(2, kind=kind))
+        assert family in text and "lost_total{" in text
+    text = scraped(merged(2, kind=plan_pb2.Output.GAUGE, at_seconds=2.5, again=False))
+    assert "output_value{" in text, "it is of now"
+
+
+def test_a_gauge_of_a_node_that_is_silent_is_not_exported() -> None:
+    assert "probefleet_output_value{" in scraped(merged(2, kind=plan_pb2.Output.GAUGE))
+    assert "probefleet_output_value{" not in scraped(merged(2, kind=plan_pb2.Output.GAUGE, at_seconds=60))
+
+
+def test_ends_of_buckets_are_whole() -> None:
+    text = scraped(merged(1, kind=plan_pb2.Output.HISTOGRAM, width=26))
+    ends = [float(end) for end in re.findall(r'le="([^"]+)"', text)]
+    assert ends == [*(2.0**slot for slot in range(1, 26)), float("inf")]
 
 
 def test_what_is_over_the_limit_is_left_out_and_counted() -> None:
