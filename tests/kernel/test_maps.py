@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +224,11 @@ def test_the_estimate_of_a_maps_memory_holds(kind: MapType, sizes: dict[str, int
 )
 def test_lists_of_cpus(text: str, cpus: list[int]) -> None:
     assert maps.cpu_list(text) == cpus
+
+
+def test_numbers_of_cpus_that_are_left_out_take_no_place_in_an_entry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "possible").write_text("0,2-3\n")
+    monkeypatch.setattr(maps, "Path", lambda _: tmp_path / "possible")
+    assert maps.possible_cpus.__wrapped__() == 3, "the kernel copies num_possible_cpus() values"

@@ -51,8 +51,10 @@ def cpu_list(text: str) -> list[int]:
 
 @functools.cache
 def possible_cpus() -> int:
-    """How many values a per-CPU entry has: CPUs that could ever be plugged in."""
-    return cpu_list(Path("/sys/devices/system/cpu/possible").read_text())[-1] + 1
+    """How many values a per-CPU entry has: CPUs that could ever be plugged in (num_possible_cpus). Numbers may be left
+    out, and then a value's place is not its CPU's number.
+    """
+    return len(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
 
 
 def online_cpus() -> list[int]:
