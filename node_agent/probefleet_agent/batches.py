@@ -136,6 +136,7 @@ def add_events(
             if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before
+                chunk.uncounted.extend(ring.said)
             chunk.gaps.extend(_gaps(instance, uid, now_ns))
             chunk.uncounted.extend(instance.notes)
             chunk.start_position = began.position

@@ -34,6 +34,7 @@ class KeptRing(abc.ABC):
         self._committed = 0
         self.dropped = 0
         self.lost = 0
+        self.said: list[str] = []  # losses that nobody counts, in words
         self.incarnation = f":{time.time_ns():x}"
 
     def read(self, cursor: int, limit_bytes: int) -> Records:
@@ -117,6 +118,8 @@ class PerfRing(KeptRing):
     def _fresh(self) -> Sequence[bytes]:
         fresh = self._reader.read()
         self.lost = fresh.lost
+        if came := ", ".join(map(str, sorted(set(self._reader.came)))):
+            self.said = [f"CPU {came} came online: what it recorded before its perf buffer was opened"]
         return [fresh.bytes_at(index) for index in range(len(fresh))]
 
 

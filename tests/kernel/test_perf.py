@@ -7,10 +7,11 @@ import select
 
 import numpy as np
 import pytest
+from probefleet_agent import perf_ring
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import links, perf
+from probefleet_agent.kernel import links, maps, perf
 
-from tests.kernel.support import Loaded, attachment, call_getppid
+from tests.kernel.support import Loaded, attachment, call_getppid, needs
 
 EVENT = np.dtype([("number", "<u8"), ("rest", "V12")])
 SOURCE = """
@@ -104,3 +105,31 @@ def test_only_perf_event_arrays_and_powers_of_two() -> None:
 def test_damaged_memory_is_refused() -> None:
     with pytest.raises(ProbefleetError, match="damaged"):
         perf._parse(bytes(16))
+
+
+def test_a_cpu_that_comes_online_is_read_from_then_on_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_cpus() -> bool:
+        return len(maps.online_cpus()) > 1
+
+    needs(two_cpus)
+    here, other, *_ = maps.online_cpus()
+    allowed, online = os.sched_getaffinity(0), {other}
+    monkeypatch.setattr(maps, "online_cpus", lambda: sorted(online))
+    os.sched_setaffinity(0, {here})
+    try:
+        with Loaded(SOURCE) as loaded, links.attach(loaded.programs["on_it"], GETPPID):
+            ring = perf_ring.PerfRing(loaded.maps["out"])
+            call_getppid(23)
+            assert (ring.producer_position(), loaded.hits(), ring.said) == (0, 23, [])
+            for came in (True, False, True):
+                (online.add if came else online.discard)(here)
+                ring.producer_position()  # sees it
+                call_getppid(29)
+            read = ring.read(0, 1 << 20)
+            assert loaded.hits() == 23, "one that went has its ring until it comes again"
+            ring.close()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert sorted(read.array(EVENT)["number"].tolist()) == list(range(23, 23 + 3 * 29))
+    assert ring.lost == 0
+    assert ring.said == [f"CPU {here} came online: what it recorded before its perf buffer was opened"]

@@ -105,7 +105,7 @@ class _CpuRing:
 
 
 class PerfBufferReader:
-    """Opens a ring on every online CPU and puts them into the map; owns them."""
+    """Opens a ring on every online CPU, also on those that come later, and puts them into the map; owns them."""
 
     def __init__(self, map_fd: SupportsIndex, pages: int = 64) -> None:
         info = syscall.map_info(map_fd)
@@ -113,18 +113,19 @@ class PerfBufferReader:
             raise ProbefleetError(f"map {info.name} (type {info.type}) is not a perf event array")
         if pages <= 0 or pages & (pages - 1):
             raise ProbefleetError(f"{pages} pages: a perf buffer has a power of two of them")
+        self._map, self._most, self._pages = map_fd, info.max_entries, pages
         self._rings: list[_CpuRing] = []
+        self._online: set[int] = set()
+        self._lost_before = 0  # of rings whose CPU went and came again
         self._sequence = 0
+        #: CPUs that came online while it read: what they recorded before that was seen found no ring.
+        self.came: list[int] = []
         try:
-            for cpu in maps.online_cpus():
-                if cpu < info.max_entries:
-                    ring = _CpuRing(cpu, pages)
-                    self._rings.append(ring)
-                    syscall.map_update(map_fd, struct.pack("<I", cpu), struct.pack("<I", ring.event.fileno()))
-                    syscall.perf_ioctl(ring.event, uapi.PERF_EVENT_IOC_ENABLE)
+            self._follow()
         except BaseException:
             self.close()
             raise
+        self.came.clear()
 
     @property
     def poll_fds(self) -> list[int]:
@@ -134,7 +135,8 @@ class PerfBufferReader:
     def read(self) -> PerfRecords:
         """Everything that is there now, and how much was lost so far."""
         chunks, offsets, lengths, cpus, base = [], [], [], [], 0
-        for ring in self._rings:
+        gone = self._follow()
+        for ring in (*self._rings, *gone):
             data = ring.take()
             starts, sizes, lost = _parse(data)
             ring.seen_lost += lost
@@ -143,6 +145,9 @@ class PerfBufferReader:
             lengths.append(sizes)
             cpus.append(np.full(len(starts), ring.cpu, np.uint16))
             base += len(data)
+        for ring in gone:
+            self._lost_before += ring.lost()
+            ring.close()
         all_offsets = np.concatenate(offsets) if offsets else np.empty(0, np.int64)
         sequence = np.arange(self._sequence, self._sequence + len(all_offsets), dtype=np.uint64)
         self._sequence += len(all_offsets)
@@ -152,8 +157,23 @@ class PerfBufferReader:
             np.concatenate(chunks) if chunks else np.empty(0, np.uint8),
             all_offsets,
             np.concatenate(lengths) if lengths else np.empty(0, np.int64),
-            sum(ring.lost() for ring in self._rings),
+            self._lost_before + sum(ring.lost() for ring in self._rings),
         )
+
+    def _follow(self) -> list[_CpuRing]:
+        """Open rings on CPUs that came. A ring ends with its CPU: those of CPUs that came again are to be read out."""
+        online = set(maps.online_cpus())
+        came, self._online = online - self._online, online
+        gone = [ring for ring in self._rings if ring.cpu in came]
+        for cpu in sorted(came):
+            if cpu < self._most:
+                ring = _CpuRing(cpu, self._pages)
+                self._rings.append(ring)
+                syscall.map_update(self._map, struct.pack("<I", cpu), struct.pack("<I", ring.event.fileno()))
+                syscall.perf_ioctl(ring.event, uapi.PERF_EVENT_IOC_ENABLE)
+                self.came.append(cpu)
+        self._rings = [ring for ring in self._rings if ring not in gone]
+        return gone
 
     def close(self) -> None:
         """The rings go, and with them what was not read."""
