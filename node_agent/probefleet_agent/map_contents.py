@@ -9,10 +9,12 @@ new first, then what is gone. Where a batch fails, what was there before is writ
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Mapping
 
 import numpy as np
-from probefleet_wire import map_types
+from probefleet_wire import encode, map_types
+from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError
@@ -28,8 +30,8 @@ def write(loaded: Loaded, wanted: plan_pb2.Instance, *, before: plan_pb2.Instanc
 
     Raises ProbefleetError; then the maps hold what they held.
     """
-    old = {each.map: _entries(each) for each in before.contents} if before else {}
-    new = {each.map: _entries(each) for each in wanted.contents}
+    old = {each.map: _entries(each, loaded) for each in before.contents} if before else {}
+    new = {each.map: _entries(each, loaded) for each in wanted.contents}
     initial = {name: _initial(name, before, wanted) for name in old.keys() | new.keys()}
     done: list[str] = []
     try:
@@ -66,8 +68,10 @@ def _handle(loaded: Loaded, name: str) -> MapHandle:
     return handle
 
 
-def _entries(content: plan_pb2.MapContent) -> Entries:
+def _entries(content: plan_pb2.MapContent, loaded: Loaded) -> Entries:
     """Key → value; of global variables place → value."""
+    if content.given:
+        return _laid_out(content, _handle(loaded, content.map))
     if not content.count:
         return {_place(each): each.value for each in content.variables}
     key, value = len(content.keys) // content.count, len(content.values) // content.count
@@ -75,6 +79,28 @@ def _entries(content: plan_pb2.MapContent) -> Entries:
         content.keys[at * key : (at + 1) * key]: content.values[at * value : (at + 1) * value]
         for at in range(content.count)
     }
+
+
+def _laid_out(content: plan_pb2.MapContent, handle: MapHandle) -> Entries:
+    """What a policy writes into a map whose types only the node knows. Raises ObjectError."""
+    kind, layout = handle.info.type, handle.layout
+    if kind not in {*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE} or layout is None or not layout.key:
+        raise ObjectError(
+            f"maps: {content.map} takes no values: it is of type {map_types.name_of(kind)}; hashes, arrays and LPM "
+            "tries of types that BCC describes do"
+        )
+    found: Entries = {}
+    for index, (key, value) in enumerate(json.loads(content.given)):
+        try:
+            raw = encode.encode(layout.key, layout.key_bytes, key, whole=True, what="key")
+            found[raw] = encode.encode(layout.value, layout.value_bytes, value, whole=False, what="value")
+        except encode.EncodeError as error:
+            raise ObjectError(f"maps: values[{index}] of {content.map} does not fit: {error}") from error
+        if kind in map_types.ARRAYS and int.from_bytes(raw, "little") >= handle.info.max_entries:
+            raise ObjectError(f"maps: {content.map} has no place {key}: it is an array of {handle.info.max_entries}")
+    if len(found) > handle.info.max_entries:
+        raise ObjectError(f"maps: {len(found)} values for {content.map}, which has room for {handle.info.max_entries}")
+    return found
 
 
 def _place(variable: plan_pb2.GlobalVariable) -> bytes:

@@ -7,6 +7,7 @@ loaded: what is written there are the instance's parameters.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 
@@ -252,6 +253,17 @@ def tail_calls(
                 _same_type(program, callers, use.map, here, problems)
         made.append(plan_pb2.TailCalls(map=use.map, entries=dict(use.entries)))
     return made
+
+
+def bcc_contents(policy: values.ProbePolicy) -> list[plan_pb2.MapContent]:
+    """Entries as they are written: the node, which compiles the program, lays them out."""
+    return [
+        plan_pb2.MapContent(
+            map=use.name, given=json.dumps([[each.key, each.value] for each in use.entries], separators=(",", ":"))
+        )
+        for use in policy.maps
+        if use.entries is not None
+    ]
 
 
 def bcc_tail_calls(policy: values.ProbePolicy, source: str, problems: errors.Problems) -> list[plan_pb2.TailCalls]:

@@ -296,7 +296,10 @@ class _Written:
 
 def _written(policy: values.ProbePolicy, parts: program_parts.Parts, problems: errors.Problems) -> _Written:
     if isinstance(policy.program, values.BccProgram):
-        return _Written(tail_calls=tuple(map_contents.bcc_tail_calls(policy, parts.source, problems)))
+        return _Written(
+            tuple(map_contents.bcc_contents(policy)),
+            tuple(map_contents.bcc_tail_calls(policy, parts.source, problems)),
+        )
     if parts.parsed is None:
         return _Written()
     sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}

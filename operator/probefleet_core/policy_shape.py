@@ -302,6 +302,8 @@ def _spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems
                 why="a script says by itself what it attaches to, and bpftrace makes its maps",
                 write="Leave it away.",
             )
+    if kind == "bcc":
+        written = "pinned" if any(each.get("pinned") is not None for each in there) else ""
     jumps = value.get("tailCalls") and kind != "bcc"
     if kind in ("catalog", "bcc", "bpftrace") and (written or jumps):
         problems.add(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -424,6 +426,66 @@ def test_a_map_that_its_flags_close_takes_no_values(flag: str, says: str) -> Non
     manifest = policies.c_policy(source, maps=[rules((1, {"bucket": 1}))], **COUNTS)
     with pytest.raises(BadInput, match=says):
         policies.prepare(manifest)
+
+
+BCC = f"""
+struct note {{ char text[12]; u16 weight; }};
+BPF_HASH(notes, u32, struct note, 4);
+BPF_ARRAY(steps, u64, 2);
+BPF_HASH(counts, struct note, u64, 16);
+TRACEPOINT_PROBE(syscalls, sys_enter_getppid)
+{{
+    u32 key = 110;
+    int first = 1;
+    struct note *note = notes.lookup(&key);
+    u64 *step = steps.lookup(&first);
+    if (bpf_get_current_pid_tgid() >> 32 != {os.getpid()} || !note || !step)
+        return 0;
+    counts.atomic_increment(*note, *step);
+    return 0;
+}}
+"""
+
+
+def by_bcc(notes: list[tuple[Any, Any]], steps: list[tuple[Any, Any]]) -> dict[str, Any]:
+    written = [
+        {"name": name, "values": [{"key": key, "value": value} for key, value in said]}
+        for name, said in (("notes", notes), ("steps", steps))
+    ]
+    outputs = [{"name": "calls", "from": {"map": "counts"}, "topk": {}, "groupBy": ["key.text", "key.weight"]}]
+    made = policies.c_policy("", maps=written, outputs=outputs, interval="1s")
+    made["spec"]["program"] = {"bcc": {"source": BCC}}
+    return made
+
+
+def test_values_of_bccs_maps_are_laid_out_on_the_node_and_change_live() -> None:
+    with policies.run(by_bcc([(110, {"text": "Hello World", "weight": 7})], [(1, 3)])) as run:
+        before = digests()
+        call_getppid(997)
+        run.apply(by_bcc([(110, {"text": "Hey root!"}), (1, {})], [(1, "0x1")]))
+        call_getppid(23)
+        assert run.rows("calls") == {("Hello World", "7"): 3 * 997, ("Hey root!", "0"): 23}
+        assert digests() == before
+        with pytest.raises(AssertionError, match=r"values\[0\] of notes does not fit: weight: 70000 does not fit"):
+            run.apply(by_bcc([(110, {"weight": 70000})], [(1, 1)]))
+        call_getppid(5)
+        assert run.rows("calls")[("Hey root!", "0")] == 28, "what was there goes on"
+
+
+@pytest.mark.parametrize(
+    ("notes", "steps", "says"),
+    [
+        ([(110, 7)], [], r"BadObject: maps: values\[0\] of notes does not fit: 7 is no struct"),
+        ([], [(2, 1)], "BadObject: maps: steps has no place 2: it is an array of 2"),
+        ([(each, {}) for each in range(5)], [], "BadObject: maps: 5 values for notes, which has room for 4"),
+    ],
+)
+def test_what_does_not_fit_bccs_maps_is_said_by_the_node(
+    notes: list[tuple[Any, Any]], steps: list[tuple[Any, Any]], says: str
+) -> None:
+    with policies.run(by_bcc(notes, steps), ready=False) as run:
+        (status,) = run.measured.statuses()
+        assert re.match(says, f"{status.reason}: {status.message}")
 
 
 WRONG: list[tuple[list[dict[str, Any]], str]] = [

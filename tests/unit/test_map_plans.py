@@ -201,7 +201,7 @@ def problems(spec: Json) -> list[str]:
         ({"maps": [{"name": ".data", "share": {"probeMap": "b"}}]}, "share of .data: global variables are"),
         ({"maps": [{"name": ".text", "values": []}]}, ".data, .bss or .rodata for its variables"),
         ({"tailCalls": [{"map": "a", "entries": {"x": "f"}}]}, "Write a slot's number"),
-        ({"program": {"bcc": {"source": "x"}}, "maps": [writing("a")]}, "values with program.bcc"),
+        ({"program": {"catalog": {"name": "x"}}, "maps": [writing("a")]}, "values with program.catalog"),
         ({"program": {"catalog": {"name": "x"}}, "tailCalls": JUMPS}, "tailCalls with program.catalog"),
         ({"program": {"bcc": {"source": "x"}}, "maps": [{"name": "a", "pinned": "/sys/fs/bpf/x"}]}, "pinned with"),
     ],

@@ -338,12 +338,15 @@ class MapContent(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     VARIABLES_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     map: _builtins.str
     keys: _builtins.bytes
     """one after the other"""
     values: _builtins.bytes
     """of a per-CPU map: what each CPU gets"""
     count: _builtins.int
+    given: _builtins.str
+    """JSON, [[key, value], …]: of a program that is compiled on the node, whose types nobody else knows"""
     @_builtins.property
     def variables(self) -> _containers.RepeatedCompositeFieldContainer[Global___GlobalVariable]:
         """of .data and .bss, in place of entries"""
@@ -356,10 +359,11 @@ class MapContent(_message.Message):
         values: _builtins.bytes = ...,
         count: _builtins.int = ...,
         variables: _abc.Iterable[Global___GlobalVariable] | None = ...,
+        given: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "map", b"map", "values", b"values", "variables", b"variables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "given", b"given", "keys", b"keys", "map", b"map", "values", b"values", "variables", b"variables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
