@@ -90,7 +90,8 @@ class Aggregate:
                 sampled.add(chunk.output)
         runs = self._apply_cost(node, batch)
         self._sessions[node] = (session, batch.sequence)
-        if sampled or runs:
+        # One that sent no sample of this generation yet may run the one before, whose samples are not counted.
+        if sampled or (runs and (node in self._seen or not self.facts.outputs)):
             self._seen[node] = max(received_ns, self._seen.get(node, 0))
             self._began_ns = self._began_ns or received_ns
             for name, state in self._states():

@@ -493,6 +493,21 @@ def test_a_node_where_nothing_happens_still_covers() -> None:
     assert ask(aggregate, 60, "b").coverage.sampled == 0
 
 
+def test_a_node_that_has_not_heard_of_an_edit_does_not_cover() -> None:
+    aggregate = Aggregate(facts(counter()))
+    a = FakeNode("a", keys=())
+    a.add(count=23)
+    apply(aggregate, a, a.batch(10, runs=True))
+    aggregate.update(facts(counter(), generation=2))  # of the interval: the program is the same
+    apply(aggregate, a, a.batch(20, runs=True))
+    out = ask(aggregate, 20, "a")
+    assert (out.coverage.sampled, out.coverage.missing, out.outputs[0].total.whole) == (0, ("a",), 0)
+    a.generation, a._sent, a._sent_values = 2, [], {}
+    apply(aggregate, a, a.batch(30, runs=True))
+    out = ask(aggregate, 30, "a")
+    assert (out.coverage.sampled, out.outputs[0].total.whole) == (1, 23)
+
+
 def test_losses_of_all_outputs_of_a_program_are_the_largest_not_the_sum() -> None:
     aggregate = Aggregate(facts(counter(), counter(name="second")))
     for output in ("calls", "second"):
@@ -527,7 +542,7 @@ def test_what_a_program_lost_is_one_loss_in_its_tables_and_its_records() -> None
 
 
 def test_cost_is_the_share_of_the_newest_window() -> None:
-    aggregate = Aggregate(facts(counter()))
+    aggregate = Aggregate(facts())
 
     def send(node: str, sequence: int, at: float, **stat: int) -> None:
         batch = stream_pb2.Batch(sequence=sequence, time_ns=int(START + at * SECOND))
