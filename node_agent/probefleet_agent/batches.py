@@ -132,6 +132,7 @@ def add_events(
             chunk.since_ns, chunk.submitted = instance.since_of(uid), counts[2]
             # A map that is full on the way to the record loses it, too.
             chunk.lost_by_program, chunk.lost_before_ring = counts[1], counts[0] + counts[3]
+            chunk.program_epoch = _program_epoch(instance, uid)
             chunk.lost = counts[1]
             if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost - reader.lost_before
@@ -239,6 +240,12 @@ def _beginning(instance: Loaded, handle: MapHandle, reader: collect.TableReader)
     if joined is None or (reader.output.map, reader.output.value) in joined.whole:
         return epoch, instance.since_ns
     return epoch, joined.since_ns
+
+
+def _program_epoch(instance: Loaded, policy: PolicyUid) -> str:
+    """Of what the instance's program counts itself, for a policy that may have come later."""
+    lost, joined = instance.maps.get(LOST), instance.joined.get(policy)
+    return f"{lost.epoch if lost else clock.boot_id()}{f':{joined.since_ns:x}' if joined else ''}"
 
 
 def _gaps(loaded: Loaded, policy: PolicyUid, now_ns: int) -> list[stream_pb2.Gap]:

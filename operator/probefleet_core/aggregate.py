@@ -177,8 +177,7 @@ class Aggregate:
         tables, records = self._tables.values(), self._events.values()
         rings: dict[str, int] = {}
         for state in records:
-            own = state.lost - state.lost_by_program - state.lost_before_ring
-            rings[state.map] = max(own, rings.get(state.map, 0))
+            rings[state.map] = max(state.lost_by_ring, rings.get(state.map, 0))
         return (
             max((*(state.lost for state in tables), *(state.lost_before_ring for state in records)), default=0)
             + max((state.lost_by_program for state in records), default=0)

@@ -61,8 +61,9 @@ class NodeRing:
     counted: int = 0  # in this epoch, by whomever they were received
     window: windows.Windows[int] = field(default_factory=windows.Windows)  # how many records
     received_ns: int = 0
+    lost: int = 0  # by this ring alone
+    program_epoch: str = ""
     submitted: int = 0
-    lost: int = 0
     lost_by_program: int = 0
     lost_before_ring: int = 0
     dropped: int = 0
@@ -128,6 +129,10 @@ class EventState:
             why = "records of before were delivered to an earlier operator, and are not in this total"
             state.before = ((chunk.since_ns, time_ns, why),)
         self.nodes[node] = state
+        program_epoch = chunk.program_epoch or chunk.epoch
+        if program_epoch != state.program_epoch:
+            self._end_program(state)
+            state.program_epoch = program_epoch
         if fresh_epoch:
             self._end_epoch(state)
             state.epoch = chunk.epoch
@@ -139,7 +144,8 @@ class EventState:
         state.received_ns = max(state.received_ns, received_ns)
         # Cumulative counters: a chunk that was sent again may be older than what is known.
         state.submitted = max(state.submitted, chunk.submitted)
-        state.lost, state.dropped = max(state.lost, chunk.lost), max(state.dropped, chunk.dropped)
+        own = max(chunk.lost - chunk.lost_by_program, 0)
+        state.lost, state.dropped = max(state.lost, own), max(state.dropped, chunk.dropped)
         state.lost_by_program = max(state.lost_by_program, chunk.lost_by_program)
         state.lost_before_ring = max(state.lost_before_ring, chunk.lost_before_ring)
         state.uncounted = tables.bounded_texts(chunk.uncounted)
@@ -168,9 +174,12 @@ class EventState:
     @property
     def lost(self) -> int:
         """Records that found no room in the ring, or came to none, and those that agents could not keep."""
-        return self.lost_before_ring + sum(
-            n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values()
-        )
+        return self.lost_before_ring + self.lost_by_program + self.lost_by_ring
+
+    @property
+    def lost_by_ring(self) -> int:
+        """Of ``lost``, what this ring lost, or its reader dropped: only other outputs of the ring have the same."""
+        return sum(n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values())
 
     @property
     def lost_by_program(self) -> int:
@@ -233,7 +242,7 @@ class EventState:
             records=tuple(sorted(newest, key=lambda record: record.get("time_ns", 0))),
             received=total,
             submitted=sum(node.submitted + node.ended_submitted for node in nodes),
-            lost=sum(node.lost + node.ended_lost for node in nodes),
+            lost=self.lost_by_program + sum(node.lost + node.ended_lost for node in nodes),
             dropped=sum(node.dropped + node.ended_dropped for node in nodes),
         )
         return result.OutputResult(
@@ -284,13 +293,16 @@ class EventState:
         if state.epoch:
             state.ended = [*state.ended[1 - tables.MAX_ENDED :], state.epoch]
         state.ended_counted += state.counted
-        state.ended_submitted += state.submitted
         state.ended_lost += state.lost
+        state.ended_dropped += state.dropped
+        state.counted = state.lost = state.dropped = 0
+
+    @staticmethod
+    def _end_program(state: NodeRing) -> None:
+        state.ended_submitted += state.submitted
         state.ended_lost_by_program += state.lost_by_program
         state.ended_lost_before_ring += state.lost_before_ring
-        state.ended_dropped += state.dropped
-        state.counted = state.submitted = state.lost = state.dropped = 0
-        state.lost_by_program = state.lost_before_ring = 0
+        state.submitted = state.lost_by_program = state.lost_before_ring = 0
 
 
 def _records(kept: Kept, low: int, high: int, joiner: keys.Joiner) -> list[Record]:

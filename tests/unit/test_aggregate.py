@@ -754,6 +754,18 @@ def test_a_new_ring_begins_at_zero_and_the_old_counters_stay() -> None:
     assert (events.received, events.submitted, events.lost) == (3, 3, 5)
 
 
+def test_what_a_program_counts_outlives_its_perf_buffer_and_counts_once() -> None:
+    aggregate = events_aggregate()
+    told = {"program_epoch": "boot-1:9", "lost_by_program": 3, "lost_before_ring": 5}
+    send_events(aggregate, 1, chunk([0, 1], submitted=2, lost=3 + 7, **told))
+    # The agent is replaced: its perf buffer ends, and the next one has lost 2 so far.
+    send_events(aggregate, 2, chunk([0], epoch="boot-1:3:18af", submitted=4, lost=3 + 2, **told))
+    out = ask(aggregate, 10)
+    events = out.outputs[0].events
+    assert events is not None
+    assert (events.received, events.submitted, events.lost, out.lost) == (3, 4, 3 + 7 + 2, 3 + 5 + 7 + 2)
+
+
 def test_a_ring_without_records_says_so() -> None:
     aggregate = events_aggregate()
     send_events(aggregate, 1, chunk([0, 48]), at=10)

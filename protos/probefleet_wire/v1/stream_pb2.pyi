@@ -704,6 +704,7 @@ class EventChunk(_message.Message):
     COUNTED_BEFORE_FIELD_NUMBER: _builtins.int
     LOST_BY_PROGRAM_FIELD_NUMBER: _builtins.int
     LOST_BEFORE_RING_FIELD_NUMBER: _builtins.int
+    PROGRAM_EPOCH_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -730,6 +731,8 @@ class EventChunk(_message.Message):
     """those of `lost` that the program counts itself, of all its rings together"""
     lost_before_ring: _builtins.int
     """cumulative: what it could not record for another reason; its tables' `lost`"""
+    program_epoch: _builtins.str
+    """In which `submitted`, `lost_by_program` and `lost_before_ring` are cumulative: they outlive a perf buffer."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """"time_ns" (wall clock), "pod_uid", "container_id" and the record's fields"""
@@ -758,10 +761,11 @@ class EventChunk(_message.Message):
         counted_before: _builtins.int | None = ...,
         lost_by_program: _builtins.int = ...,
         lost_before_ring: _builtins.int = ...,
+        program_epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "counted_before", b"counted_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "columns", b"columns", "counted_before", b"counted_before", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "lost_before_ring", b"lost_before_ring", "lost_by_program", b"lost_by_program", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before", "columns", b"columns", "counted_before", b"counted_before", "dropped", b"dropped", "end_position", b"end_position", "epoch", b"epoch", "gaps", b"gaps", "generation", b"generation", "lost", b"lost", "lost_before_ring", b"lost_before_ring", "lost_by_program", b"lost_by_program", "output", b"output", "policy_uid", b"policy_uid", "positions", b"positions", "program_epoch", b"program_epoch", "since_ns", b"since_ns", "start_position", b"start_position", "submitted", b"submitted", "uncounted", b"uncounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__counted_before: _TypeAlias = _typing.Literal["counted_before"]  # noqa: Y015
     _WhichOneofArgType__counted_before: _TypeAlias = _typing.Literal["_counted_before", b"_counted_before"]  # noqa: Y015
