@@ -22,7 +22,7 @@ from probefleet_wire.btf_layout import Field
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.decode import Layout
-from probefleet_agent.errors import KernelError, ObjectError
+from probefleet_agent.errors import KernelError, ScriptRefused
 from probefleet_agent.kernel import bpftrace, maps, syscall
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import Loaded, MapHandle
@@ -115,14 +115,14 @@ class Running:
 
     @property
     def started(self) -> bool:
-        """Whether all of its probes are attached. Raises ObjectError where they never will be."""
+        """Whether all of its probes are attached. Raises ScriptRefused where they never will be."""
         # bpftrace speaks of its probes before it attaches them; the one that prints the mark is the last.
         if self._marks:
             return True
         if self.ended:
-            raise ObjectError(f"{self._title}: bpftrace: {self.ended}")
+            raise ScriptRefused(f"{self._title}: bpftrace: {self.ended}")
         if time.monotonic() > self._deadline:
-            raise ObjectError(f"{self._title}: bpftrace has not attached its probes within {START_SECONDS:.0f} s")
+            raise ScriptRefused(f"{self._title}: bpftrace has not attached its probes within {START_SECONDS:.0f} s")
         return False
 
     def ask(self) -> None:

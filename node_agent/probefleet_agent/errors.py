@@ -6,6 +6,7 @@ Adapters in ``kernel/`` raise these at the edge; ``execute`` puts ``reason`` and
     ├── KernelError           a system call failed: errno, what was tried, advice
     ├── VerifierError         the kernel's verifier refused a program: summary, whole log
     ├── ObjectError           the compiled object is not what it should be (no such map, variable, program)
+    ├── ScriptRefused         bpftrace does not start a script: its own words
     ├── UnsupportedFeature    this kernel cannot do it: feature, since which version, why
     ├── NoSuchTarget          nothing of that name to attach to: near matches, "inlined"
     ├── BudgetExceeded        it would cost more than the policy allows
@@ -87,6 +88,12 @@ class ObjectError(ProbefleetError):
     """A compiled object cannot be used as asked: no such program, map or variable, or not a BPF object."""
 
     reason = "BadObject"
+
+
+class ScriptRefused(ProbefleetError):
+    """bpftrace did not start the script, for what is in it or for what this kernel lacks: it does not say which."""
+
+    reason = "ScriptRefused"
 
 
 class UnsupportedFeature(ProbefleetError):

@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from probefleet_agent import errors as agent_errors
 from probefleet_cli import main as command_line
 from probefleet_core import catalog, errors, planner, policy, values
 from probefleet_wire.v1 import plan_pb2
@@ -182,6 +183,20 @@ def test_write_a_policy_names_every_field_of_the_spec() -> None:
     wanted = {*spec, *output, *target, *spec["program"]["properties"], *spec["budget"]["properties"]} - {"program"}
     assert sorted(wanted - words - {"name"}) == []
     assert {kind.value for kind in values.Kind} <= words
+
+
+def test_troubleshooting_names_every_reason_that_a_node_gives() -> None:
+    """StalePush answers a push, and is no policy's."""
+    given = {*agent_errors._REASONS.values()}
+    for path in (ROOT / "node_agent/probefleet_agent").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            if re.search(r"\breason\b", line):
+                given |= set(re.findall(r'"((?:[A-Z][a-z]+){2,})"', line))
+    table = (ROOT / "docs/troubleshooting.md").read_text().partition("## Reasons in `status.failures`")[2]
+    named = {
+        word for row in re.findall(r"^\| ([\w, ]+) \|", table.partition("\n## ")[0], re.M) for word in row.split(", ")
+    }
+    assert sorted(given - named) == ["StalePush"]
 
 
 def test_read_a_report_names_every_column_and_field() -> None:

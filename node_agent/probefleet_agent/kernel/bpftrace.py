@@ -124,7 +124,8 @@ class Process:
         except BlockingIOError:
             text = ""
         lines = [line for line in text.splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
-        return " ".join(lines)[-600:] or (f"it ended with status {status}" if status else "the script called exit()")
+        # As it prints them: a line of tildes stands under what it means.
+        return "\n".join(lines)[-600:] or (f"it ended with status {status}" if status else "the script called exit()")
 
 
 def _environment() -> dict[str, str]:
