@@ -19,7 +19,6 @@ from probefleet_core import quantities
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_cli import advice, interruption, measurement, options, preparation, sources
-from probefleet_cli.failures import KernelRefuses
 
 Facts = dict[str, Any]
 
@@ -60,7 +59,7 @@ def check(
     if output == "json":
         click.echo(json.dumps({"policies": checked}, indent=2, ensure_ascii=False))
     if refusals:
-        raise KernelRefuses("\n".join(refusals))
+        raise measurement.failed(statuses, "\n".join(refusals))
 
 
 def _checked(each: preparation.Prepared, status: stream_pb2.PolicyStatus) -> Facts:
@@ -116,7 +115,12 @@ def _prepare(what: tuple[str, ...], settings: tuple[str, ...], *, nodes: int = 1
 def _explained(each: preparation.Prepared, nodes: int) -> Iterator[str]:
     plan, summary = each.planned.plan, each.planned.summary
     yield f"{each.policy.namespace}/{each.policy.name} ({plan.instance.title}, scope {each.policy.scope})"
-    yield f"  digest    {plan.instance.digest}: policies with this digest share one program"
+    whose = (
+        "this policy's own, for what it writes into maps"
+        if plan.instance.owner
+        else "policies with this digest share one program"
+    )
+    yield f"  digest    {plan.instance.digest}: {whose}"
     yield from _listed("programs", summary.programs)
     yield from _listed("maps", [_sized(name, size, dict(summary.not_read)) for name, size in summary.maps])
     if plan.instance.HasField("object"):

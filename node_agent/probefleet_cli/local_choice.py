@@ -42,7 +42,8 @@ def check(prepared: Sequence[preparation.Prepared], watch: pod_watch.Watch, choi
     if choice and not any(preparation.selected(each.policy, watch.pods, choice.namespace) for each in prepared):
         there = ", ".join(watch.pods.namespaces) or "none"
         return f"{choice.words}: no such pod is here yet; any that comes is counted. Namespaces with pods here: {there}"
-    return None
+    nobody = [each for each in prepared if not choice and preparation.selected(each.policy, watch.pods, None) == ()]
+    return "\n".join(f"{_only(each)}, and none is on this machine yet. {_instead(each)}" for each in nobody) or None
 
 
 def warnings(measured: measurement.Measurement, watch: pod_watch.Watch, choice: selectors.Choice) -> Iterator[str]:
@@ -55,5 +56,15 @@ def warnings(measured: measurement.Measurement, watch: pod_watch.Watch, choice: 
         )
     for each, chosen in zip(measured.prepared, measured.chosen(), strict=True):
         if chosen == () and not choice:
-            whose = "the pods that it selects" if each.policy.pods else f"pods of namespace {each.policy.namespace}"
-            yield f"{each.where}: it counts {whose} only, and none was on this machine"
+            yield f"{_only(each)}, and none was on this machine"
+
+
+def _only(each: preparation.Prepared) -> str:
+    whose = "the pods that it selects" if each.policy.pods else f"pods of namespace {each.policy.namespace}"
+    return f"{each.where}: it counts {whose} only"
+
+
+def _instead(each: preparation.Prepared) -> str:
+    if each.policy.pods:
+        return "Leave spec.pods out to count all that its scope has"
+    return "scope: Cluster counts all that runs here, -n NAMESPACE the pods of another namespace"

@@ -21,11 +21,13 @@ from probefleet_core import aggregate, report, result
 from probefleet_wire.v1 import stream_pb2
 
 from probefleet_cli import local_pods, preparation, workspace
-from probefleet_cli.failures import Failure, KernelRefuses
+from probefleet_cli.failures import BadInput, Failure, KernelRefuses
 
 SESSION = 1
 LOG_LINES = 6
 BROKEN = (stream_pb2.PolicyStatus.FAILED, stream_pb2.PolicyStatus.DETACHED)
+#: Reasons that are the policy's own, and the same on any machine: its C does not compile, or does more than observe.
+OF_THE_POLICY = frozenset({"CompileFailed", "NotObserveOnly"})
 #: Programs go on while the rings are emptied; a reading takes up to 4 MiB.
 MAX_LAST_READINGS = 32
 
@@ -185,6 +187,14 @@ def measure(
         raise Failure(
             f"{error}. Loading programs needs root: sudo probefleet …; probefleet doctor tells more"
         ) from error
+
+
+def failed(statuses: Sequence[stream_pb2.PolicyStatus], message: str) -> Failure:
+    """How a command ends: by status 2 where it is only policies that are at fault, else by 3."""
+    broken = [status for status in statuses if status.state in BROKEN]
+    if broken and all(status.reason in OF_THE_POLICY for status in broken):
+        return BadInput(message)
+    return KernelRefuses(message)
 
 
 def refusal(each: preparation.Prepared, status: stream_pb2.PolicyStatus, *, whole_log: bool = False) -> str:

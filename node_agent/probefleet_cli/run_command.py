@@ -26,7 +26,7 @@ from probefleet_cli import (
     selectors,
     sources,
 )
-from probefleet_cli.failures import BadInput, KernelRefuses
+from probefleet_cli.failures import BadInput
 
 #: How often the engine is asked whether something is due; rings are emptied as often.
 TICK_SECONDS = 0.1
@@ -111,14 +111,14 @@ def run(
         ) as measured:
             refusals = _refusals(measured)
             if len(refusals) == len(prepared):
-                raise KernelRefuses("\n".join(refusals))
+                raise measurement.failed(measured.statuses(), "\n".join(refusals))
             for text in refusals:
                 click.secho(text, err=True, fg="red")
             screen.progress("counting …" + ("" if duration else " Ctrl-C ends it and prints the report"))
             _watch(measured, stop, duration, output)
             measured.sample_rest()
             late = [text for text in _refusals(measured) if text not in refusals]
-            results = measured.results()
+            results, statuses = measured.results(), measured.statuses()
         warnings = list(local_choice.warnings(measured, watch, choice))
     screen.print_reports(_shown(measured.prepared, results), output=output, stream=sys.stdout, wide=wide)
     for text in warnings:
@@ -126,7 +126,8 @@ def run(
     if choice and not any(measured.chosen()):
         raise BadInput(f"{choice.words}: nothing was counted, because no such pod was here")
     if refusals or late:
-        raise KernelRefuses("\n".join(late) or f"{len(refusals)} of {len(prepared)} policies did not run, see above")
+        text = "\n".join(late) or f"{len(refusals)} of {len(prepared)} policies did not run, see above"
+        raise measurement.failed(statuses, text)
 
 
 def _warn(text: str) -> None:

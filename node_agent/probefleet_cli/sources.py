@@ -137,8 +137,13 @@ def _from_file(word: str, stdin: Iterable[str] | None) -> Iterator[Source]:
         raise BadInput(f"{shown}: there is no object in it. Write a ProbePolicy; probefleet catalog NAME shows one")
     for index, document in enumerate(_flat(documents), start=1):
         where = shown if len(documents) == 1 and index == 1 else f"{shown}, object {index}"
-        if not isinstance(document, dict) or document.get("kind") not in READABLE:
-            kind = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        if not isinstance(document, dict) or "kind" not in document:
+            raise BadInput(
+                f"{where}: this is no object of Kubernetes, for it has no kind. Write a ProbePolicy; "
+                "probefleet catalog NAME shows one"
+            )
+        if document["kind"] not in READABLE:
+            kind = document["kind"]
             raise BadInput(f"{where}: kind {kind!r}: only {' and '.join(READABLE)} can be run here. Take it out")
         yield Source(where, document)
 

@@ -80,12 +80,12 @@ def near(word: str, known: Iterable[str], *, at_most: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, known: Sequence[str], *, what: str) -> str:
-    """A sentence that names near matches, or else all that there is (up to twelve)."""
+    """A sentence that names near matches, or else all that there is (up to sixteen)."""
     close = near(word, known)
     if close:
         return f"Did you mean {' or '.join(close)}?"
     choices = sorted(set(known))
     if not choices:
         return f"There is no {what}."
-    shown = ", ".join(choices[:12]) + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
+    shown = ", ".join(choices[:16]) + (f" and {len(choices) - 16} more" if len(choices) > 16 else "")
     return f"Known: {shown}."

@@ -459,11 +459,13 @@ def _summary(
         + (" (where there is one)" if each.optional else "")
         for each in parts.attached
     ]
-    slots: dict[str, str] = {}
+    slots: dict[str, dict[str, list[int]]] = {}
     for each in made.tail_calls:
         for slot, name in sorted(each.entries.items()):
-            slots.setdefault(name, f"{each.map}[{slot}]")
-    programs += [f"{name}: jumped to{f' by {slots[name]}' if name in slots else ''}" for name in made.tail_programs]
+            slots.setdefault(name, {}).setdefault(each.map, []).append(slot)
+    for name in made.tail_programs:
+        ways = [f"{held}[{', '.join(map(str, numbers))}]" for held, numbers in slots.get(name, {}).items()]
+        programs.append(f"{name}: jumped to" + (f" by {' and '.join(ways)}" if ways else ""))
     instance = f"probefleet/instances/{made.digest}"
     loaded = dict.fromkeys([*(each.attachment.program for each in parts.attached), *made.tail_programs])
     pins = [f"{instance}/prog_{name}" for name in loaded]
@@ -478,8 +480,9 @@ def _summary(
         verbs.append(f"{USE_CLUSTER_SCOPE} probepolicies.probefleet.io")
     if not isinstance(policy.program, values.CatalogProgram):
         verbs.append(f"{USE_PROGRAM} probepolicies.probefleet.io")
+    how = "bpftrace" if isinstance(policy.program, values.BpftraceProgram) else "the names of its functions"
     return Summary(
-        programs=tuple(programs) or ("compiled and attached on the node, by the names of its functions",),
+        programs=tuple(programs) or (f"compiled and attached on the node, by {how}",),
         maps=sizes,
         map_bytes=sum(size for _, size in sizes),
         pins=tuple(pins),

@@ -54,6 +54,12 @@ def test_what_is_explained_is_what_is_pinned() -> None:
     assert all(any(fnmatchcase(path, pattern) for path in there) for pattern in of_bcc["pins"])
 
 
+def test_a_policy_that_writes_into_maps_shares_its_program_with_nobody() -> None:
+    (found,) = explained(SHARED.with_name("tail-calls.yaml"))
+    assert found["digest"][0].endswith(": this policy's own, for what it writes into maps")
+    assert "ignore_syscall: jumped to by syscalls[21, 22, 25]" in found["programs"]
+
+
 def test_bytes_are_those_of_the_kernel_times_the_nodes() -> None:
     in_c, of_bcc = explained(SHARED, "--nodes", "5")
     with policies.run(*yaml.safe_load_all(SHARED.read_text())) as running:

@@ -284,6 +284,16 @@ def test_check_loads_and_leaves_nothing() -> None:
     assert not (BPFFS / f"probefleet-run-{process.pid}").exists()
 
 
+def test_a_program_that_does_not_compile_is_the_policys_mistake_and_not_the_kernels(tmp_path: Path) -> None:
+    """BCC's C is compiled against this kernel's types, and libbpf's is not: the status is the same."""
+    for name, text in (("bcc", BCC.replace("return 0;", "return 0")), ("c", KPROBE.replace("return 0;", "return 0"))):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text)
+        for command in (("check",), ("run", "--for", "1s")):
+            _, errors = finish(start(*command, path), status=2)
+            assert re.search(r":\d+:\d+: error: expected ';'", errors), errors
+
+
 def test_check_gives_hints_on_a_programs_own_maps_and_fails_by_none() -> None:
     said, _ = finish(start("check", EXAMPLES / "tail-calls.yaml"))
     (hint,) = [line for line in said.splitlines() if line.startswith("  hint: ")]

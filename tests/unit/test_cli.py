@@ -153,7 +153,7 @@ def test_a_file_may_have_several_objects_and_lists(tmp_path: Path) -> None:
         ("", "there is no object in it"),
         ("a: [", "this is not YAML"),
         ("kind: Pod\n", "kind 'Pod': only ProbePolicy and ProbeMap"),
-        ("- 1\n", "kind 'list'"),
+        ("- 1\n", "this is no object of Kubernetes, for it has no kind"),
         ("kind: ProbePolicy\nmetadata: {name: a}\n---\nkind: ProbePolicy\nmetadata: {name: a}\n", "'a' is in"),
     ],
 )

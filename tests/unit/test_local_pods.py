@@ -322,7 +322,16 @@ def test_labels_without_a_runtime_are_refused_with_what_to_do() -> None:
     choice = selectors.Choice.of("shop", None)
     with pytest.raises(BadInput, match="there are no pods on this machine, as far as it can be seen"):
         local_choice.check(of(choice.narrow(parsed())), watch, choice)
-    assert local_choice.check(of(parsed()), watch, selectors.Choice()) is None
+
+
+def test_a_policy_of_a_namespace_that_is_not_here_says_so_before_anybody_waits() -> None:
+    watch = pod_watch.Watch(None, without=NONE, folders=nobody)
+    watch.look()
+    assert local_choice.check(of(parsed()), watch, selectors.Choice()) == (
+        "policy.yaml: it counts pods of namespace shop only, and none is on this machine yet. "
+        "scope: Cluster counts all that runs here, -n NAMESPACE the pods of another namespace"
+    )
+    assert local_choice.check(of(parsed(scope="Cluster")), watch, selectors.Choice()) is None
 
 
 def test_a_namespace_is_known_without_a_runtime() -> None:

@@ -115,6 +115,8 @@ def test_slots_name_programs_that_nothing_attaches(elf: bytes) -> None:
     assert list(instance.tail_programs) == ["leaf", "spare", "other"]
     assert [each.program for each in instance.attachments] == ["root"]
     assert "leaf: jumped to by ways[1]" in made.summary.programs and "spare: jumped to" in made.summary.programs
+    twice = planned(elf, tailCalls=[{"map": "ways", "entries": {3: "leaf", 1: "leaf"}}]).summary.programs
+    assert "leaf: jumped to by ways[1, 3]" in twice
     again = planned(elf, tailCalls=[{"map": "ways", "entries": {1: "spare", 2: "leaf"}}])
     assert again.plan.instance.digest == instance.digest
 
