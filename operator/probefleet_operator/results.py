@@ -76,7 +76,14 @@ class Results:
             merged = self._aggregates.get(uid)
             if merged is None or sender.node not in desired.get(uid, ()):
                 metrics.TABLES_IGNORED.inc()
+                if uid in self._plans.entries:
+                    sender.unheard.add(uid)
                 continue
+            if uid in sender.unheard:
+                # Its rows and records are on that node's account for told: the next stream says all of it again.
+                raise errors.StreamOutdated(
+                    "begin a new stream: a policy was not planned yet when this one spoke of it"
+                )
             try:
                 merged.apply(sender.node, sender.number, batch, received_ns)
             except columns.ColumnsError as problem:

@@ -74,6 +74,7 @@ class Session:
         self.probe_maps: Sequence[stream_pb2.MapStatus] = ()
         self.answered_version = 0
         self.last_batch_at: float = 0.0  # wall clock
+        self.unheard: set[values.PolicyUid] = set()  # policies of which it said something that could not be taken in
         self.closing: asyncio.Future[Closing] = asyncio.get_running_loop().create_future()
         self._term = term
         self._blob_of = blob_of
