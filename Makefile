@@ -97,9 +97,9 @@ test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel
 	@$(CLUSTER) build
 	@$(MAKE) check
 	@# The machine emulates one kernel with what the others leave of it: they wait for pods, and for intervals.
-	@nice -n 5 $(MAKE) test-vm >build/test-vm.log 2>&1 & vm=$$!; \
-	$(MAKE) test-kernel && $(MAKE) test-e2e && rest=0 || rest=1; wait $$vm && vm=0 || vm=1; \
-	echo "== test-vm"; cat build/test-vm.log; exit $$((rest | vm))
+	@nice -n 5 $(MAKE) test-vm >build/test-vm.log 2>&1 & vm=$$!; failed=0; \
+	$(MAKE) test-kernel || failed=1; $(MAKE) test-e2e || failed=1; wait $$vm || failed=1; \
+	echo "== test-vm"; cat build/test-vm.log; exit $$failed
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from probefleet_agent.kernel import maps, symbols
 
 from tests.kernel.catalog_probe import Running, the_catalog
+from tests.kernel.support import until_nothing_was_hidden
 from tests.workloads import run
 
 ENOENT = -2
@@ -125,23 +126,6 @@ def test_every_way_to_open_is_seen(tmp_path: Path) -> None:
         mine = mine[[text(each) == name.decode() for each in mine["file"]]]
         expected = {"openat2": 0o101, "open": 0, "creat": 0o1101}
         assert mine["flags"].tolist() == [expected[call] for call in calls]
-
-
-def until_nothing_was_hidden(attempt: Callable[[], tuple[int, int]]) -> None:
-    """Counted must equal made; never exceed it, and be less only while a task runs that the kernel hides from BPF.
-
-    Kernels of some sandboxes deliver no event whose current task is the sandbox's own supervisor: what it wakes, and
-    whom it makes way for, no program sees. It seldom runs, so one of a few attempts is undisturbed.
-    """
-    seen = []
-    for _ in range(20):
-        counted, made = attempt()
-        assert counted <= made
-        assert counted > 0.9 * made
-        if counted == made:
-            return
-        seen.append((counted, made))
-    raise AssertionError(f"never exact: {seen}")
 
 
 @pytest.mark.shows("probe/runqlat")

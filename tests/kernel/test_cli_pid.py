@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.test_catalog_processes import until_nothing_was_hidden
+from tests.kernel.support import until_nothing_was_hidden
 from tests.kernel.test_cli_run import finish, start, total, wait_until_attached
 from tests.workloads import run
 

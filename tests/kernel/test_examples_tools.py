@@ -18,7 +18,7 @@ import pytest
 from probefleet_agent.kernel import features
 
 from tests.kernel import examples_runner, lossy
-from tests.kernel.test_catalog_processes import until_nothing_was_hidden
+from tests.kernel.support import until_nothing_was_hidden
 from tests.workloads import run as workloads
 
 LOCAL = "127.0.0.1"
