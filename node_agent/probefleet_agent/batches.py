@@ -68,7 +68,7 @@ def add_tables(
             if key in readings and handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
-            if full and LOST not in instance.maps:
+            if full and not instance.counts_losses():
                 table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
             if unread := bound.unread.get(name):
                 table.uncounted.append(f"output {name} could not be read: {unread.message}")
@@ -138,6 +138,8 @@ def add_events(
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before
                 chunk.uncounted.extend(ring.said)
+            elif ring.full > reader.full_before and not (counts[1] or counts[2]):
+                chunk.uncounted.append(f"{handle.name} was full, and the program does not count what finds no room")
             chunk.gaps.extend(_gaps(instance, uid, now_ns))
             chunk.uncounted.extend(instance.notes)
             chunk.start_position = began.position

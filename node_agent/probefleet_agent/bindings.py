@@ -210,8 +210,13 @@ class Bindings:
         if earlier:
             reader.go_on(earlier.mark)
             reader.lost_before, reader.dropped_before = earlier.lost_before, earlier.dropped_before
+            reader.full_before = earlier.full_before
         elif joined is not None and isinstance(ring, KeptRing):
             reader.lost_before, reader.dropped_before = ring.lost, ring.dropped
+        elif joined is not None and isinstance(ring, RingReader):
+            reader.full_before = ring.full
+        if isinstance(ring, RingReader):
+            ring.expect(layout.value_bytes)
         self._marks.put(whose, settled)
         bound.events[output.name] = reader
 

@@ -215,6 +215,7 @@ class EventReader:
     epoch: str = ""  # of the ring
     lost_before: int = 0  # what a ring that this process keeps had lost, and dropped, when the policy joined
     dropped_before: int = 0
+    full_before: int = 0  # how often a ring had been seen full by then
     cursor: int = field(init=False)
     counted: int | None = field(init=False)
     dropped: int = field(init=False)

@@ -162,6 +162,12 @@ class Loaded:
         counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
         return (counts[0], counts[1], counts[2], counts[3])
 
+    def counts_losses(self) -> bool:
+        """A program of it counts what it loses: the header alone brings the map, too."""
+        handle = self.maps.get(LOST)
+        used = {number for fd in self.programs.values() for number in syscall.program_info(fd).map_ids}
+        return handle is not None and handle.info.id in used
+
     def lost_of(self, policy: str) -> tuple[int, int, int, int]:
         """The same, of the time since a policy came."""
         now = self.lost()

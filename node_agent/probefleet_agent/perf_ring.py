@@ -134,4 +134,7 @@ class QueueRing(KeptRing):
         """What was not popped stays in the kernel."""
 
     def _fresh(self) -> Sequence[bytes]:
-        return map_storage.pop_all(self._fd, self._info)
+        fresh = map_storage.pop_all(self._fd, self._info)
+        if len(fresh) >= self._info.max_entries:
+            self.said = [f"{self._info.name} was full, and nobody counts what finds no room"]
+        return fresh

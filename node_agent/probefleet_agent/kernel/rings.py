@@ -103,6 +103,9 @@ class RingReader:
         if size and size != info.max_entries:
             raise ProbefleetError(f"ring {info.name} has {info.max_entries} bytes, not {size}")
         self.map_id, self.size = info.id, info.max_entries
+        #: How often it was seen without room for one more record: what programs had for it then was not kept.
+        self.full = 0
+        self._longest_bytes = 0
         number = Fd(int(fd), info.name)
         try:
             self._fd = number.dup()
@@ -151,6 +154,8 @@ class RingReader:
             _barrier()
         if at * 8 > available:
             raise ProbefleetError(f"ring record at {cursor + at * 8} reaches beyond the producer's position")
+        self._longest_bytes = max(self._longest_bytes, int(lengths.max(initial=0)))
+        self._look_for_room(consumer, producer)
         positions = starts.astype(np.uint64) + np.uint64(cursor)
         return Records(positions, data, starts + HEADER_BYTES, lengths, cursor + at * 8)
 
@@ -162,11 +167,22 @@ class RingReader:
         consumer, producer = self.consumer_position(), self.producer_position()
         if not consumer <= position <= producer or position % 8:
             raise ProbefleetError(f"position {position} cannot be committed: the ring holds {consumer} to {producer}")
+        self._look_for_room(consumer, producer)  # the last moment: nobody but us makes room
         if not _STRONG_LOADS:
             _barrier()  # what was read stays before the store
         self._consumer.value = position
         _barrier()  # the store before the load
         return self.producer_position()
+
+    def expect(self, record_bytes: int) -> None:
+        """How long a record is, as long as none has come."""
+        self._longest_bytes = self._longest_bytes or record_bytes
+        self._look_for_room(self.consumer_position(), self.producer_position())
+
+    def _look_for_room(self, consumer: int, producer: int) -> None:
+        # As __bpf_ringbuf_reserve() reckons (kernel/bpf/ringbuf.c): the last byte of the ring is never used.
+        needed = HEADER_BYTES + (self._longest_bytes + 7) // 8 * 8
+        self.full += producer + needed - consumer > self.size - 1
 
     def close(self) -> None:
         """Unmap. Arrays that still look into the ring keep the mapping until they go."""
