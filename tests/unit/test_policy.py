@@ -493,7 +493,7 @@ def test_selectors_mean_what_kubernetes_means() -> None:
 def test_near_matches() -> None:
     assert errors.near("RunQLat", ["runqlat", "syscount"]) == ["runqlat"]
     assert errors.did_you_mean("zzz", [], what="probe") == "There is no probe."
-    assert "and 3 more" in errors.did_you_mean("zzz", [f"p{n}" for n in range(15)], what="probe")
+    assert "p6 and 3 more" in errors.did_you_mean("zzz", [f"p{n}" for n in range(19)], what="probe")
 
 
 def test_long_values_are_cut_and_types_have_names() -> None:
