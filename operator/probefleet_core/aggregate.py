@@ -36,7 +36,7 @@ RESULT_RECORDS: Final = 50
 class Aggregate:
     """Everything that is known of one policy's samples."""
 
-    __slots__ = ("_began_ns", "_costs", "_events", "_generation", "_seen", "_sessions", "_tables", "facts")
+    __slots__ = ("_base", "_began_ns", "_costs", "_events", "_generation", "_seen", "_sessions", "_tables", "facts")
 
     def __init__(self, facts: PolicyFacts) -> None:
         self.facts = facts
@@ -50,6 +50,7 @@ class Aggregate:
         events_kind = plan_pb2.Output.EVENTS
         self._tables = {o.name: tables.TableState(o, interval_ms=interval) for o in outputs if o.kind != events_kind}
         self._events = {o.name: events.EventState(o, interval_ms=interval) for o in outputs if o.kind == events_kind}
+        self._base = 0  # the number of the first record of each output
         self._costs = costs.Costs()
         self._began_ns = 0  # when the first sample of this generation came
         self._seen: dict[str, int] = {}  # node → when its newest sample of this generation came
@@ -74,6 +75,10 @@ class Aggregate:
             return False
         uid = self.facts.uid
         sampled: set[str] = set()
+        if not self._base:
+            self._base = max(received_ns // 1000, 1)  # more than a record a microsecond does not come
+            for each in self._events.values():
+                each.base = self._base
         for table in batch.tables:
             if table.policy_uid == uid and self._current(table.generation):
                 table_state = self._tables.get(table.output)

@@ -89,6 +89,7 @@ class EventState:
         "_kept_bytes",
         "_kept_count",
         "_output",
+        "base",
         "nodes",
         "received",
         "since_ns",
@@ -102,6 +103,8 @@ class EventState:
         self._foreign: set[str] = set()  # nodes that were found to speak for pods of others
         self.nodes: dict[str, NodeRing] = {}
         self.received = 0
+        #: The number of the first record. Later states begin with larger ones, so that a cursor says whose it is.
+        self.base = 1
         self.since_ns = 0
 
     def apply(self, node: str, session: int, chunk: stream_pb2.EventChunk, *, time_ns: int, received_ns: int) -> None:
@@ -214,7 +217,10 @@ class EventState:
 
     def since(self, cursor: int, names: Names, *, limit: int = MOST_KEPT) -> Page:
         """Records from ``cursor`` on (0: all that are kept), at most ``limit``, oldest first."""
-        oldest = self._kept[0].first if self._kept else self.received
+        top = self.base + self.received
+        oldest = self._kept[0].first if self._kept else top
+        if cursor and not self.base <= cursor <= top:
+            cursor = self.base  # of an operator before this one, or of before an edit: all are new
         begin = max(cursor, oldest)
         joiner = keys.Joiner(names, qualified=False)
         records: list[Record] = []
@@ -225,9 +231,7 @@ class EventState:
                 records += _records(kept, low - kept.first, high - kept.first, joiner)
                 if joiner.foreign:
                     self._foreign.add(kept.node)
-        # A cursor of an operator before this one may lie ahead.
-        missed = max(begin - cursor, 0) if cursor else 0
-        return Page(tuple(records), min(begin + len(records), self.received), missed)
+        return Page(tuple(records), begin + len(records), begin - cursor if cursor else 0)
 
     def result(self, names: Names, *, fresh: Iterable[str], records: int) -> result.OutputResult:
         """Counts as rows of one, and the newest ``records`` by their time."""
@@ -235,7 +239,7 @@ class EventState:
         timed = [node.window for node in here if node.window.seconds]
         window = sum(sum(each.changes) for each in timed)
         rate = sum(sum(each.changes) / each.seconds for each in timed)
-        newest = self.since(max(self.received - records, 0), names, limit=records).records
+        newest = self.since(self.base + max(self.received - records, 0), names, limit=records).records
         nodes = self.nodes.values()
         total = sum(node.counted + node.ended_counted for node in nodes)
         counts = result.Events(
@@ -276,7 +280,7 @@ class EventState:
                 content[column.name] = tail
         if first >= count:
             return None
-        return Kept(self.received + first - start, count - first, node, content, size_bytes + 512)
+        return Kept(self.base + self.received + first - start, count - first, node, content, size_bytes + 512)
 
     def _keep(self, kept: Kept) -> None:
         self._kept.append(kept)
