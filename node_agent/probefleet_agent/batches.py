@@ -6,7 +6,8 @@ was lost on its way, and how far each ring was read. The engine calls it every t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 from probefleet_wire.v1 import stream_pb2
@@ -28,6 +29,9 @@ from probefleet_agent.reconcile import Digest
 _RING_READ_BYTES = 4 << 20
 #: A ring of which less than an eighth is unread is read this often: a chunk costs the same for one record as for many.
 _EVENTS_EVERY_NS = 1_000_000_000
+_FILLING = frozenset({MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE})
+#: A map that no output reads is looked at once an interval, if it is no larger.
+_MAX_LOOKED_AT = 65_536
 _READABLE = uapi.HASH_TYPES | {MapType.ARRAY, MapType.PERCPU_ARRAY}
 
 
@@ -65,7 +69,7 @@ def add_tables(
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch, table.since_ns = _beginning(instance, handle, reader)
             table.lost = counts[0] + counts[3]
-            if key in readings and handle.info.type in (MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE):
+            if key in readings and handle.info.type in _FILLING:
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
             if full and not instance.counts_losses():
@@ -74,7 +78,7 @@ def add_tables(
                 table.uncounted.append(f"output {name} could not be read: {unread.message}")
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
-            table.uncounted.extend([*instance.followers.sentences(), *instance.troubles, *instance.notes])
+            table.uncounted.extend(instance.said())
             table.gaps.extend(_gaps(instance, uid, now_ns))
             batch.tables.append(table)
         joining.keep(instance, uid)
@@ -108,7 +112,8 @@ def add_events(
             # Of records that are shorter than their type there may be so many that the whole would not fit in memory.
             records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
             counts = instance.lost_of(uid)
-            quiet = not len(records) and records.end_position == reader.cursor and counts == reader.told
+            told = counts, [*_said_of(ring, handle, reader, counts), *instance.said()]
+            quiet = not len(records) and records.end_position == reader.cursor and told == reader.told
             if quiet and reader.announced and not instance.detached:  # then a gap grows
                 continue
             data = _records(records, layout.value_bytes)
@@ -122,7 +127,7 @@ def add_events(
             if chunk is None:
                 # Nothing came, and yet an operator that is new has to hear what lay before, and each of what was lost.
                 chunk = stream_pb2.EventChunk(end_position=reader.cursor, dropped=reader.dropped)
-            reader.announced, reader.told = True, counts
+            reader.announced, reader.told = True, told
             # Not where records are held back for want of an identity: they come no sooner by reading on.
             whole = records.end_position == reader.cursor
             much = reader.cursor - began.position > _RING_READ_BYTES // 2 or len(records) < len(read)
@@ -137,17 +142,39 @@ def add_events(
             if isinstance(ring, KeptRing):
                 chunk.lost += ring.lost - reader.lost_before
                 chunk.dropped += ring.dropped - reader.dropped_before
-                chunk.uncounted.extend(ring.said)
-            elif ring.full > reader.full_before and not (counts[1] or counts[2]):
-                chunk.uncounted.append(f"{handle.name} was full, and the program does not count what finds no room")
             chunk.gaps.extend(_gaps(instance, uid, now_ns))
-            chunk.uncounted.extend(instance.notes)
+            chunk.uncounted.extend(told[1])
             chunk.start_position = began.position
             if began.counted is not None:
                 chunk.counted_before = began.counted
             batch.events.append(chunk)
             commits.append(((uid, name, reader.epoch), reader.mark))
     return commits, behind
+
+
+def _said_of(
+    ring: RingReader | KeptRing, handle: MapHandle, reader: collect.EventReader, counts: tuple[int, int, int, int]
+) -> list[str]:
+    """What a ring lost and nobody counts. A program that counts its records counts those that find no room."""
+    if isinstance(ring, KeptRing):
+        return ring.said
+    unsaid = ring.full > reader.full_before and not (counts[1] or counts[2])
+    return [f"{handle.name} was full, and the program does not count what finds no room"] if unsaid else []
+
+
+def look_for_room(instance: Loaded, read: Set[str]) -> None:
+    """Note the maps that are full, where a program does not count that; not those that are read, and said, anyway."""
+    instance.full.clear()
+    if instance.counts_losses():
+        return
+    for handle in instance.maps.values():
+        entries = handle.info.max_entries
+        ours = handle.name.startswith(("probefleet_", "__"))
+        if ours or handle.name in read or handle.info.type not in _FILLING or entries > _MAX_LOOKED_AT:
+            continue
+        with contextlib.suppress(ProbefleetError):  # what may not be read is not known
+            if len(maps.read(handle.fd, handle.info)[0]) >= entries:
+                instance.full.append(f"{handle.name} is full, and the program does not count what finds no room")
 
 
 def _is_calm(ring: RingReader, cursor: int) -> bool:

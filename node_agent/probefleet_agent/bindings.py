@@ -103,6 +103,15 @@ class Bindings:
                 self._shared[handle.info.id] = self._rings[key]
         return self._rings[key]
 
+    def maps_read(self, digest: Digest) -> set[str]:
+        """The maps of an instance that outputs read as tables."""
+        return {
+            reader.output.map
+            for bound in self.bound.values()
+            if bound.digest == digest
+            for reader in bound.tables.values()
+        }
+
     def feed(self, loaded: Loaded) -> None:
         """Iterators have been read: their records are events for whoever reads them so."""
         for (digest, name), ring in self._rings.items():

@@ -221,7 +221,8 @@ class EventReader:
     dropped: int = field(init=False)
     announced: bool = field(init=False)  # does the operator know in this stream what lay before?
     _cgroup: Field | None = field(init=False)
-    told: tuple[int, int, int, int] | None = None  # what the program had lost, as the operator heard last
+    #: What the program had lost, in numbers and in words, as the operator heard last.
+    told: tuple[tuple[int, int, int, int], list[str]] | None = None
     read_ns: int = 0  # when its ring was looked at last
     _waiting_since_ns: int = 0
 

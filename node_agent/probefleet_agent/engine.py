@@ -232,6 +232,7 @@ class Engine:
         for digest in self._costs.tick(now_ns, loaded, self._bindings.budgets(), force=force):
             self._installed.detach(digest)
         for digest in {bound[uid].digest for uid in due}:
+            batches.look_for_room(loaded[digest], self._bindings.maps_read(digest))
             if loaded[digest].runs_each_interval:
                 iterating.run(loaded[digest], self._files_root)
                 self._bindings.feed(loaded[digest])

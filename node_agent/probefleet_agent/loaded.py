@@ -122,6 +122,7 @@ class Loaded:
     record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
+    full: list[str] = field(default_factory=list)  # maps that no output reads, and that were full when it was looked
     notes: list[str] = field(default_factory=list)  # what its reports have to say of maps that the agent keeps
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
@@ -161,6 +162,10 @@ class Loaded:
             return (0, 0, 0, 0)
         counts = [int(count) for count in maps.sum_lost(handle.fd)] + [0] * 4
         return (counts[0], counts[1], counts[2], counts[3])
+
+    def said(self) -> list[str]:
+        """What is missing in all that it measures, in words."""
+        return [*self.followers.sentences(), *self.troubles, *self.full, *self.notes]
 
     def counts_losses(self) -> bool:
         """A program of it counts what it loses: the header alone brings the map, too."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+from probefleet_agent.kernel import iterators
 
 from tests.kernel import policies
 from tests.kernel.support import call_getppid
@@ -147,3 +148,51 @@ def test_a_full_hash_is_said_where_the_header_alone_is_there(add: str, lost: str
     with policies.run(policy(HASH.replace("ADD", add), topk={}, groupBy=["key"])) as run:
         call_getppid(997)
         assert report_of(run) == (23, lost, uncounted)
+
+
+STARTS = """
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 23); __type(key, u64); __type(value, u64); }
+starts SEC(".maps");
+u64 calls = 0;
+"""
+
+
+@pytest.mark.parametrize("times", [22, 997])
+@pytest.mark.parametrize("events", [False, True], ids=["counts", "events"])
+def test_a_map_that_no_output_reads_is_said_when_it_is_full(events: bool, times: int) -> None:
+    """As one of calls that began and never ended: what begins then has no end."""
+    body = "u64 key = calls++, now = bpf_ktime_get_ns(); bpf_map_update_elem(&starts, &key, &now, 0);"
+    source = (
+        STARTS + (RING if events else "") + "ON_CALL { if (!ours()) return 0; BODY return 0; }".replace("BODY", body)
+    )
+    made = policy(source) if events else policy(source, ".bss", counter={})
+    if not events:
+        made["spec"]["outputs"][0]["from"]["value"] = "calls"
+    full = ["starts is full, and the program does not count what finds no room"] if times > 23 else []
+    with policies.run(made) as run:
+        call_getppid(times)
+        assert report_of(run) == (0 if events else times, "0+?" if full else "0", full)
+
+
+def test_what_an_iterator_writes_beyond_a_readings_bound_is_said_of_events_too() -> None:
+    source = """
+u64 unused = 0;
+SEC("iter/task")
+int dump(struct bpf_iter__task *ctx)
+{
+	static const char format[] = "%s";
+	char text[200];
+	u64 argument = (u64)text;
+
+	__builtin_memset(text, 'x', sizeof(text));
+	text[199] = 0;
+	if (ctx->task)
+		bpf_seq_printf(ctx->meta->seq, format, sizeof(format), &argument, sizeof(argument));
+	return 0;
+}
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iterators, "MAX_BYTES", 1 << 12)
+        with policies.run(policy(source, "dump")) as run:
+            _, lost, uncounted = report_of(run)
+    assert lost == "0+?" and uncounted == ["dump writes more than 0 MiB: the rest is cut off"]
