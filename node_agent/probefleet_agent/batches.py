@@ -134,7 +134,7 @@ def add_events(
             behind = behind or (whole and much)
             chunk.policy_uid, chunk.output, chunk.generation = uid, name, bound.plan.generation
             chunk.epoch = reader.epoch
-            chunk.since_ns, chunk.submitted = instance.since_of(uid), counts[2]
+            chunk.since_ns, chunk.submitted = reader.since_ns or instance.since_of(uid), counts[2]
             # A map that is full on the way to the record loses it, too.
             chunk.lost_by_program, chunk.lost_before_ring = counts[1], counts[0] + counts[3]
             chunk.program_epoch = _program_epoch(instance, uid)

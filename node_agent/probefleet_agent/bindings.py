@@ -7,6 +7,7 @@ that is stands in ``marks`` before: a later process goes on there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
@@ -124,8 +125,9 @@ class Bindings:
         for (uid, output, epoch), mark in marks.items():
             bound = self.bound.get(uid)
             reader = bound.events.get(output) if bound else None
-            # What an instance sent that has been replaced since says nothing of the new one's ring.
-            if reader is not None and reader.epoch == epoch and mark.position >= reader.settled.position:
+            # What an instance sent that has been replaced since says nothing of the new one's ring, nor what was
+            # counted by a selector that has been replaced.
+            if reader is not None and reader.epoch == epoch and mark.position > reader.settled.position:
                 reader.settled = mark
                 self._marks.put((uid, output, epoch), mark)
         for ring in set(self._rings.values()):
@@ -171,8 +173,8 @@ class Bindings:
             self._add_event_reader(bound, output, loaded, before.events.get(output.name) if before else None)
             return
         earlier = before.tables.get(output.name) if before and before.digest == bound.digest else None
-        if earlier is not None and earlier.selector != self._book.selector(PolicyUid(bound.plan.policy_uid)):
-            earlier = None  # it has judged keys by the pods of another one
+        if earlier is not None and self._is_of_another_selector(earlier):
+            earlier = None  # it has judged keys by other pods
         joined = loaded.joined.get(bound.plan.policy_uid)
         baseline = joined.baselines.get((output.map, output.value)) if joined else None
         if output.kind == plan_pb2.Output.GAUGE or (baseline is not None and baseline.map_id != handle.info.id):
@@ -215,9 +217,14 @@ class Bindings:
         if earlier is not None and earlier.epoch != epoch:
             earlier = None
         settled = earlier.settled if earlier else self._marks.get(whose) or _beginning(bound, loaded, ring)
+        anew = earlier is not None and self._is_of_another_selector(earlier)
+        if earlier is not None and anew:
+            settled = samples.Mark(earlier.cursor, 0, 0)  # those before were other pods'
         reader = collect.EventReader(bound.plan, output, layout, self._book, self.lookups, settled, epoch)
         if earlier:
-            reader.go_on(earlier.mark)
+            reader.go_on(settled if anew else earlier.mark)
+            reader.since_ns = time.time_ns() if anew else earlier.since_ns
+            reader.selector = "" if anew else earlier.selector
             reader.lost_before, reader.dropped_before = earlier.lost_before, earlier.dropped_before
             reader.full_before = earlier.full_before
         elif joined is not None and isinstance(ring, KeptRing):
@@ -228,6 +235,10 @@ class Bindings:
             ring.expect(layout.value_bytes)
         self._marks.put(whose, settled)
         bound.events[output.name] = reader
+
+    def _is_of_another_selector(self, earlier: collect.TableReader | collect.EventReader) -> bool:
+        selector = self._book.selector(PolicyUid(earlier.plan.policy_uid))
+        return bool(earlier.selector) and earlier.selector != selector
 
     def _let_go(self, ring: RingReader | KeptRing) -> None:
         if ring not in self._rings.values():

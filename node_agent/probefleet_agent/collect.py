@@ -59,13 +59,12 @@ class TableReader:
     rows: samples.Rows = field(init=False)
     _cgroup: Field | None = field(init=False)
     _slot: Field | None = field(init=False)
-    selector: str = field(init=False)  # by which its keys were judged
+    selector: str = ""  # by which its keys were judged
     _turn: int = 0  # of the policy's selection, when they were last
     _unnamed: frozenset[int] = frozenset()
     _unnamed_since_ns: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.selector = self.book.selector(PolicyUid(self.plan.policy_uid))
         key = self.layout.key
         self._cgroup = decode.with_typedef(key, *decode.CGROUP) or self._named("cgroup")
         slots = self.output.histogram.slots
@@ -90,6 +89,7 @@ class TableReader:
     def read(self, keys: Bytes, values: npt.NDArray[np.uint8]) -> None:
         """Take in one reading of the map."""
         self._unnamed = frozenset()
+        self.selector = self.selector or self.book.selector(PolicyUid(self.plan.policy_uid))
         if not keys.shape[1]:  # a map of maps without any
             return
         if (turn := self.book.turn(PolicyUid(self.plan.policy_uid))) != self._turn:
@@ -213,6 +213,8 @@ class EventReader:
     lookups: decode.Lookups
     settled: Mark  # what the operator has acknowledged
     epoch: str = ""  # of the ring
+    since_ns: int = 0  # when it began to count by this selector; 0: with the program, or when the policy joined that
+    selector: str = ""  # by which records were judged
     lost_before: int = 0  # what a ring that this process keeps had lost, and dropped, when the policy joined
     dropped_before: int = 0
     full_before: int = 0  # how often a ring had been seen full by then
@@ -250,6 +252,7 @@ class EventReader:
         """What counts of the records read from ``cursor`` on; moves the cursor. ``None`` where there is nothing."""
         if end_position == self.cursor:
             return None
+        self.selector = self.selector or self.book.selector(PolicyUid(self.plan.policy_uid))
         counts, pending, identities = judge(self.book, PolicyUid(self.plan.policy_uid), records, self._cgroup)
         stop = len(records)
         if pending.any():

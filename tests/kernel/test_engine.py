@@ -18,6 +18,7 @@ from probefleet_wire import columns, resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from tests.kernel.support import call_getppid, compile_object
+from tests.workloads import run
 
 pytestmark = pytest.mark.kernel
 DIGEST = "e" * 32
@@ -148,6 +149,38 @@ def test_a_node_whose_clock_is_set_back_goes_on_sampling(folder: Path) -> None:
             batch = engine.collect(at_ns)
             times += [batch.time_ns - now_ns] if batch and batch.tables else []
         assert times == [0, -3600 * 10**9]
+
+
+def test_records_count_anew_where_another_selector_chooses_others(folder: Path) -> None:
+    def selecting(version: int, selector: str, generation: int) -> stream_pb2.Push:
+        pushed = push(version)
+        pushed.plans[0].generation = generation
+        pushed.plans[0].outputs.add(name="events", map="events", kind=plan_pb2.Output.EVENTS)
+        pushed.selections[0].everything, pushed.selections[0].selector = selector == "all", selector
+        return pushed
+
+    def told(engine: Engine) -> tuple[int, int]:
+        """All that is counted of a new stream's ring, and since when."""
+        engine.hello()
+        (chunk,) = collected(engine).events
+        positions = columns.unpack(chunk.positions, limit=9999) if chunk.positions else []
+        return chunk.counted_before + len(positions), chunk.since_ns
+
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(selecting(1, "all", 1))
+        run.run("execs", 23)
+        first, began_ns = told(engine)
+        engine.acknowledge(engine._stream.sequence)
+        assert first >= 23
+        engine.apply(selecting(2, "all", 2))
+        again, since_ns = told(engine)
+        assert again >= first and since_ns == began_ns, "the selector is the same"
+        before_ns, under_way = time.time_ns(), engine._stream.sequence
+        engine.apply(selecting(3, "nobody", 3))
+        engine.acknowledge(under_way)  # comes late, and is of the other selector's records
+        run.run("execs", 23)
+        none, since_ns = told(engine)
+        assert none == 0 and since_ns >= before_ns
 
 
 def test_a_map_that_cannot_be_read_is_told_and_the_others_are_read(
