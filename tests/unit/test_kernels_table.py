@@ -106,3 +106,21 @@ def test_a_skip_is_a_reason_in_a_few_words() -> None:
     words = "Skipped: this kernel lacks syscall_programs; PROBEFLEET_TEST_FORCE=syscall_programs runs it all the same"
     report = pytest.TestReport("test", ("", 0, ""), {}, "skipped", ("file.py", 1, words), "call")
     assert plugin._why(report) == "no syscall programs"
+
+
+def test_no_choice_is_made_by_a_kernels_version() -> None:
+    """Its release names the file of its types, BCC's LINUX_VERSION_CODE, a node in reports; nothing compares it."""
+    told = {"btf_kernel.py", "bcc_headers/__init__.py", "engine.py", "doctor.py", "machine_commands.py"}
+    sources = [
+        path
+        for part in ("node_agent", "operator", "protos/probefleet_wire")
+        for path in (cells.ROOT / part).rglob("*.py")
+    ]
+    asks = re.compile(r"\b(?:uname\(\)|platform|system)\.release\b")
+    found = {path for path in sources if asks.search(path.read_text())}
+    assert {name for name in told if any(str(path).endswith(name) for path in found)} == told and len(found) == len(
+        told
+    )
+    programs = [*(cells.ROOT / "bpf").rglob("*.bpf.c"), *(cells.ROOT / "bpf/include").glob("probefleet*.h")]
+    assert len(programs) > 10
+    assert not [path.name for path in programs if re.search(r"LINUX_VERSION|KERNEL_VERSION", path.read_text())]
