@@ -21,6 +21,7 @@ from probefleet_wire import bpf_object, map_layout, map_types, translated
 from probefleet_wire.btf_types import BtfError
 from probefleet_wire.elf import ElfError
 
+from probefleet_cli import workspace
 from probefleet_cli.failures import BadInput, Failure
 
 Facts = dict[str, Any]
@@ -29,7 +30,9 @@ Facts = dict[str, Any]
 @click.command(name="inspect")
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--instance", metavar="DIGEST", help="The programs of an instance that is pinned on this machine.")
-@click.option("--program-id", type=click.IntRange(min=1), help="Any loaded program, by its kernel id.")
+@click.option(
+    "--program-id", type=click.IntRange(min=1), metavar="NUMBER", help="Any loaded program, by its kernel id."
+)
 @click.option("-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True)
 @click.option(
     "--bpffs",
@@ -157,7 +160,8 @@ def _programs(instance: str | None, program_id: int | None, bpffs: Path, opened:
 
 
 def instance_folders(bpffs: Path) -> list[Path]:
-    """Every instance pinned on this machine: the agent's own, and those of runs under way."""
+    """Every instance pinned on this machine, of the agent and of runs under way. Failure for who may not see them."""
+    workspace.check_readable(bpffs)
     found = [*bpffs.glob("probefleet/instances/*"), *bpffs.glob("*/probefleet/instances/*")]
     return sorted(path for path in found if not path.name.startswith(("new-", "gone-")))
 

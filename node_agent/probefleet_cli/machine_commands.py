@@ -113,6 +113,7 @@ def purge(*, yes: bool, bpffs: Path) -> None:
     An agent that runs here notices at its next push and loads its policies anew, with counts from zero. Runs that are
     under way in other terminals are left alone. Shows what it is about to remove, and asks.
     """
+    workspace.check_readable(bpffs)
     tree = pins.root(bpffs)
     found = workspace.list_private(bpffs)
     for each in found:

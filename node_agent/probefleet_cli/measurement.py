@@ -8,6 +8,7 @@ Single-threaded: whoever opened a ``Measurement`` calls all of it.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from probefleet_cli.failures import BadInput, Failure, KernelRefuses
 
 SESSION = 1
 LOG_LINES = 6
+NEEDS_ROOT = "Loading programs needs root: sudo probefleet …; probefleet doctor tells more"
 BROKEN = (stream_pb2.PolicyStatus.FAILED, stream_pb2.PolicyStatus.DETACHED)
 #: Reasons that are the policy's own, and the same on any machine: its C does not compile, or does more than observe.
 OF_THE_POLICY = frozenset({"CompileFailed", "NotObserveOnly"})
@@ -182,11 +184,11 @@ def measure(
             finally:
                 engine.remove_everything()
     except agent_errors.ProbefleetError as error:
+        if os.geteuid() and error.reason == "NotPermitted":
+            raise Failure(NEEDS_ROOT) from error
         raise KernelRefuses(f"this machine does not allow it: {error}. probefleet doctor tells more") from error
     except PermissionError as error:
-        raise Failure(
-            f"{error}. Loading programs needs root: sudo probefleet …; probefleet doctor tells more"
-        ) from error
+        raise Failure(f"{error}. {NEEDS_ROOT}") from error
 
 
 def failed(statuses: Sequence[stream_pb2.PolicyStatus], message: str) -> Failure:

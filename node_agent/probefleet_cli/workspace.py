@@ -16,6 +16,8 @@ from pathlib import Path
 
 from probefleet_agent.kernel import links_network, mounts, pins
 
+from probefleet_cli.failures import Failure
+
 PREFIX = "probefleet-run-"
 
 
@@ -41,6 +43,19 @@ def open_private(bpffs: Path) -> Iterator[Path]:
     finally:
         _remove(path)
         os.close(lock)
+
+
+def check_readable(bpffs: Path) -> None:
+    """Failure where this user may not see what of ours is pinned, for whom nothing would be there."""
+    try:
+        ours = [path for path in bpffs.iterdir() if path.name == "probefleet" or path.name.startswith(PREFIX)]
+        closed = [path for path in ours if not os.access(path, os.R_OK | os.X_OK)]
+    except PermissionError:
+        closed = [bpffs]
+    except (FileNotFoundError, NotADirectoryError):
+        closed = []
+    if closed:
+        raise Failure(f"{closed[0]} is not for this user to read. What is pinned is seen by root: sudo probefleet …")
 
 
 def list_private(bpffs: Path) -> list[Found]:

@@ -95,6 +95,16 @@ def test_purge_asks_and_leaves_nothing(bpffs: Path) -> None:
     assert finish(start("purge", "--bpffs", bpffs))[0] == f"nothing of ours is pinned under {bpffs}\n"
 
 
+@pytest.mark.parametrize("command", [("purge", "--yes"), ("map", "list"), ("inspect", "--instance", "a")])
+def test_who_may_not_look_is_not_told_that_nothing_is_there(bpffs: Path, command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "probefleet_cli.main", *command, "--bpffs", str(bpffs)],
+        capture_output=True, text=True, check=False, user=65534, group=65534, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 1 and not done.stdout
+    assert "is not for this user to read. What is pinned is seen by root: sudo probefleet" in done.stderr
+
+
 def test_purge_asks_nobody_in_a_pipe(bpffs: Path) -> None:
     before = pinned(bpffs)
     done = subprocess.run(
