@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ def load(plural: str) -> Schema:
 def schema_of(plural: str) -> Schema:
     found: Schema = load(plural)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return found
+
+
+EXPLAINED = sorted((ROOT / "tests/golden/explain").glob("*.txt"))
+SHORT = {"ppol": "probepolicies", "prep": "probereports", "pmap": "probemaps"}
 
 
 def same_pattern(ours: str, theirs: str) -> bool:
@@ -182,3 +188,22 @@ def test_the_keep_switch_finds_its_mark() -> None:
     """The template replaces these words; without them `helm uninstall` would delete every policy."""
     for path in CRDS.glob("*.yaml"):
         assert path.read_text().count("annotations: {}") == 1
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=lambda path: path.stem)
+def test_what_kubectl_is_to_explain_is_what_the_kinds_say(path: Path) -> None:
+    """The golden texts are held against a real kubectl where there is a cluster; here against the descriptions, which
+    kubectl breaks at 76 characters.
+    """
+    kind, *fields = path.stem.split(".")
+    schema = schema_of(SHORT[kind])
+    for field in fields:
+        schema = schema["properties"][field]
+        schema = schema.get("items", schema)
+    lines = path.read_text().splitlines()
+    first = lines.index("FIELDS:") + 1
+    wanted: list[str] = []
+    for name, field in sorted(schema["properties"].items()):
+        wanted += [name, *textwrap.wrap(field["description"], 76, break_long_words=False, break_on_hyphens=False)]
+    said = [re.sub(r"\t<.*", "", line).strip() for line in lines[first:]]
+    assert [line for line in said if line and not line.startswith("enum: ")] == wanted
