@@ -7,7 +7,7 @@ was lost on its way, and how far each ring was read. The engine calls it every t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 from probefleet_wire.v1 import stream_pb2
@@ -29,6 +29,7 @@ from probefleet_agent.reconcile import Digest
 _RING_READ_BYTES = 4 << 20
 #: A ring of which less than an eighth is unread is read this often: a chunk costs the same for one record as for many.
 _EVENTS_EVERY_NS = 1_000_000_000
+_NO_ROOM = "what finds no room"
 _FILLING = frozenset({MapType.HASH, MapType.PERCPU_HASH, MapType.LPM_TRIE})
 #: A map that no output reads is looked at once an interval, if it is no larger.
 _MAX_LOOKED_AT = 65_536
@@ -112,7 +113,13 @@ def add_events(
             # Of records that are shorter than their type there may be so many that the whole would not fit in memory.
             records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
             counts = instance.lost_of(uid)
-            told = counts, [*_said_of(ring, handle, reader, counts), *instance.said()]
+            told = (
+                counts,
+                [
+                    *_missed(instance, f"{uid} {reader.epoch}", _said_of(ring, handle, reader, counts)),
+                    *instance.said(),
+                ],
+            )
             quiet = not len(records) and records.end_position == reader.cursor and told == reader.told
             if quiet and reader.announced and not instance.detached:  # then a gap grows
                 continue
@@ -159,7 +166,15 @@ def _said_of(
     if isinstance(ring, KeptRing):
         return ring.said
     unsaid = ring.full > reader.full_before and not (counts[1] or counts[2])
-    return [f"{handle.name} was full, and the program does not count what finds no room"] if unsaid else []
+    return [f"{handle.name} was full, and the program does not count {_NO_ROOM}"] if unsaid else []
+
+
+def _missed(instance: Loaded, whose: str, said: Sequence[str]) -> list[str]:
+    """What is said now, and what was once: records that found no room stay missing, whoever is the agent."""
+    before = instance.missed.get(whose, [])
+    if new := [each for each in said if each.endswith(_NO_ROOM) and each not in before]:
+        instance.missed[whose] = [*before, *new]
+    return [*dict.fromkeys([*instance.missed.get(whose, []), *said])]
 
 
 def look_for_room(instance: Loaded, read: Set[str]) -> None:

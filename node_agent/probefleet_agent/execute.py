@@ -99,7 +99,7 @@ class Executor:
             raise
         again.since_ns, again.asked_ns = loaded.since_ns, loaded.asked_ns
         again.detached, again.detached_ns = loaded.detached, loaded.detached_ns
-        again.gaps, again.plans = list(loaded.gaps), dict(loaded.plans)
+        again.gaps, again.plans, again.missed = list(loaded.gaps), dict(loaded.plans), dict(loaded.missed)
         again.joined = joining.passed_on(loaded)
         again.ways, again.record_layouts = list(loaded.ways), dict(loaded.record_layouts)
         return again
@@ -214,6 +214,7 @@ class Executor:
                 ways=told["ways"],
                 since_ns=told["since_ns"],
                 gaps=[(start, end, why) for start, end, why in told["gaps"]],
+                missed=told.get("missed", {}),
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],

@@ -122,6 +122,8 @@ class Loaded:
     record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
+    #: Policy uid and its ring's epoch → records that nobody counted, in words.
+    missed: dict[str, list[str]] = field(default_factory=dict)
     full: list[str] = field(default_factory=list)  # maps that no output reads, and that were full when it was looked
     notes: list[str] = field(default_factory=list)  # what its reports have to say of maps that the agent keeps
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)
@@ -251,6 +253,7 @@ class Loaded:
                 "ways": self.ways,
                 "since_ns": self.since_ns,
                 "gaps": self.gaps,
+                "missed": {whose: said for whose, said in self.missed.items() if whose.split()[0] in self.plans},
                 "pinned_links": self.pinned_links,
                 "places": self.followers.places(),
                 "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
+from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import iterators
+from probefleet_cli import local_pods, preparation
 
 from tests.kernel import policies
 from tests.kernel.support import call_getppid
@@ -63,6 +66,24 @@ def test_records_that_find_no_room_and_that_nobody_counts_are_said() -> None:
         assert report_of(run) == (ROOM - 1 + ROOM, "0+?", [FULL])
         call_getppid(23)
         assert report_of(run) == (ROOM - 1 + ROOM + 23, "0+?", [FULL]), "what is missing stays missing"
+
+
+def test_what_is_missing_stays_missing_though_another_agent_takes_over() -> None:
+    made = policy(RING + PLAIN)
+    with policies.run(made) as run:
+        call_getppid(997)
+        assert report_of(run) == (ROOM, "0+?", [FULL])
+        # As after `kill -9`, and long after the ring was full.
+        with Engine.open(bpffs=policies.folder()) as again:
+            push = preparation.push(policies.prepare(made), pods=local_pods.find(), namespace=None, version=9)
+            again.hello()
+            again.apply(push)
+            again.acknowledge(0)
+            call_getppid(1)
+            batch = again.collect(time.time_ns(), force=True)
+            assert batch is not None
+            (chunk,) = batch.events
+            assert list(chunk.uncounted) == [FULL]
 
 
 def test_where_the_program_counts_them_the_number_is_enough() -> None:
