@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from probefleet_core import errors as core_errors
 from probefleet_cli import options, pinned_here, sources, workspace
 from probefleet_cli.failures import BadInput, Failure
 
+WIDTH = 80  # of what is read as text, as kubectl explain has it
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -36,9 +38,12 @@ def doctor(*, output: str) -> None:
         width = max(len(check.name) for check in found)
         for check in found:
             level = click.style(f"{check.level:4}", fg=_COLOURS[check.level])
-            click.echo(f"{level}  {check.name:{width}}  {check.detail}")
+            first, *more = _wrapped(check.detail, WIDTH - width - 8)
+            click.echo(f"{level}  {check.name:{width}}  {first}")
             if check.advice:
-                click.echo(f"{'':4}  {'':{width}}  → {check.advice}")
+                more += _wrapped(f"→ {check.advice}", WIDTH - width - 8, hanging="  ")
+            for line in more:
+                click.echo(f"{'':4}  {'':{width}}  {line}")
     if examination.worst(found) is examination.Level.FAIL:
         failed = ", ".join(check.name for check in found if check.level is examination.Level.FAIL)
         raise Failure(f"this machine cannot run probes as it is: {failed}")
@@ -59,8 +64,10 @@ def catalog(name: str | None) -> None:
     if found is None:
         near = core_errors.did_you_mean(name, known.names, what="probe in the catalog")
         raise BadInput(f"no probe {name!r} in the catalog. {near}")
-    for line in described(found):
-        click.echo(line)
+    for line in "\n".join(described(found)).split("\n"):
+        indent = len(line) - len(line.lstrip())
+        for part in _wrapped(line, WIDTH, hanging=" " * (indent + 2 if indent else 0)):
+            click.echo(part)
 
 
 def described(probe: catalog_module.Probe) -> Iterator[str]:
@@ -89,6 +96,10 @@ def described(probe: catalog_module.Probe) -> Iterator[str]:
         probe.name, catalog_module.Catalog({probe.name: probe}), scope="Namespace", interval="10s", namespace="default"
     )
     yield from (f"  {line}" for line in _yaml(manifest))
+
+
+def _wrapped(text: str, width: int, hanging: str = "") -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _yaml(manifest: sources.Manifest) -> list[str]:

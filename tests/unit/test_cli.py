@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from probefleet_agent import doctor
 from probefleet_cli import interruption, local_pods, main, one_process, options, screen, selectors, sources
 from probefleet_cli.failures import BadInput
 from probefleet_core import catalog as catalog_module
@@ -117,6 +118,19 @@ def test_the_catalog_lists_probes_and_documents_one(
     assert "Whose events: The task that runs." in said and "pid: integer, default 0. A number." in said
     assert status_of("catalog", "runqlta") == 2
     assert "Did you mean runqlat?" in capsys.readouterr().err
+
+
+def test_documentation_and_findings_fit_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for probe in sources.load_catalog().names:
+        assert status_of("catalog", probe) == 0
+    found = doctor.Check("features", doctor.Level.WARN, "has " + ", ".join(["ring_buffer"] * 23), "Do this. " * 23)
+    monkeypatch.setattr(doctor, "checks", lambda: [found])
+    assert status_of("doctor") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 200 and max(map(len, lines)) <= 80
+    assert lines[-1].startswith(" " * 18) and lines[-1].endswith("Do this.")
 
 
 def test_a_name_becomes_the_policy_that_a_user_would_write() -> None:
