@@ -218,6 +218,9 @@ class Engine:
             process.ask()  # all at once: each takes a second or two
         for process in running:
             process.pump(complete=force and complete)
+        for each in loaded.values():
+            if each.running is not None and each.running.ended and not each.ended_ns:
+                each.ended_ns = now_ns
         # Long before it is due: the clock was set back.
         due = [
             uid for uid, each in bound.items()

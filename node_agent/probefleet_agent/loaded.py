@@ -137,6 +137,7 @@ class Loaded:
     halted_ns: int = 0  # since when it is attached no more, for a map of it grows; 0: it is attached
     detached: str = ""  # why, where it went over its budget
     detached_ns: int = 0  # since when
+    ended_ns: int = 0  # since when its process is known to have ended
     hooks_ns: dict[str, float] = field(default_factory=dict)  # program → what its hook costs a run, on this node
     unmeasured: set[hooks.HookKind] = field(default_factory=set)  # hooks whose cost is not known
     running: Process | None = None
@@ -191,7 +192,9 @@ class Loaded:
     def gaps_of(self, policy: str, now_ns: int) -> list[tuple[int, int, str]]:
         """Gaps of the time since a policy came, until now."""
         since_ns = self.since_of(policy)
-        gaps = [*self.gaps, (self.detached_ns, now_ns, OVER_BUDGET)] if self.detached else self.gaps
+        gaps = [*self.gaps, (self.detached_ns, now_ns, OVER_BUDGET)] if self.detached else list(self.gaps)
+        if self.ended_ns and self.running is not None:
+            gaps.append((self.ended_ns, now_ns, f"bpftrace has ended: {self.running.ended}"))
         return [(max(start, since_ns), end, why) for start, end, why in gaps if end > since_ns]
 
     def runs(self) -> Runs:

@@ -211,5 +211,11 @@ class Aggregate:
         )
 
     def _gaps(self) -> tuple[NodeGap, ...]:
-        found = {NodeGap(node, *gap) for _, states in self._states() for node, gaps in states.gaps() for gap in gaps}
+        # One that has not ended yet ends, for each output, when that was read last.
+        ends: dict[tuple[str, int, str], int] = {}
+        for _, states in self._states():
+            for node, gaps in states.gaps():
+                for start_ns, end_ns, why in gaps:
+                    ends[node, start_ns, why] = max(end_ns, ends.get((node, start_ns, why), 0))
+        found = [NodeGap(node, start_ns, end_ns, why) for (node, start_ns, why), end_ns in ends.items()]
         return tuple(sorted(found, key=lambda gap: (gap.start_ns, gap.node))[-MAX_GAPS:])

@@ -229,8 +229,14 @@ def test_a_script_begins_while_the_agent_does_its_other_work() -> None:
             (failed,) = agent.status().policies
             assert failed.state == stream_pb2.PolicyStatus.FAILED and "bpftrace" in failed.message
             assert failed.digest == second.digest, "the last good one stays"
-            agent.apply(push(4, f"{TRACEPOINT} {{ @never = count(); }}"), wait=False)
-            agent.apply(push(5, f"{TRACEPOINT} {{ @other = count(); }}"), wait=False)
+            agent.apply(push(4, f"{TRACEPOINT} /args->policy == 21/ {{ @calls = count(); exit(); }}"), wait=False)
+            settle(agent)
+            make_calls(1, 21)
+            batch = agent.collect(time.time_ns(), force=True)  # waits for what it says last
+            assert batch is not None
+            assert [gap.why for gap in batch.tables[0].gaps] == ["bpftrace has ended: the script called exit()"]
+            agent.apply(push(5, f"{TRACEPOINT} {{ @never = count(); }}"), wait=False)
+            agent.apply(push(6, f"{TRACEPOINT} {{ @other = count(); }}"), wait=False)
             settle(agent)
             (last,) = agent.status().policies
             assert last.state == stream_pb2.PolicyStatus.READY, "one that nobody waits for any more is ended"

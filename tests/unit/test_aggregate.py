@@ -493,6 +493,18 @@ def test_a_node_where_nothing_happens_still_covers() -> None:
     assert ask(aggregate, 60, "b").coverage.sampled == 0
 
 
+def test_a_gap_that_goes_on_is_one_as_long_as_it_is_known_to_be() -> None:
+    aggregate = Aggregate(facts(counter(), counter(name="execs", kind=O.EVENTS)))
+    a = FakeNode("a", keys=())
+    a.add()
+    batch = a.batch(10)
+    batch.tables[0].gaps.add(start_ns=START, end_ns=START + 10 * SECOND, why="detached")
+    batch.events.append(chunk([0]))
+    batch.events[0].gaps.add(start_ns=START, end_ns=START + 9 * SECOND, why="detached")
+    apply(aggregate, a, batch)
+    assert ask(aggregate, 11).gaps == (result.NodeGap("a", START, START + 10 * SECOND, "detached"),)
+
+
 def test_a_node_that_has_not_heard_of_an_edit_does_not_cover() -> None:
     aggregate = Aggregate(facts(counter()))
     a = FakeNode("a", keys=())
