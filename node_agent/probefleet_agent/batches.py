@@ -182,6 +182,8 @@ def look_for_room(instance: Loaded, read: Set[str]) -> None:
     instance.full.clear()
     if instance.counts_losses():
         return
+    # What the policy fills, programs only look into.
+    read = read | {each.map for each in instance.instance.contents}
     for handle in instance.maps.values():
         entries = handle.info.max_entries
         ours = handle.name.startswith(("probefleet_", "__"))

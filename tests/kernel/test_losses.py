@@ -195,6 +195,17 @@ def test_a_map_that_no_output_reads_is_said_when_it_is_full(events: bool, times:
         assert report_of(run) == (0 if events else times, "0+?" if full else "0", full)
 
 
+def test_a_map_that_the_policy_fills_may_be_full() -> None:
+    made = policy(
+        STARTS + "ON_CALL { u64 key = 1; if (bpf_map_lookup_elem(&starts, &key) && ours()) calls++; return 0; }"
+    )
+    made["spec"]["outputs"] = [{"name": "all", "from": {"map": ".bss", "value": "calls"}, "counter": {}}]
+    made["spec"]["maps"] = [{"name": "starts", "values": [{"key": each, "value": 1} for each in range(23)]}]
+    with policies.run(made) as run:
+        call_getppid(97)
+        assert report_of(run) == (97, "0", [])
+
+
 def test_what_an_iterator_writes_beyond_a_readings_bound_is_said_of_events_too() -> None:
     source = """
 u64 unused = 0;
