@@ -79,6 +79,7 @@ def add_tables(
                 table.uncounted.append(f"output {name} could not be read: {unread.message}")
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
             table.uncounted.extend(_uncounted(reader, handle, identities, now_ns))
+            table.uncounted.extend(_forgotten(instance, f"{uid} {name}", reader))
             table.uncounted.extend(instance.said())
             table.gaps.extend(_gaps(instance, uid, now_ns))
             batch.tables.append(table)
@@ -175,6 +176,15 @@ def _missed(instance: Loaded, whose: str, said: Sequence[str]) -> list[str]:
     if new := [each for each in said if each.endswith(_NO_ROOM) and each not in before]:
         instance.missed[whose] = [*before, *new]
     return [*dict.fromkeys([*instance.missed.get(whose, []), *said])]
+
+
+def _forgotten(instance: Loaded, whose: str, reader: collect.TableReader) -> list[str]:
+    """What keys had counted that went is in the agent's memory alone, and the next agent says that it is missing."""
+    if reader.rows.went and whose not in instance.missed:
+        instance.missed[whose] = [
+            f"keys of {reader.output.map} went before the agent was replaced: what they had counted is in no total"
+        ]
+    return instance.missed[whose] if whose in instance.forgotten else []
 
 
 def look_for_room(instance: Loaded, read: Set[str]) -> None:

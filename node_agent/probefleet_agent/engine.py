@@ -245,10 +245,10 @@ class Engine:
         commits, self.behind = batches.add_events(
             batch, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
         )
+        batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         for digest, each in loaded.items():
             if each.missed != missed[digest]:
                 self._installed.remember(each)
-        batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         if due:
             self._identities.forget_gone(now_ns, lambda: batches.cgroups_in_use(loaded, self._bindings))
             self._fill_filters()

@@ -100,6 +100,7 @@ class Executor:
         again.since_ns, again.asked_ns = loaded.since_ns, loaded.asked_ns
         again.detached, again.detached_ns = loaded.detached, loaded.detached_ns
         again.gaps, again.plans, again.missed = list(loaded.gaps), dict(loaded.plans), dict(loaded.missed)
+        again.forgotten = loaded.forgotten
         again.joined = joining.passed_on(loaded)
         again.ways, again.record_layouts = list(loaded.ways), dict(loaded.record_layouts)
         return again
@@ -215,6 +216,7 @@ class Executor:
                 since_ns=told["since_ns"],
                 gaps=[(start, end, why) for start, end, why in told["gaps"]],
                 missed=told.get("missed", {}),
+                forgotten=frozenset(told.get("missed", ())),
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],

@@ -122,8 +122,9 @@ class Loaded:
     record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
-    #: Policy uid and its ring's epoch → records that nobody counted, in words.
+    #: Policy uid and its ring's epoch, or its table → what nobody counted, in words.
     missed: dict[str, list[str]] = field(default_factory=dict)
+    forgotten: frozenset[str] = frozenset()  # of these tables an agent before this one knew more
     full: list[str] = field(default_factory=list)  # maps that no output reads, and that were full when it was looked
     notes: list[str] = field(default_factory=list)  # what its reports have to say of maps that the agent keeps
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)

@@ -183,6 +183,60 @@ def test_records_count_anew_where_another_selector_chooses_others(folder: Path) 
         assert none == 0 and since_ns >= before_ns
 
 
+def test_what_a_key_had_counted_when_it_went_stays_until_the_agent_is_replaced_and_is_told(folder: Path) -> None:
+    data = compile_object(
+        """
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 8); __type(key, u32); __type(value, u64); }
+calls SEC(".maps");
+SEC("tracepoint") int on_call(void *ctx)
+{
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u64 one = 1, *count;
+
+	if (pid != PID)
+		return 0;
+	count = bpf_map_lookup_elem(&calls, &pid);
+	if (count && *count == 23)
+		bpf_map_delete_elem(&calls, &pid);
+	else if (count)
+		*count += 1;
+	else
+		bpf_map_update_elem(&calls, &pid, &one, BPF_ANY);
+	return 0;
+}
+""".replace("PID", str(os.getpid()))
+    )
+
+    def pushed(version: int) -> stream_pb2.Push:
+        made = push(version)
+        plan = made.plans[0]
+        plan.instance.object.sha256 = made.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+        del plan.instance.attachments[:]
+        plan.instance.attachments.add(program="on_call").syscall.name = "getppid"
+        plan.outputs.add(name="calls", map="calls")
+        made.blobs[0].zstd = zstandard.compress(data)
+        return made
+
+    def told(engine: Engine) -> tuple[list[int], list[str]]:
+        engine.hello()
+        (table,) = collected(engine).tables
+        return columns.unpack(table.values, limit=9).tolist(), list(table.uncounted)
+
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed(1))
+        assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
+        call_getppid(23)
+        assert told(engine) == ([23], [])
+        call_getppid(1 + 7)
+        went = "keys of calls went, or began anew (1 times): counts between their last reading and that are missing"
+        assert told(engine) == ([30], [went])
+    forgotten = "keys of calls went before the agent was replaced: what they had counted is in no total"
+    for version in (2, 3):
+        with Engine.open(bpffs=folder) as engine:
+            engine.apply(pushed(version))
+            assert told(engine) == ([7], [forgotten])
+
+
 def test_a_map_that_cannot_be_read_is_told_and_the_others_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
