@@ -105,11 +105,13 @@ class Aggregate:
         return True
 
     def forget(self, node: str) -> None:
-        """The node has left the cluster: its counts stay in the totals, its cost and its sample do not.
+        """The node has left the cluster: its counts stay in the totals; its cost, its sample and its gauges do not.
 
         Should it come back in the same epoch, its rows take the place of those that it left.
         """
         self._seen.pop(node, None)
+        for state in self._tables.values():
+            state.forget(node)
 
     def events_since(self, output: str, cursor: int, *, names: Names, limit: int = events.MOST_KEPT) -> events.Page:
         """Records of an events output from ``cursor`` on (0: all that are kept). Raises KeyError for another output."""

@@ -108,7 +108,8 @@ class TableState:
             state.before = None
         self._add_rows(state, new_keys)
         self._set(state, rows, values)
-        state.there[rows], state.there[gone] = True, False
+        if not self._cumulative:
+            state.there[rows], state.there[gone] = True, False
         state.window.settle(interval_ms=self._interval_ms)
         state.received_ns = max(state.received_ns, received_ns)
         state.since_ns, state.lost = table.since_ns, table.lost
@@ -124,6 +125,11 @@ class TableState:
             return
         state.received_ns = max(state.received_ns, received_ns)
         state.window.quiet(time_ns, interval_ms=self._interval_ms)
+
+    def forget(self, node: str) -> None:
+        """The node has left: what it counted stays; what it held does not."""
+        if not self._cumulative:
+            self.nodes.pop(node, None)
 
     @property
     def lost(self) -> int:
@@ -255,7 +261,8 @@ class TableState:
         if not new_keys.size:
             return
         state.keys = np.concatenate([state.keys, new_keys])
-        state.there = np.concatenate([state.there, np.zeros(len(new_keys), bool)])
+        if not self._cumulative:
+            state.there = np.concatenate([state.there, np.zeros(len(new_keys), bool)])
         state.values = np.concatenate([state.values, np.zeros((len(new_keys), self._width), np.uint64)])
         state.distinct = len(np.unique(state.keys)) == len(state.keys)
 

@@ -377,6 +377,17 @@ def test_gauges_merge_as_they_say(merge: int, expected: int) -> None:
     assert ask(aggregate, 100).outputs[0].window.labels == ()
 
 
+def test_what_a_node_held_leaves_the_cluster_with_it_and_what_it_counted_stays() -> None:
+    for kind, left in ((O.GAUGE, 3), (O.COUNTER, 12)):
+        aggregate = Aggregate(facts(counter("workload", kind=kind)))
+        for name, value in (("a", 3), ("b", 9)):
+            node = FakeNode(name)
+            node.values = {("uid-web-1",): [value]}
+            apply(aggregate, node, node.batch(10))
+        aggregate.forget("b")
+        assert table_of(ask(aggregate, 11).outputs[0].total) == {("web",): left}
+
+
 @pytest.mark.parametrize("merge", [O.SUM, O.MAX, O.MIN, O.LATEST])
 def test_what_is_gone_on_one_node_leaves_the_gauge_to_the_others(merge: int) -> None:
     aggregate = Aggregate(facts(counter("workload", kind=O.GAUGE, merge=merge)))
