@@ -12,13 +12,17 @@ from collections.abc import Callable, Collection, Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 from probefleet_wire.v1 import stream_pb2
 
+from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.kernel import maps
 from probefleet_agent.loaded import FILTER, Loaded, MapHandle
 from probefleet_agent.pods import HOST, Answer, Book, CgroupId, PodUid, PolicyUid, Selected
 from probefleet_agent.reconcile import Digest
 from probefleet_agent.tracker import Tracker
+
+log = structlog.get_logger("agent")
 
 #: A cgroup that is gone is kept so long at least: connections and I/O that it began may end after it.
 GONE_NS = 3_600_000_000_000
@@ -82,7 +86,12 @@ class Identities:
         self._gone_since_ns = {cgroup: min(self._gone_since_ns.get(cgroup, now_ns), now_ns) for cgroup in gone}
         ripe = {cgroup for cgroup, since_ns in self._gone_since_ns.items() if now_ns - since_ns >= GONE_NS}
         if ripe:
-            ripe -= in_use()
+            try:
+                ripe -= in_use()
+            except ProbefleetError as error:
+                # Nobody knows what that map holds: whose its counts are must stay known.
+                log.warning("cgroups that went are kept, since not all maps can be read", error=str(error))
+                return 0
             self.tracker.forget(ripe)
             self.book.forget(ripe)
             for cgroup in ripe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import zstandard
 from probefleet_agent import batches, identities, loaded
 from probefleet_agent.engine import Engine
+from probefleet_agent.errors import KernelError
 from probefleet_agent.kernel import maps, pins
 from probefleet_agent.pods import CgroupId
 from probefleet_core import aggregate, result
@@ -75,6 +77,24 @@ def test_cgroups_that_went_are_forgotten_but_not_what_a_map_still_counts(folder:
             kept = remembered(folder)
             assert not kept & (set(STRANGERS) | {idle})
             assert {counted, living} <= kept
+
+
+def test_where_a_map_cannot_be_read_no_cgroup_is_forgotten_and_sampling_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> set[int]:
+        raise KernelError(errno.EPERM, "read inner maps")
+
+    monkeypatch.setattr(batches, "cgroups_in_use", unreadable)
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(counting_push())
+        engine.hello()
+        crowd(folder)
+        now_ns = time.time_ns()
+        for at in (now_ns, now_ns + 1, now_ns + HOUR_NS + 3):
+            batch = engine.collect(at, force=True)
+            assert batch is not None and batch.tables
+        assert set(STRANGERS) <= remembered(folder)
 
 
 def test_a_forgotten_cgroup_leaves_the_filter_also_after_a_restart(folder: Path) -> None:
