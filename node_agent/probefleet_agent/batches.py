@@ -110,7 +110,12 @@ def add_events(
                 continue
             reader.read_ns = now_ns
             layout = reader.layout
-            read = ring.read(reader.cursor, _RING_READ_BYTES)
+            bound.unread.pop(name, None)
+            try:
+                read = ring.read(reader.cursor, _RING_READ_BYTES)
+            except ProbefleetError as error:
+                bound.unread[name] = Failure.of(error)  # the others go on
+                continue
             # Of records that are shorter than their type there may be so many that the whole would not fit in memory.
             records = read.first(max(1, 2 * _RING_READ_BYTES // max(layout.value_bytes, 1)))
             counts = instance.lost_of(uid)
@@ -130,7 +135,9 @@ def add_events(
             try:
                 chunk = reader.chunk(data, records.positions, records.end_position, now_ns)
             except DecodeError as error:
+                # They stay in the ring: what finds no room there is counted.
                 bound.unread[name] = Failure.of(error)
+                reader.cursor, reader.counted, reader.dropped = began
                 continue
             if chunk is None:
                 # Nothing came, and yet an operator that is new has to hear what lay before, and each of what was lost.

@@ -6,14 +6,17 @@ import errno
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
+from probefleet_agent import decode
 from probefleet_agent.engine import Engine, StalePush
 from probefleet_agent.errors import KernelError
 from probefleet_agent.kernel import maps
 from probefleet_agent.kernel.fds import Fd
+from probefleet_agent.kernel.rings import RingReader
 from probefleet_wire import columns, resources
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -235,6 +238,36 @@ SEC("tracepoint") int on_call(void *ctx)
         with Engine.open(bpffs=folder) as engine:
             engine.apply(pushed(version))
             assert told(engine) == ([7], [forgotten])
+
+
+def test_records_that_cannot_be_read_stay_in_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = push(1)
+    pushed.plans[0].outputs.add(name="events", map="events", kind=plan_pb2.Output.EVENTS)
+    pushed.plans[0].outputs.add(name="execs", map="execs")
+
+    def raising(error: Callable[[], Exception]) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise error()  # a new one: its frames look into the ring
+
+        return fail
+
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(pushed)
+        engine.hello()
+        run.run("execs", 23)
+        for owner, name, error in (
+            (RingReader, "read", lambda: KernelError(errno.EIO, "read ring")),
+            (decode, "coded", lambda: decode.DecodeError("a field that nobody knows")),
+        ):
+            with monkeypatch.context() as broken:
+                broken.setattr(owner, name, raising(error))
+                batch = collected(engine)
+            assert batch.tables and not batch.events
+            assert state(engine).message == str(error())
+        (chunk,) = collected(engine).events
+        assert len(columns.unpack(chunk.positions, limit=9999)) >= 23
+        assert (chunk.counted_before, chunk.start_position) == (0, 0)
+        assert state(engine).state == stream_pb2.PolicyStatus.READY
 
 
 def test_a_map_that_cannot_be_read_is_told_and_the_others_are_read(
