@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
 
 import pytest
+import zstandard
 from probefleet_agent import costs, loaded
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import features, hooks
@@ -118,15 +120,25 @@ def test_the_first_window_is_reported_when_it_is_over_with_the_hooks_time(folder
 
 
 def test_what_went_over_its_budget_stays_detached_until_the_policy_changes(folder: Path) -> None:
-    def execs(generation: int, version: int) -> stream_pb2.Push:
+    data = support.compile_object(
+        'SEC("tracepoint") int on_call(void *ctx)'
+        f"{{ return bpf_get_current_pid_tgid() >> 32 == {os.getpid()} ? hit() : 0; }}"
+    )
+
+    def calls(generation: int, version: int) -> stream_pb2.Push:
         wanted = push(version)
-        wanted.plans[0].generation = generation
-        wanted.plans[0].outputs.add(name="execs", map="execs")
+        plan = wanted.plans[0]
+        plan.generation = generation
+        plan.instance.object.sha256 = wanted.blobs[0].sha256 = hashlib.sha256(data).hexdigest()
+        wanted.blobs[0].zstd = zstandard.compress(data)
+        del plan.instance.attachments[:]
+        plan.instance.attachments.add(program="on_call").syscall.name = "getppid"
+        plan.outputs.add(name="calls", map="hits")
         return wanted
 
     def counted(engine: Engine) -> tuple[int, list[str]]:
-        """How many more execs, and the gaps that are told."""
-        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        """All calls that were counted, with one more, and the gaps that are told."""
+        support.call_getppid(1)
         engine.hello()
         batch = engine.collect(time.time_ns(), force=True)
         assert batch is not None
@@ -134,23 +146,23 @@ def test_what_went_over_its_budget_stays_detached_until_the_policy_changes(folde
         return int(columns.unpack(table.values, limit=999).sum()), [gap.why for gap in table.gaps]
 
     with Engine.open(bpffs=folder) as engine:
-        engine.apply(execs(1, 1))
+        engine.apply(calls(1, 1))
         assert counted(engine) == (1, [])
         (instance,) = engine._installed.loaded.values()
         instance.detached = "it took 99m of CPU"
         engine._installed.detach(Digest(instance.digest))
         assert counted(engine) == (1, [loaded.OVER_BUDGET])
     with Engine.open(bpffs=folder) as engine:
-        engine.apply(execs(1, 2))
+        engine.apply(calls(1, 2))
         assert counted(engine) == (1, [loaded.OVER_BUDGET])
         (status,) = engine.status().policies
         assert (status.state, status.message) == (stream_pb2.PolicyStatus.DETACHED, "it took 99m of CPU")
-        engine.apply(execs(2, 3))
+        engine.apply(calls(2, 3))
         (status,) = engine.status().policies
         assert status.state == stream_pb2.PolicyStatus.READY
         assert counted(engine) == (2, [loaded.OVER_BUDGET]), "the gap is over, and told"
     with Engine.open(bpffs=folder) as engine:
-        engine.apply(execs(2, 4))
+        engine.apply(calls(2, 4))
         assert counted(engine) == (3, [loaded.OVER_BUDGET])
 
 
