@@ -74,6 +74,7 @@ class Session:
         self.probe_maps: Sequence[stream_pb2.MapStatus] = ()
         self.answered_version = 0
         self.last_batch_at: float = 0.0  # wall clock
+        self.batches = 0  # the number of the last
         self.unheard: set[values.PolicyUid] = set()  # policies of which it said something that could not be taken in
         self.closing: asyncio.Future[Closing] = asyncio.get_running_loop().create_future()
         self._term = term
@@ -113,6 +114,14 @@ class Session:
         """Have this pushed, instead of whatever was not sent yet."""
         self._desire = desire
         self._wake.set()
+
+    def expect(self, sequence: int) -> None:
+        """A batch of this number comes. Raises StreamOutdated where one before it has not come, and never will."""
+        if sequence > self.batches + 1:
+            raise errors.StreamOutdated(
+                f"begin a new stream: batch {sequence} came after {self.batches}, and those between are missing"
+            )
+        self.batches = max(self.batches, sequence)
 
     def acknowledge(self, sequence: int) -> None:
         """Have this batch and all before it acknowledged."""

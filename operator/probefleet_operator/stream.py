@@ -281,6 +281,7 @@ class Fleet:
         message = decode(data)
         kind = message.WhichOneof("message")
         if kind == "batch":
+            opened.expect(message.batch.sequence)
             self._listener.batch_received(opened, message.batch, len(data))
             opened.acknowledge(message.batch.sequence)
         elif kind == "status":

@@ -291,6 +291,16 @@ async def test_samples_that_cannot_be_close_only_their_stream() -> None:
         await good.acknowledged(1)
 
 
+async def test_a_batch_that_is_missing_ends_the_stream_before_the_next_is_merged() -> None:
+    async with serving() as setup, setup.agent() as agent:
+        await agent.connect()
+        await agent.send_batch()
+        agent.sequence += 1  # one that got lost
+        await agent.send_batch()
+        assert "batch 3 came after 1" in (await agent.refused()).details()
+        assert setup.heard.batches == [1]
+
+
 async def test_bytes_that_are_no_message_close_the_stream() -> None:
     async with serving() as setup:
         credentials = grpc.ssl_channel_credentials(setup.ca)
