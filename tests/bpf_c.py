@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from probefleet_wire import clang
+
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = ROOT / "bpf/include"
 KEPT = ROOT / "build/tests"
@@ -28,7 +30,8 @@ def compiled(source: str, *, cpu: str = "v3", btf: bool = True) -> bytes:
     flags = ("-g" if btf else "-g0", "-O2", "-target", "bpf", f"-mcpu={cpu}", "-D__TARGET_ARCH_x86", f"-I{INCLUDE}")
     with tempfile.TemporaryDirectory() as folder:
         text, made = Path(folder, "x.bpf.c"), Path(folder, "x.bpf.o")
-        text.write_text(source)
+        # As compile_core gives it to a program that prints.
+        text.write_text(f'#include "{clang.PRINT_HEADER}"\n#line 1\n{source}' if clang.prints(source) else source)
         types = ("-include-pch", str(_types(flags))) if _WANTS_TYPES.search(source) else ()
         _clang(*flags, *types, "-c", str(text), "-o", str(made))
         return made.read_bytes()

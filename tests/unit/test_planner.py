@@ -23,7 +23,6 @@ from probefleet_core import (
     to_wire,
     values,
 )
-from probefleet_wire import clang
 from probefleet_wire.bpf_object import BpfObject, MapDef
 from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
@@ -742,7 +741,7 @@ def test_examples_can_be_planned(path: Path) -> None:
             probe = catalog.parse_probe(name, (folder / "probe.yaml").read_text(), compiled(source))
             probes = catalog.Catalog({name: probe})
         elif isinstance(found.program, values.CProgram):
-            elf = clang.compile_core(found.program.source, name="x.c", include_dirs=[ROOT / "bpf/include"]).object
+            elf = compiled(found.program.source)
         made = planner.plan(found, catalog=probes, elf=elf, probe_maps=shared, cpus=2)
         assert made.plan.outputs and made.plan.instance.digest
 
@@ -751,7 +750,7 @@ def test_a_program_that_asks_whose_an_address_is_shares_the_built_in_map() -> No
     text = (ROOT / "examples/connects-by-pod.yaml").read_text()
     found = policy.parse_policy(yaml.safe_load(text))
     assert isinstance(found.program, values.CProgram)
-    elf = clang.compile_core(found.program.source, name="x.c", include_dirs=[ROOT / "bpf/include"]).object
+    elf = compiled(found.program.source)
     made = planner.plan(found, catalog=shipped(), elf=elf, probe_maps={}, cpus=2)
     (use,) = made.plan.instance.shared_maps
     assert (use.map, use.probe_map_uid) == ("probefleet_endpoints", "endpoints")
