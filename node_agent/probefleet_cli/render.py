@@ -97,16 +97,16 @@ def write(
 
 def events_lines(output: Json, *, rows: int = MAX_EVENT_ROWS, width: int = 0) -> list[str]:
     """The newest records as a table, oldest first, with what became of the others; fitted into ``width``, if given."""
-    found = summary.event_lines(output, 0)
     records = output["events"]["records"][-min(rows, MAX_EVENT_ROWS) :]
+    title = summary.event_title(output, len(records))
     if not records:
-        return [*found, "  nothing yet"]
+        return [title, "  nothing yet"]
     if width:
         records = event_table.terse(records)
     header, body = summary.event_cells(records)
     if width:
         header, body = event_table.fitted(header, body, width - 2)
-    return found + [f"  {line}" for line in _columns(header, body)]
+    return [title, *(f"  {line}" for line in _columns(header, body))]
 
 
 def event_line(record: Mapping[str, object]) -> str:

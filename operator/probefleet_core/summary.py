@@ -246,14 +246,22 @@ def _short(text: str, limit: int = 60) -> str:
 
 
 def event_lines(output: Json, rows: int) -> list[str]:
-    """Records of events: what became of them, and the newest ``rows``."""
+    """Records of events: what became of them, and the newest ``rows``, a line each."""
+    newest = output["events"]["records"][-rows:] if rows else []
+    return [
+        event_title(output, len(newest)),
+        *("  " + " ".join(f"{name}={text}" for name, text in record.items() if text) for record in newest),
+    ]
+
+
+def event_title(output: Json, shown: int) -> str:
+    """How many records there were, and that fewer are ``shown``."""
     events = output["events"]
     lost = f", lost {humane.count(events['lost'])}" + (
         f", dropped {humane.count(events['dropped'])}" if events["dropped"] else ""
     )
-    found = [f"{output['name']} (events), {humane.count(events['received'])} received{lost}"]
-    newest = events["records"][-rows:] if rows else []
-    return found + ["  " + " ".join(f"{name}={text}" for name, text in record.items() if text) for record in newest]
+    newest = f"; the newest {shown}" if 0 < shown < events["received"] else ""
+    return f"{output['name']} (events), {humane.count(events['received'])} received{lost}{newest}"
 
 
 def _value(value: int, output: Json) -> str:
