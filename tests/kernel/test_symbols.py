@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probefleet_agent.kernel import elf_file, features, links, maps, symbols
+from probefleet_agent.kernel import elf_file, features, links, maps, symbols, syscall
+from probefleet_agent.kernel.uapi import ProgramType
 
 from tests.kernel.support import Loaded, attachment, call_getppid, wait_until
 
@@ -164,12 +166,38 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
 def test_kallsyms_know_functions_and_aliases() -> None:
     parsed = symbols.parse_kallsyms(
         b"ffffffff81000000 T _text\nffffffff81000000 T _stext\nffffffff81000010 t helper.isra.0\n"
-        b"ffffffff81000020 D data\nffffffffc0000000 t in_module\t[nf]\n"
+        b"ffffffff81000020 D data\nffffffff81000040 T _etext\nffffffffc0000000 t in_module\t[nf]\n"
+        b"ffffffffc0000800 t bpf_prog_6deef7357e7b4530_run\t[bpf]\n",
+        "nf 1024 1 - Live 0xffffffffc0000000\nother 4096 0 - Live 0xffffffffc0100000 (E)\n",
     )
-    assert parsed.functions() == {"_text", "_stext", "helper.isra.0", "in_module"}
-    addresses = np.array([0xFFFFFFFF81000008, 0xFFFFFFFF81000010, 0xFFFFFFFFC0000004, 0x10], np.uint64)
-    assert parsed.resolve(addresses) == ["_text", "helper.isra.0", "in_module", symbols.UNKNOWN]
-    assert symbols.parse_kallsyms(b"0000000000000000 T _text\n").resolve(addresses) == [symbols.UNKNOWN] * 4
+    assert {"_text", "_stext", "helper.isra.0", "in_module"} < parsed.functions()
+    named = {
+        0xFFFFFFFF81000008: "_text",
+        0xFFFFFFFF81000010: "helper.isra.0",
+        0xFFFFFFFF81000041: symbols.UNKNOWN,  # behind the kernel's text
+        0xFFFFFFFFC0000004: "in_module",
+        0xFFFFFFFFC0000400: symbols.UNKNOWN,  # behind the module
+        0xFFFFFFFFC0000804: "bpf_prog_6deef7357e7b4530_run",
+        0xFFFFFFFFC0100000: symbols.UNKNOWN,  # a module without symbols, far from the program
+        0x10: symbols.UNKNOWN,
+    }
+    addresses = np.array([*named], np.uint64)
+    assert parsed.resolve(addresses) == [*named.values()]
+    assert symbols.parse_kallsyms(b"0000000000000000 T _text\n").resolve(addresses) == [symbols.UNKNOWN] * 8
+
+
+def test_a_program_that_is_loaded_later_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names were read before it; its place was nobody's, or had the name of what lay there or before it."""
+    monkeypatch.setattr(symbols, "_REREAD_SECONDS", 0.0)
+    symbolizer, before = symbols.Symbolizer(), symbols.kallsyms()
+    with syscall.prog_load(features.RETURN_ZERO, ProgramType.RAW_TRACEPOINT, name="pf_later"):
+        listed = re.search(r"^(\w+) t (bpf_prog_\w+_pf_later)", Path("/proc/kallsyms").read_text(), re.MULTILINE)
+        assert listed
+        place = np.array([int(listed[1], 16) + 1], np.uint64)
+        assert symbolizer.kernel(place) == [listed[2]] != before.resolve(place)
+        read = symbols.kallsyms()
+        assert read is not before
+        assert symbolizer.kernel(place) == [listed[2]] and symbols.kallsyms() is read, "it was asked for before"
 
 
 def test_a_function_that_was_inlined_says_so() -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,14 @@ UNKNOWN = "[unknown]"
 CACHE_BYTES = 8 << 20
 MAX_MAPS_LINES = 65536
 MAX_BUILD_IDS = 1024
-_SYMBOL = re.compile(rb"^([0-9a-f]+) [tTwW] (\S+)", re.MULTILINE)
+_SYMBOL = re.compile(rb"^([0-9a-f]+) [tTwW] (\S+)(?:[ \t]\[(\w+)\])?", re.MULTILINE)
+_MODULE = re.compile(r"^\S+ (\d+) .* 0x([0-9a-f]+)", re.MULTILINE)
+#: What the kernel lists beside modules and makes at any time: programs, trampolines, kprobes' copies. How long each is,
+#: nobody says; a larger one is cut into [unknown].
+_MADE = frozenset({b"bpf", b"__builtin__ftrace", b"__builtin__kprobes"})
+_MADE_BYTES = 1 << 16
+#: What was made since the last reading has no name in it. A new one takes 0.2 s.
+_REREAD_SECONDS = 1.0
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ (\d+) *(.*)$")
 _DEBUG = "/usr/lib/debug/.build-id"
 
@@ -48,6 +56,8 @@ class KernelSymbols:
     starts: npt.NDArray[np.uint32]  # where in ``names`` each name begins; it ends at a line feed
     names: bytes
     hidden: bool  # kptr_restrict or missing CAP_SYSLOG: all addresses read as 0
+    ends: Addresses  # a place from there on is not of that symbol, though no other begins before it
+    read_seconds: float = field(default_factory=time.monotonic)
 
     def functions(self) -> frozenset[str]:
         """All names, aliases too. Made anew for each call: it is large and seldom wanted."""
@@ -63,30 +73,42 @@ class KernelSymbols:
         if self.hidden or not len(self.addresses):
             return [UNKNOWN] * len(addresses)
         index = np.searchsorted(self.addresses, addresses, side="right").astype(np.int64) - 1
-        kernel_half = np.asarray(addresses, np.uint64) >= np.uint64(1 << 63)
+        inside = (index >= 0) & (np.asarray(addresses, np.uint64) < self.ends[index])
         return [
-            self.name_at(at) if at >= 0 and inside else UNKNOWN
-            for at, inside in zip(index.tolist(), kernel_half.tolist(), strict=True)
+            self.name_at(at) if there else UNKNOWN for at, there in zip(index.tolist(), inside.tolist(), strict=True)
         ]
 
 
 @functools.lru_cache(maxsize=1)
 def kallsyms() -> KernelSymbols:
-    """Read once a process (0.2 s); ``kallsyms.cache_clear()`` after modules were loaded."""
-    return parse_kallsyms(Path("/proc/kallsyms").read_bytes())
+    """Read once a process (0.2 s); ``Symbolizer`` reads again for what has been made since."""
+    modules = Path("/proc/modules")
+    return parse_kallsyms(Path("/proc/kallsyms").read_bytes(), modules.read_text() if modules.exists() else "")
 
 
-def parse_kallsyms(text: bytes) -> KernelSymbols:
-    """``address type name [module]``, a line a symbol; only functions are kept. Of aliases the first gives the name."""
-    addresses, starts, names, length = array("Q"), array("I"), [], 0
+def parse_kallsyms(text: bytes, modules: str = "") -> KernelSymbols:
+    """``address type name [module]``, a line a symbol; only functions are kept. Of aliases the first gives the name.
+
+    A name reaches to the next symbol, but not beyond the kernel's own text, the module (``modules`` as in
+    /proc/modules) or what the kernel made: a place behind them is nobody's that is listed.
+    """
+    addresses, starts, owners, names, length = array("Q"), array("I"), bytearray(), [], 0
     for found in _SYMBOL.finditer(text):
         addresses.append(int(found[1], 16))
         starts.append(length)
+        owners.append(0 if found[3] is None else 2 if found[3] in _MADE else 1)
         names.append(found[2])
         length += len(found[2]) + 1
     numbers, first = np.unique(np.frombuffer(addresses, np.uint64), return_index=True)
+    owner = np.frombuffer(bytes(owners), np.uint8)[first]
+    end_of_text = max((addresses[at] for at, name in enumerate(names) if name == b"_etext"), default=(1 << 64) - 1)
+    ends = np.where(owner == 0, np.uint64(end_of_text), np.where(owner == 1, np.uint64(0), numbers + _MADE_BYTES))
+    for size, base in _MODULE.findall(modules):
+        start, end = int(base, 16), int(base, 16) + int(size)
+        ends[(owner == 1) & (numbers >= start) & (numbers < end)] = end
     hidden = not numbers.any()
-    return KernelSymbols(numbers, np.frombuffer(starts, np.uint32)[first], b"\n".join([*names, b""]), hidden)
+    at = np.frombuffer(starts, np.uint32)[first]
+    return KernelSymbols(numbers, at, b"\n".join([*names, b""]), hidden, np.maximum(ends, numbers + np.uint64(1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +188,21 @@ class Symbolizer:
         self.unknown = 0
         self._files: OrderedDict[_FileKey, _File] = OrderedDict()
         self._build_ids: OrderedDict[_FileKey, str] = OrderedDict()
+        self._asked: set[int] = set()
 
     def kernel(self, addresses: Addresses) -> list[str]:
         """Names of kernel addresses."""
-        return self._counted(kallsyms().resolve(np.asarray(addresses, np.uint64)))
+        wanted = np.asarray(addresses, np.uint64)
+        names = kallsyms().resolve(wanted)
+        # A program that was loaded since has no name yet, or that of one which lay there before.
+        pairs = zip(wanted.tolist(), names, strict=True)
+        made = {at for at, name in pairs if name.startswith((UNKNOWN, "bpf_prog_", "bpf_trampoline_"))}
+        if not made <= self._asked and time.monotonic() - kallsyms().read_seconds > _REREAD_SECONDS:
+            kallsyms.cache_clear()
+            self._asked.clear()
+            names = kallsyms().resolve(wanted)
+        self._asked |= made
+        return self._counted(names)
 
     def user(self, pid: int, addresses: Addresses) -> list[str]:
         """Names of a process's addresses; all ``[unknown]`` when it is gone."""
