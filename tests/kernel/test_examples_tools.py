@@ -222,8 +222,10 @@ def test_profile_has_the_samples_of_the_cpu_time_that_a_process_used() -> None:
             run.end()
     samples = run.output("profile", "stacks")["total"]["value"]
     assert 0.5 * 49 * used_seconds <= samples <= 1.1 * 49 * used_seconds + 2
-    hot = sum(value for key, value in run.rows("profile", "stacks").items() if key[-1].endswith("spin_inner"))
-    assert hot >= 0.9 * samples
+    rows = run.rows("profile", "stacks")
+    hot = sum(value for key, value in rows.items() if key[-1].endswith("spin_inner"))
+    # An emulated CPU takes its interrupts between blocks of code: more of them in what calls and in the kernel.
+    assert hot >= (0.7 if os.environ.get("VM") else 0.9) * samples, rows
 
 
 @pytest.mark.shows("example/opens")
