@@ -11,10 +11,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest -q
 CLUSTER := tests/cluster/cluster
-# Linux 5.10, 6.1, 6.12 and the newest. `make test` boots 6.1: emulated, 6.12 was seen to panic in code that it patches. Once
-# the others are whole in docs/kernels.md and stay up, it is to be `python -m tests.kernel.matrix turn`: each day another.
+# Linux 5.10, 6.1, 6.12 and the newest. `make test` boots one of those that docs/kernels.md has whole, each day another.
 KERNELS := bullseye bookworm bookworm-backports sid
-VM_SUITE ?= bookworm
 # Pure modules: their branch coverage is held at 95 %, each by itself.
 PURE := $(addprefix probefleet_core.,policy planner placement aggregate report) \
 	$(addprefix probefleet_wire.,columns merge) $(addprefix probefleet_agent.,reconcile decode samples pods baseline)
@@ -106,8 +104,9 @@ test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another
 	@$(MAKE) -s -C tests/workloads
-	@$(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) \
-		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $(VM_SUITE) --rest; }
+	@suite=$(or $(VM_SUITE),$$($(PYTHON) -m tests.kernel.matrix turn)); \
+	$(PYTHON) -m tests.kernel.matrix run $$suite \
+		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $$suite --rest; }
 	$(call tests,$(PYTEST) -m vm tests/e2e)
 scale: setup ## one operator under 5,000 simulated agents, about three minutes
 	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run

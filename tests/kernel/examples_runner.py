@@ -86,7 +86,10 @@ def running(*files: Path | str, links: int = 0, instances: int = 0, arguments: S
         # bpffs tells nobody of new names.
         while run.attached() < links or run.loaded() < instances:
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, f"{run.attached()} of {links} programs attached"
+            if time.monotonic() > deadline:
+                have = f"{run.attached()} of {links} programs attached, {run.loaded()} of {instances} instances"
+                process.send_signal(signal.SIGINT)
+                raise AssertionError(f"{have}: {process.communicate(timeout=SECONDS)}")
             time.sleep(0.02)
         yield run
         if not run.reports:

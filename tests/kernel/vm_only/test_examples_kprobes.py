@@ -85,6 +85,7 @@ def test_trace_has_the_arguments_and_the_answer_of_each_call() -> None:
 @pytest.mark.shows("example/funccount")
 def test_funccount_has_every_call_of_the_functions_that_fit(tmp_path: Path) -> None:
     needs(features.kprobes)
+    needs(features.cookies)  # of the same kernel, 5.15: bpf_get_func_ip() in kprobe programs
     path = tmp_path / "read"
     path.write_bytes(bytes(4096))
     with workloads.start("files", 997, path, "--size", 1, "--writes", 23) as workload:
