@@ -130,6 +130,9 @@ class Process:
 
 def _environment() -> dict[str, str]:
     made = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent", "BPFTRACE_STRLEN": "64"}
-    if not btf_kernel.own() and btf_kernel.available():
+    # By itself it looks for types by their ids, which Linux 5.10 does not have yet. Where no module has types, it
+    # misses nothing by being given the kernel's.
+    of_modules = btf_kernel.own() and len(list(btf_kernel.VMLINUX.parent.iterdir())) > 1
+    if btf_kernel.available() and not of_modules:
         made["BPFTRACE_BTF"] = str(btf_kernel.file())
     return made

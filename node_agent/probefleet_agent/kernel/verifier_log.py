@@ -132,7 +132,7 @@ _RULES = (
     _rule(
         r"BPF_STX uses reserved fields|BPF_ATOMIC uses invalid atomic opcode",
         "an atomic operation whose result is used, or another than adding, is not known to this kernel (Linux 5.12)",
-        "Do not use the result of __sync_fetch_and_add().",
+        "Do not use the result of __sync_fetch_and_add(), nor add a constant 0.",
     ),
     _rule(
         r"R(\d+) !read_ok",
