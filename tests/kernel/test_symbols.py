@@ -183,6 +183,8 @@ def test_kallsyms_know_functions_and_aliases() -> None:
     }
     addresses = np.array([*named], np.uint64)
     assert parsed.resolve(addresses) == [*named.values()]
+    passing = {at for at, name in named.items() if name.startswith((symbols.UNKNOWN, "bpf_prog"))}
+    assert parsed.passing(addresses) == passing, "a program may come there, or go"
     assert symbols.parse_kallsyms(b"0000000000000000 T _text\n").resolve(addresses) == [symbols.UNKNOWN] * 8
 
 

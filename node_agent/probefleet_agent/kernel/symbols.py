@@ -57,6 +57,7 @@ class KernelSymbols:
     names: bytes
     hidden: bool  # kptr_restrict or missing CAP_SYSLOG: all addresses read as 0
     ends: Addresses  # a place from there on is not of that symbol, though no other begins before it
+    lasting: npt.NDArray[np.bool_]  # of the kernel's text and of modules, not made at any time
     read_seconds: float = field(default_factory=time.monotonic)
 
     def functions(self) -> frozenset[str]:
@@ -72,11 +73,22 @@ class KernelSymbols:
         """A name for each address, ``[unknown]`` for those outside."""
         if self.hidden or not len(self.addresses):
             return [UNKNOWN] * len(addresses)
-        index = np.searchsorted(self.addresses, addresses, side="right").astype(np.int64) - 1
-        inside = (index >= 0) & (np.asarray(addresses, np.uint64) < self.ends[index])
+        index, inside = self._places(addresses)
         return [
             self.name_at(at) if there else UNKNOWN for at, there in zip(index.tolist(), inside.tolist(), strict=True)
         ]
+
+    def passing(self, addresses: Addresses) -> set[int]:
+        """Those whose name may be another one, or be one, in a later reading: a program may have come there."""
+        if self.hidden or not len(self.addresses):
+            return set()
+        index, inside = self._places(addresses)
+        return set(addresses[~(inside & self.lasting[index])].tolist())
+
+    def _places(self, addresses: Addresses) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """For each address the symbol before it, and whether it lies in that."""
+        index = np.searchsorted(self.addresses, addresses, side="right").astype(np.int64) - 1
+        return index, (index >= 0) & (np.asarray(addresses, np.uint64) < self.ends[index])
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,7 +120,8 @@ def parse_kallsyms(text: bytes, modules: str = "") -> KernelSymbols:
         ends[(owner == 1) & (numbers >= start) & (numbers < end)] = end
     hidden = not numbers.any()
     at = np.frombuffer(starts, np.uint32)[first]
-    return KernelSymbols(numbers, at, b"\n".join([*names, b""]), hidden, np.maximum(ends, numbers + np.uint64(1)))
+    ends = np.maximum(ends, numbers + np.uint64(1))
+    return KernelSymbols(numbers, at, b"\n".join([*names, b""]), hidden, ends, owner != 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +206,13 @@ class Symbolizer:
     def kernel(self, addresses: Addresses) -> list[str]:
         """Names of kernel addresses."""
         wanted = np.asarray(addresses, np.uint64)
-        names = kallsyms().resolve(wanted)
         # A program that was loaded since has no name yet, or that of one which lay there before.
-        pairs = zip(wanted.tolist(), names, strict=True)
-        made = {at for at, name in pairs if name.startswith((UNKNOWN, "bpf_prog_", "bpf_trampoline_"))}
-        if not made <= self._asked and time.monotonic() - kallsyms().read_seconds > _REREAD_SECONDS:
+        passing = kallsyms().passing(wanted)
+        if not passing <= self._asked and time.monotonic() - kallsyms().read_seconds > _REREAD_SECONDS:
             kallsyms.cache_clear()
             self._asked.clear()
-            names = kallsyms().resolve(wanted)
-        self._asked |= made
-        return self._counted(names)
+        self._asked |= passing
+        return self._counted(kallsyms().resolve(wanted))
 
     def user(self, pid: int, addresses: Addresses) -> list[str]:
         """Names of a process's addresses; all ``[unknown]`` when it is gone."""
