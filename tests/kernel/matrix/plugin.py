@@ -13,7 +13,7 @@ import pytest
 
 from tests.kernel.matrix import cells, results
 
-_NEEDS = re.compile(r"this kernel lacks (?P<what>\w+); PROBEFLEET_TEST_FORCE")
+_NEEDS = re.compile(r"this kernel lacks (?P<what>[\w-]+); PROBEFLEET_TEST_FORCE")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
