@@ -122,7 +122,14 @@ def main() -> int:
     for each in rows:
         print(f"{each.kind:9}{each.name:16}{each.state:6} {each.words}")
     whole = not asked.only and asked.tenth is None
-    bad = [] if asked.write or asked.kernel != KERNEL else table.broken(rows, known)
+    judged = not asked.write and asked.kernel == KERNEL
+    bad = table.broken(rows, known) if judged else []
+    if bad:
+        # As tests of this project are: what a busy machine delayed once is not what is looked for.
+        print("once more:", *(each.name for each in bad), flush=True)
+        again = attempt(asked.kernel, [(each.kind, each.name) for each in bad], in_one_boot=asked.in_one_boot)
+        rows = table.renewed(rows, again)
+        bad = table.broken(again, known)
     for each in bad:
         print(f"known to work, and does not: {each.kind} {each.name}: {each.words or each.state}")
     failed = bool(bad)
