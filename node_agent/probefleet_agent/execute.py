@@ -180,15 +180,11 @@ class Executor:
 
     def begun(self, loaded: Loaded) -> bool:
         """Whether it counts; then it is pinned. Raises ProbefleetError where it never will: close it then."""
-        assert loaded.running is not None
-        loaded.running.pump()
-        if not loaded.running.started:
+        if not _counts(loaded):
             return False
         loaded.since_ns = loaded.asked_ns = time.time_ns()
         with self.root.staging(loaded.digest) as folder:
-            for handle in loaded.maps.values():
-                folder.pin_map(handle.name, handle.fd)
-            folder.write_manifest(loaded.manifest())
+            _pin_process(loaded, folder)
         return True
 
     def adopt(self, digest: str, *, stopped_ns: int) -> Loaded:
@@ -257,15 +253,25 @@ class Executor:
         return loaded
 
     def _begin_again(self, instance: plan_pb2.Instance, told: dict[str, Any], stopped_ns: int) -> Loaded:
-        """A program that ended with the earlier process is started anew: its maps are others, and there is a gap."""
-        self.root.remove(instance.digest)
-        loaded = self.load(instance, blob=None, probe_maps={}, budget_bytes=0, filter_on=False)
-        loaded.plans = {uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()}
-        loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
-        loaded.gaps.append((stopped_ns, loaded.since_ns, "bpftrace ends with the agent's process"))
-        loaded.since_ns, loaded.asked_ns = told["since_ns"], told["asked_ns"]
-        joining.begun_again(loaded, told.get("joined", {}))
-        self.remember(loaded)
+        """A program that ended with the earlier process is started anew: its maps are others, and there is a gap.
+
+        What the earlier one left stays until then: should this process die meanwhile, the next one knows of the gap.
+        """
+        loaded = self.begin(instance)
+        with contextlib.ExitStack() as undo:
+            undo.callback(loaded.close)
+            while not _counts(loaded):
+                wait(loaded)
+            loaded.plans = {
+                uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()
+            }
+            loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
+            loaded.gaps.append((stopped_ns, time.time_ns(), "bpftrace ends with the agent's process"))
+            loaded.since_ns, loaded.asked_ns = told["since_ns"], told["asked_ns"]
+            joining.begun_again(loaded, told.get("joined", {}))
+            _pin_process(loaded, self.root.beside(loaded.digest))
+            self.root.exchange([loaded.digest], [])
+            undo.pop_all()
         return loaded
 
     def remove(self, loaded: Loaded) -> None:
@@ -393,6 +399,20 @@ def _map_manifest(spec: plan_pb2.ProbeMap, handle: MapHandle) -> bytes:
     layout = handle.layout.to_json() if handle.layout else ""
     told = {"spec": b64(spec), "layout": layout, "heir_of": handle.heir_of, "since_ns": handle.since_ns}
     return json.dumps(told).encode()
+
+
+def _counts(loaded: Loaded) -> bool:
+    """Whether its process has begun to. Raises ProbefleetError where it never will."""
+    assert loaded.running is not None
+    loaded.running.pump()
+    return loaded.running.started
+
+
+def _pin_process(loaded: Loaded, folder: pins.Folder) -> None:
+    """All that a process leaves to the next agent."""
+    for handle in loaded.maps.values():
+        folder.pin_map(handle.name, handle.fd)
+    folder.write_manifest(loaded.manifest())
 
 
 def wait(*begun: Loaded) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def policy(script: str) -> dict[str, Any]:
         "metadata": {"name": "script"},
         "spec": {"scope": "Cluster", "program": {"bpftrace": {"script": script}}},
     }
+
+
+def raising(error: type[BaseException]) -> Callable[..., None]:
+    def raises(*_: object) -> None:
+        raise error
+
+    return raises
 
 
 def make_calls(count: int, argument: int) -> None:
@@ -120,8 +128,14 @@ def test_the_process_has_few_rights_and_no_network() -> None:
     assert not Path(f"/proc/{process.pid}").exists()
 
 
-def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(tmp_path: Path) -> None:
-    """The process ends with its agent: counts of before stay with the operator, in an epoch of their own."""
+@pytest.mark.parametrize("one_more_dies", [False, True])
+def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(
+    one_more_dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends with its agent: counts of before stay with the operator, in an epoch of their own.
+
+    Also where another agent ends while it starts the script: the one after it still knows.
+    """
     bpffs = Path("/sys/fs/bpf") / f"test-bpftrace-{os.getpid()}"
     bpffs.mkdir()
     (prepared,) = preparation.prepare(
@@ -139,6 +153,11 @@ def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(tmp_path: Path
             first.apply(push)
             make_calls(23, 1)
             before = first.collect(time.time_ns(), force=True)
+        ended_ns = time.time_ns()
+        if one_more_dies:
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(bpftrace_programs, "load", raising(KeyboardInterrupt))
+                engine.Engine.open(bpffs=bpffs, stats=False)
         with engine.Engine.open(bpffs=bpffs, stats=False) as second:
             second.hello()
             make_calls(19, 1)
@@ -149,7 +168,7 @@ def test_an_agent_that_starts_again_begins_anew_and_shows_the_gap(tmp_path: Path
         assert before is not None and after is not None
         assert before.tables[0].epoch != after.tables[0].epoch
         (gap,) = after.tables[0].gaps
-        assert gap.why == "bpftrace ends with the agent's process" and gap.start_ns < gap.end_ns
+        assert gap.why == "bpftrace ends with the agent's process" and gap.start_ns < ended_ns < gap.end_ns
         assert not after.instances[0].cost_known
     finally:
         for path in sorted(bpffs.rglob("*"), reverse=True):
