@@ -69,7 +69,7 @@ def add_tables(
             table = reader.rows.table() or reader.rows.no_table()
             table.policy_uid, table.output, table.generation = uid, name, bound.plan.generation
             table.epoch, table.since_ns = _beginning(instance, handle, reader)
-            table.lost = counts[0] + counts[3]
+            table.lost, table.program_epoch = counts[0] + counts[3], _program_epoch(instance, uid)
             if key in readings and handle.info.type in _FILLING:
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries

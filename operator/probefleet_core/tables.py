@@ -61,7 +61,8 @@ class NodeRows:
     entries: int = 0
     max_entries: int = 0  # 0: its map cannot fill up
     ended: list[str] = field(default_factory=list)  # epochs
-    ended_lost: int = 0
+    program_epoch: str = ""  # in which ``lost`` is cumulative
+    ended_lost: int = 0  # what earlier programs lost
 
 
 class TableState:
@@ -112,6 +113,11 @@ class TableState:
             state.there[rows], state.there[gone] = True, False
         state.window.settle(interval_ms=self._interval_ms)
         state.received_ns = max(state.received_ns, received_ns)
+        # Of a ProbeMap the epoch goes on when its program is loaded anew, and the program counts from zero.
+        program_epoch = table.program_epoch or table.epoch
+        if program_epoch != state.program_epoch:
+            state.ended_lost += state.lost
+            state.program_epoch = program_epoch
         state.since_ns, state.lost = table.since_ns, table.lost
         state.entries, state.max_entries = table.entries, table.max_entries
         state.uncounted, state.gaps = bounded_texts(table.uncounted), bounded_gaps(table.gaps)
@@ -243,7 +249,6 @@ class TableState:
         if fresh_epoch:
             if state.epoch:
                 state.ended = [*state.ended[1 - MAX_ENDED :], state.epoch]
-                state.ended_lost += state.lost
             state.before = None  # its counts stay in the sum
         else:
             if self._cumulative:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+from probefleet_cli import measurement
 from probefleet_cli.failures import BadInput
 
 from tests.kernel import policies
@@ -140,6 +141,28 @@ def test_no_output_drains_what_others_pop() -> None:
     manifest = policies.c_policy(source, **{**OUTPUTS, "outputs": outputs})
     with pytest.raises(BadInput, match="reading takes entries out of a queue that other programs use as well"):
         policies.prepare(probe_map("queue", value="u64 n"), manifest)
+
+
+def test_what_a_program_lost_stays_when_it_comes_again_to_a_probe_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its policy left the node and came again, unedited; the map stayed, for another policy shares it."""
+    four = probe_map("hash", key="u32 k", value="u64 n", maxEntries=4)
+    declaration = declared("HASH", "__type(key, u32); __type(value, u64);")
+    writer, reader = pair(
+        "u64 number = 0;\n" + declaration,
+        "u32 key = number++; probefleet_add(&both, &key, 1); return 0;",
+        "u32 key = 0; return count(bpf_map_lookup_elem(&both, &key) ? 0 : 1);",
+    )
+    writer["spec"]["outputs"] = [{"name": "calls", "from": {"map": "both"}, "counter": {}}]
+    with policies.run(four, writer, reader) as run:
+        call_getppid(23)
+        assert (run.output("calls")["total"]["value"], run.output("calls")["lost"]) == (4, 19)
+        run.apply(four, reader)
+        run.apply(four, writer, reader)
+        run.measured.engine.hello()  # type: ignore[attr-defined]  # rows begin anew: the operator asks for a new stream
+        monkeypatch.setattr(measurement, "SESSION", 2)
+        call_getppid(5)
+        found = run.output("calls")
+        assert (found["total"]["value"], found["lost"]) == (4 + 4, 19 + 1), "keys 0 to 3 are there"
 
 
 RING_OUTPUT = {"outputs": [{"name": "each", "from": {"map": "both"}, "events": {}}], "interval": "1s"}

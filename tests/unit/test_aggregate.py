@@ -613,6 +613,21 @@ def test_runs_that_were_skipped_count_once_whatever_becomes_of_node_agent_and_pr
     assert lost == [2, 3, 3 + 4, 3 + 4, 3 + 4, 3 + 4 + 11]
 
 
+def test_what_a_program_lost_stays_when_it_is_loaded_anew_with_the_same_map() -> None:
+    """A ProbeMap outlives the programs that share it: its epoch goes on, and the new program counts from zero."""
+    aggregate = Aggregate(facts(counter()))
+    lost = []
+    for sequence, (program, count) in enumerate([("1:7", 2), ("1:7", 3), ("1:9", 0), ("1:9", 4), ("2:1", 5)], 1):
+        batch = stream_pb2.Batch(sequence=sequence, time_ns=START + sequence * SECOND)
+        epoch = "2:3" if program == "2:1" else "1:5"
+        batch.tables.add(
+            policy_uid=UID, output="calls", generation=1, epoch=epoch, program_epoch=program, lost=count, width=1
+        )
+        aggregate.apply("a", 1, batch, START)
+        lost.append(ask(aggregate, sequence).lost)
+    assert lost == [2, 3, 3, 3 + 4, 3 + 4 + 5]
+
+
 def test_runs_skipped_before_a_policy_joined_are_not_its_loss() -> None:
     aggregate = Aggregate(facts(counter()))
     for sequence, (misses, before) in enumerate([(5, 7), (7, 7), (10, 7), (10, 9)], 1):

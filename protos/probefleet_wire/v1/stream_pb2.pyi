@@ -528,6 +528,7 @@ class Table(_message.Message):
     MAX_ENTRIES_FIELD_NUMBER: _builtins.int
     OTHER_ROW_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
+    PROGRAM_EPOCH_FIELD_NUMBER: _builtins.int
     policy_uid: _builtins.str
     output: _builtins.str
     epoch: _builtins.str
@@ -545,7 +546,7 @@ class Table(_message.Message):
     since_ns: _builtins.int
     """wall clock when counting began: when the program was attached, or the policy joined it"""
     lost: _builtins.int
-    """cumulative in the epoch: what the program could not count"""
+    """cumulative in program_epoch: what the program could not count"""
     generation: _builtins.int
     """the policy's generation that this output belongs to"""
     entries: _builtins.int
@@ -556,6 +557,8 @@ class Table(_message.Message):
     """1 + the row of all groups that found no room, where it is among the new ones"""
     gone: _builtins.bytes
     """columns.pack(uint32[n]): rows of a gauge that hold nothing, until `rows` has them again"""
+    program_epoch: _builtins.str
+    """in which `lost` is cumulative: a ProbeMap outlives the program that counts what it lost"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """of the new rows"""
@@ -587,10 +590,11 @@ class Table(_message.Message):
         max_entries: _builtins.int = ...,
         other_row: _builtins.int = ...,
         gone: _builtins.bytes = ...,
+        program_epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "gone", b"gone", "keys", b"keys", "lost", b"lost", "max_entries", b"max_entries", "new_rows", b"new_rows", "other_row", b"other_row", "output", b"output", "policy_uid", b"policy_uid", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "epoch", b"epoch", "first_new_row", b"first_new_row", "gaps", b"gaps", "generation", b"generation", "gone", b"gone", "keys", b"keys", "lost", b"lost", "max_entries", b"max_entries", "new_rows", b"new_rows", "other_row", b"other_row", "output", b"output", "policy_uid", b"policy_uid", "program_epoch", b"program_epoch", "rows", b"rows", "since_ns", b"since_ns", "uncounted", b"uncounted", "values", b"values", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
