@@ -1,10 +1,16 @@
-"""End-to-end test 5: counting goes on, exactly, while agents and the operator are killed."""
+"""End-to-end test 5: counting goes on, exactly, while agents and the operator are killed.
+
+Each is killed once, while everything is measured that has to survive it: counts of two nodes in one namespace, records
+of a ring in another one, and, for an agent, a script that the kernel ends with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -54,31 +60,6 @@ def finish_counting(namespace: str) -> None:
     assert status["columns"]["lost"] == "0"
 
 
-def kill_operator() -> None:
-    kube.kubectl(
-        "delete", "pod", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force"
-    )
-
-
-def test_kill_9_of_an_agent_loses_and_doubles_no_count(namespace: str) -> None:
-    start_counting(namespace)
-    agents.kill("node1")
-    finish_counting(namespace)
-
-
-def test_kill_9_of_the_operator_loses_and_doubles_no_count(namespace: str) -> None:
-    start_counting(namespace)
-    kill_operator()
-    finish_counting(namespace)
-
-
-def test_replacing_every_agent_loses_and_doubles_no_count(namespace: str) -> None:
-    start_counting(namespace)
-    kube.kubectl("rollout", "restart", "-n", kube.SYSTEM, "daemonset/probefleet-agent")
-    kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "daemonset/probefleet-agent", "--timeout=120s", seconds=130)
-    finish_counting(namespace)
-
-
 # Events: records of a ring, each with a number of its own.
 
 
@@ -86,8 +67,9 @@ def received(namespace: str) -> int:
     return int(kube.events_of(kube.report("execs", namespace)).get("received", 0))
 
 
-def start_recording(namespace: str, *, seconds: int = 30) -> subprocess.Popen[str]:
-    """23 programs have been started on node2, and 997 are being started on node1: the one who started those."""
+@contextlib.contextmanager
+def recording(namespace: str, *, seconds: int = 25) -> Iterator[subprocess.Popen[str]]:
+    """23 programs have been started on node2, and 997 are being started on node1: the one who starts those."""
     kube.apply(
         kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", str(seconds * 1000)], node="node1"),
         kube.pod("quiet", namespace, ["execs", "23", "--hold"], node="node2"),
@@ -98,21 +80,22 @@ def start_recording(namespace: str, *, seconds: int = 30) -> subprocess.Popen[st
     kube.wait_programmed("execs", namespace)
     kube.kubectl("attach", "-i", "quiet", "-n", namespace, stdin="go")
     kube.eventually(lambda: received(namespace) == 23, "23 records")
-    attached = subprocess.Popen(
-        ["kubectl", "attach", "-i", "busy", "-n", namespace], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert attached.stdin is not None
-    attached.stdin.write("g")
-    attached.stdin.flush()
-    kube.eventually(lambda: received(namespace) > 100, "the first records of node1")
-    return attached
+    command = ["kubectl", "attach", "-i", "busy", "-n", namespace]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as attached:
+        try:
+            assert attached.stdin is not None
+            attached.stdin.write("g")
+            attached.stdin.flush()
+            kube.eventually(lambda: received(namespace) > 100, "the first records of node1")
+            yield attached
+        finally:
+            attached.kill()
 
 
 def finish_recording(namespace: str, attached: subprocess.Popen[str]) -> list[int]:
     """All 1,020 are in the total, and nothing was lost; the numbers of node1's that can be listed, oldest first."""
     assert received(namespace) < 1020, "it was over before anything was killed"
-    with attached:  # another byte lets it end
-        attached.communicate("o", timeout=60)
+    attached.communicate("o", timeout=60)  # another byte lets it end
     kube.kubectl("wait", "pod/busy", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
 
     def complete() -> bool:
@@ -135,23 +118,6 @@ def finish_recording(namespace: str, attached: subprocess.Popen[str]) -> list[in
     return [int(record["arguments"].split()[2]) for record in records if record["pod"] == "busy"]
 
 
-def test_kill_9_of_an_agent_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
-    attached = start_recording(namespace)
-    agents.kill("node1")
-    listed = finish_recording(namespace, attached)
-    missing = sorted(set(range(997)) - set(listed))
-    assert (missing, len(listed)) == ([], 997)
-
-
-def test_kill_9_of_the_operator_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
-    attached = start_recording(namespace)
-    kill_operator()
-    listed = finish_recording(namespace, attached)
-    # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
-    assert listed == list(range(997 - len(listed), 997))
-    assert listed
-
-
 # What the kernel ends with the agent's process.
 
 SCRIPT = """
@@ -163,7 +129,13 @@ tracepoint:syscalls:sys_enter_sched_get_priority_max
 """
 
 
-def test_what_ends_with_an_agent_leaves_a_gap_that_the_report_shows(namespace: str) -> None:
+def scripted(namespace: str) -> list[int]:
+    """Calls by process, and every process is a pod's; those of other tests' on this machine count as many, too."""
+    return list(kube.totals(kube.report("script", namespace), "calls").values())
+
+
+def start_script(namespace: str) -> None:
+    """A bpftrace script on node1 has counted 211 calls of a pod."""
     spec = {
         "scope": "Cluster",
         "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": "node1"}}},
@@ -172,16 +144,13 @@ def test_what_ends_with_an_agent_leaves_a_gap_that_the_report_shows(namespace: s
     }
     kube.apply(kube.policy("script", namespace, spec))
     kube.wait_programmed("script", namespace)
-
-    def counted() -> list[int]:
-        """By process, and every process is a pod's; those of other tests' pods on this machine count as many, too."""
-        return list(kube.totals(kube.report("script", namespace), "calls").values())
-
     kube.apply(kube.pod("before", namespace, ["calls", "rare", "211"], node="node1"))
-    kube.eventually(lambda: counted().count(211) == 1, "211 calls of the first pod")
+    kube.eventually(lambda: scripted(namespace).count(211) == 1, "211 calls of the first pod")
     assert kube.report("script", namespace)["gaps"] == []
-    killed = time.time()
-    agents.kill("node1")
+
+
+def finish_script(namespace: str, killed: float) -> None:
+    """The report shows the gap since the agent was killed; what was counted before stays, and counting goes on."""
 
     def gap() -> dict[str, str] | None:
         return next(iter(kube.report("script", namespace)["gaps"]), None)
@@ -194,5 +163,35 @@ def test_what_ends_with_an_agent_leaves_a_gap_that_the_report_shows(namespace: s
     assert killed - 5 < start < end < time.time()
     assert any(line.startswith("gap on node1: ") for line in kube.report("script", namespace)["summary"])
     kube.apply(kube.pod("after", namespace, ["calls", "rare", "307"], node="node1"))
-    kube.eventually(lambda: counted().count(307) == 1, "307 calls of the second pod")
-    assert counted().count(211) == 1, "what was counted before stays"
+    kube.eventually(lambda: scripted(namespace).count(307) == 1, "307 calls of the second pod")
+    assert scripted(namespace).count(211) == 1, "what was counted before stays"
+
+
+# Each is killed.
+
+
+def test_kill_9_of_an_agent_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
+    start_script(namespace)
+    with recording(other_namespace) as attached:
+        start_counting(namespace)
+        killed = time.time()
+        agents.kill("node1")
+        listed = finish_recording(other_namespace, attached)
+        finish_counting(namespace)
+    missing = sorted(set(range(997)) - set(listed))
+    assert (missing, len(listed)) == ([], 997)
+    finish_script(namespace, killed)
+
+
+def test_kill_9_of_the_operator_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
+    with recording(other_namespace) as attached:
+        start_counting(namespace)
+        kube.kubectl(
+            "delete", "pod", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0",
+            "--force",
+        )  # fmt: skip
+        listed = finish_recording(other_namespace, attached)
+        finish_counting(namespace)
+    # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
+    assert listed == list(range(997 - len(listed), 997))
+    assert listed

@@ -25,7 +25,7 @@ import yaml
 from tests.cluster.kubebox import settings
 from tests.e2e import agents, kube
 from tests.e2e.test_lifecycle import PROGRAM
-from tests.e2e.test_restarts import SYSCOUNT, finish_counting, finish_recording, start_counting, start_recording
+from tests.e2e.test_restarts import SYSCOUNT, finish_counting, finish_recording, recording, start_counting
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(420)]
 
@@ -146,20 +146,14 @@ def count_static(namespace: str, number: int) -> str:
 # An upgrade.
 
 
-def test_helm_upgrade_loses_and_doubles_no_count(namespace: str) -> None:
-    start_counting(namespace)
-    before = agents.pods()
-    upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
-    assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
-    finish_counting(namespace)
-
-
-def test_helm_upgrade_loses_and_doubles_no_record(namespace: str, plugin: Path) -> None:
-    attached = start_recording(namespace, seconds=60)
-    before = agents.pods()
-    upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
-    assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
-    listed = finish_recording(namespace, attached)
+def test_helm_upgrade_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
+    with recording(other_namespace, seconds=40) as attached:
+        start_counting(namespace)
+        before = agents.pods()
+        upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
+        assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
+        listed = finish_recording(other_namespace, attached)
+        finish_counting(namespace)
     assert sorted(listed) == list(range(997))
 
 
