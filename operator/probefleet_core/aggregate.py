@@ -158,10 +158,7 @@ class Aggregate:
         yield from self._events.items()
 
     def _current(self, generation: int) -> bool:
-        """Is a sample of this generation counted? One of a newer generation makes everything start afresh."""
-        if generation > self._generation:
-            self._generation = generation
-            self._begin()
+        """Is a sample of this generation counted? No plan but ours makes a newer one: a node's word starts nothing."""
         return generation == self._generation
 
     def _apply_cost(self, node: str, batch: stream_pb2.Batch) -> bool:

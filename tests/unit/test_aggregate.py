@@ -192,13 +192,29 @@ def test_a_newer_generation_starts_afresh() -> None:
     a, b = FakeNode("a"), FakeNode("b", generation=2, epoch="boot-1:9", since_ns=START + 20 * SECOND)
     a.add("uid-web-1", count=5)
     apply(aggregate, a, a.batch(10))
+    aggregate.update(facts(counter("pod"), generation=2))
     b.add("uid-web-2", count=7)
     apply(aggregate, b, b.batch(30))
-    assert totals(aggregate) == {("web-2",): 7}
     apply(aggregate, a, a.batch(30))  # not updated yet: not merged, not covered
     out = ask(aggregate, 31)
     assert totals(aggregate) == {("web-2",): 7}
     assert (out.coverage.sampled, out.coverage.missing, out.since_ns) == (1, ("a",), START + 20 * SECOND)
+
+
+def test_a_node_that_speaks_of_a_generation_that_nobody_planned_takes_nothing_from_the_others() -> None:
+    aggregate = Aggregate(facts(counter("pod"), counter(name="execs", kind=O.EVENTS)))
+    a, liar = FakeNode("a"), FakeNode("b", generation=2**63 - 1)
+    for at in (10, 20):
+        a.add("uid-web-1", count=5)
+        liar.add("uid-web-1", count=7)
+        for node in (a, liar):
+            batch = node.batch(at)
+            batch.events.append(chunk([at * 48]))
+            batch.events[0].generation = node.generation
+            apply(aggregate, node, batch)
+    out = ask(aggregate, 21)
+    assert table_of(out.outputs[0].total) == {("web-1",): 10}
+    assert (out.outputs[1].total.whole, out.coverage.missing) == (2, ("b",))
 
 
 def test_an_update_of_the_policy_starts_afresh_only_with_a_newer_generation() -> None:
