@@ -9,6 +9,7 @@ had to go before they were asked for.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class NodeRing:
     epoch: str = ""
     end_position: int = 0
     counted: int = 0  # in this epoch, by whomever they were received
-    window: windows.Windows[int] = field(default_factory=windows.Windows)  # how many records
+    window: windows.Windows[int] = field(default_factory=lambda: windows.Windows(operator.add, lambda _: 1))  # records
     received_ns: int = 0
     lost: int = 0  # by this ring alone
     program_epoch: str = ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from probefleet_core.result import Names, Rows
 
 Counts = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
+Change: TypeAlias = tuple[Indices, Counts]  # keys and differences
 
 MAX_WIDTH: Final = 1024
 #: Values of one output that one node may have, and all keys together (8 bytes each).
@@ -51,8 +52,8 @@ class NodeRows:
         default_factory=lambda: np.zeros(0, bool)
     )  # of a gauge: rows that hold anything
     distinct: bool = True  # no key twice: then NumPy's fast way to add is right
-    window: windows.Windows[tuple[Indices, Counts]] = field(default_factory=windows.Windows)  # keys and differences
-    before: tuple[Indices, Counts] | None = None  # an older stream's rows of the same epoch, sorted by key
+    window: windows.Windows[Change] = field(default_factory=lambda: windows.Windows(_joined, lambda each: len(each[0])))
+    before: Change | None = None  # an older stream's rows of the same epoch, sorted by key
     received_ns: int = 0
     since_ns: int = 0
     lost: int = 0
@@ -360,6 +361,13 @@ def bounded_texts(texts: Iterable[str]) -> tuple[str, ...]:
 def bounded_gaps(gaps: Iterable[stream_pb2.Gap]) -> tuple[tuple[int, int, str], ...]:
     """The newest ones: ``(start_ns, end_ns, why)``."""
     return tuple((gap.start_ns, gap.end_ns, gap.why[:MAX_TEXT]) for gap in list(gaps)[-MAX_GAPS:])
+
+
+def _joined(one: Change, other: Change) -> Change:
+    """What two samples changed, each key once."""
+    keys, place = np.unique(np.concatenate([one[0], other[0]]), return_inverse=True)
+    width = max(one[1].shape[1], other[1].shape[1])
+    return keys, merge.sum_by(place, np.concatenate([_widen(one[1], width), _widen(other[1], width)]), len(keys))
 
 
 def _widen(values: Counts, width: int) -> Counts:

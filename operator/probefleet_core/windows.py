@@ -7,6 +7,7 @@ is part of the one that grows. Times are the node's wall clock, which may be set
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
@@ -20,8 +21,14 @@ WHOLE: Final = 0.9
 
 @dataclass(slots=True)
 class Windows(Generic[T]):
-    """``changes`` are those between ``begin_ns`` and ``end_ns``."""
+    """``changes`` are those between ``begin_ns`` and ``end_ns``.
 
+    A node may send as many samples as it likes before its clock says that a window is over: what they bring comes
+    together, so that all parts are at most twice as large as one of everything.
+    """
+
+    join: Callable[[T, T], T]  # two changes as one
+    size: Callable[[T], int]
     time_ns: int = 0  # the newest sample's
     begin_ns: int = 0  # 0: there is no window
     end_ns: int = 0
@@ -55,7 +62,10 @@ class Windows(Generic[T]):
     def add(self, change: T) -> None:
         """What the newest sample brings."""
         # More of a sample that has ended a window belongs into that.
-        (self.changes if self._since_ns == self.time_ns else self._growing).append(change)
+        parts = self.changes if self._since_ns == self.time_ns else self._growing
+        parts.append(change)
+        while len(parts) > 1 and 2 * self.size(parts[-1]) > self.size(parts[-2]):
+            parts[-2:] = [self.join(*parts[-2:])]
 
     def settle(self, *, interval_ms: int) -> None:
         """All of the newest sample is there: show a window that is whole by now."""

@@ -92,6 +92,23 @@ def test_a_window_that_is_longer_than_an_interval_is_shown_as_long_as_it_is() ->
     assert ask(aggregate, 400).window_seconds == 10, "no window is fresh"
 
 
+def test_a_node_that_samples_without_end_within_an_interval_fills_no_memory() -> None:
+    aggregate = Aggregate(facts(counter("pod"), counter(name="execs", kind=O.EVENTS)))
+    a = FakeNode("a")
+    for at in range(1, 400):
+        a.add("uid-web-1", count=1)
+        a.add("uid-web-2", count=at % 23 == 0)
+        batch = a.batch(at / 100)
+        batch.events.append(chunk([at * 48]))
+        apply(aggregate, a, batch)
+    for _, state in aggregate._states():
+        assert len(state.nodes["a"].window._growing) <= 2
+    apply(aggregate, a, a.batch(10))
+    out = ask(aggregate, 10)
+    assert table_of(out.outputs[0].window) == {("web-1",): 399, ("web-2",): 17}
+    assert out.outputs[1].window.whole == 399
+
+
 def test_a_first_sample_long_after_the_beginning_is_no_window() -> None:
     aggregate = Aggregate(facts(counter()))
     a = FakeNode("a", keys=())
