@@ -116,6 +116,10 @@ class Rows:
         self._fold({"sum": np.add, "max": np.maximum, "min": np.minimum}[self.fold], totals, row, slot, values)
         totals[~self._there] = 0
         self._totals = totals
+        if self.nature is None or self.nature.listed:
+            seen = np.zeros(len(self._row_of), bool)
+            seen[entry[entry >= 0]] = True
+            self._keep(seen)  # keys that come and go, of processes say, would fill the agent's memory
 
     def _fold(
         self,
@@ -173,12 +177,14 @@ class Rows:
 
     def ask_again(self) -> None:
         """Who was refused may count by now: the next reading asks about those keys once more."""
-        if self._raw is not None:
-            decided = self._row_of != REFUSED
-            self._raw, self._row_of, self._slot_of = (
-                self._raw[decided], self._row_of[decided], self._slot_of[decided],
-            )  # fmt: skip
-            self._last = self._last[decided[: len(self._last)]]
+        self._keep(self._row_of != REFUSED)
+
+    def _keep(self, raw_keys: npt.NDArray[np.bool_]) -> None:
+        """Only these raw keys; another that comes again is new."""
+        if self._raw is None or raw_keys.all():
+            return
+        self._raw, self._row_of, self._slot_of = (each[raw_keys] for each in (self._raw, self._row_of, self._slot_of))
+        self._last = self._last[raw_keys[: len(self._last)]]
 
     def table(self) -> stream_pb2.Table | None:
         """New keys and changed rows since the last call; ``None`` where nothing changed."""

@@ -196,6 +196,17 @@ def test_a_key_that_went_and_came_between_two_readings_is_added_and_told() -> No
     assert table.went == 2
 
 
+@pytest.mark.parametrize("nature", [HASH, None])
+def test_keys_that_went_take_no_memory(nature: Nature | None) -> None:
+    operator, table, classifier = Operator(), rows(nature=nature), Classifier()
+    classifier.refused = set(range(0, 6000, 2))
+    for number in range(0, 6000, 60):
+        read(table, dict.fromkeys(range(number, number + 60), 7), classifier)
+        operator.take(table.table())
+        assert table._raw is not None and len(table._raw) == len(table._row_of) == 60
+    assert sum(total for (total,) in operator.totals.values()) == 7 * (3000 if nature else 30)
+
+
 def test_slots_of_a_value_that_began_anew_are_added_each() -> None:
     operator, table = Operator(), rows(width=3, nature=HASH)
     for slots in ([1, 2, 3], [4, 0, 3]):
