@@ -186,12 +186,20 @@ def _missed(instance: Loaded, whose: str, said: Sequence[str]) -> list[str]:
 
 
 def _forgotten(instance: Loaded, whose: str, reader: collect.TableReader) -> list[str]:
-    """What keys had counted that went is in the agent's memory alone, and the next agent says that it is missing."""
-    if reader.rows.went and whose not in instance.missed:
-        instance.missed[whose] = [
+    """What keys had counted that went, or whose pods are selected no more, is in the agent's memory alone, and the next
+    agent says that it is missing.
+    """
+    said = []
+    if reader.rows.went:
+        said.append(
             f"keys of {reader.output.map} went before the agent was replaced: what they had counted is in no total"
-        ]
-    return instance.missed[whose] if whose in instance.forgotten else []
+        )
+    if reader.rows.left:
+        said.append("pods were relabelled before the agent was replaced: what they had counted is in no total")
+    before = instance.missed.get(whose, [])
+    if new := [each for each in said if each not in before]:
+        instance.missed[whose] = [*before, *new]
+    return list(instance.forgotten.get(whose, ()))
 
 
 def look_for_room(instance: Loaded, read: Set[str]) -> None:

@@ -94,7 +94,7 @@ class TableReader:
             return
         if (turn := self.book.turn(PolicyUid(self.plan.policy_uid))) != self._turn:
             self._turn = turn
-            self.rows.ask_again()
+            self.rows.ask_again(self._refused)
         if self.of_records:
             self._read_records(keys)
             return
@@ -182,6 +182,10 @@ class TableReader:
             slots = decode.raw(keys, self._slot).astype(np.int64)
         groups = [row if counted else None for row, counted in zip(rows, counts.tolist(), strict=True)]
         return Classified(groups, pending, slots)
+
+    def _refused(self, keys: Bytes) -> npt.NDArray[np.bool_]:
+        counts, pending, _ = judge(self.book, PolicyUid(self.plan.policy_uid), keys, self._cgroup)
+        return ~(counts | pending)
 
     def _folded(self, keys: Bytes, counts: npt.NDArray[np.bool_]) -> list[str]:
         if self.stacks is None:

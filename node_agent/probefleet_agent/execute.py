@@ -212,7 +212,7 @@ class Executor:
                 since_ns=told["since_ns"],
                 gaps=[(start, end, why) for start, end, why in told["gaps"]],
                 missed=told.get("missed", {}),
-                forgotten=frozenset(told.get("missed", ())),
+                forgotten=dict(told.get("missed", {})),
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
                 asked_ns=told["asked_ns"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,7 +125,7 @@ class Loaded:
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
     #: Policy uid and its ring's epoch, or its table → what nobody counted, in words.
     missed: dict[str, list[str]] = field(default_factory=dict)
-    forgotten: frozenset[str] = frozenset()  # of these tables an agent before this one knew more
+    forgotten: Mapping[str, Sequence[str]] = field(default_factory=dict)  # `missed` as an agent before this one left it
     full: list[str] = field(default_factory=list)  # maps that no output reads, and that were full when it was looked
     notes: list[str] = field(default_factory=list)  # what its reports have to say of maps that the agent keeps
     chosen: list[plan_pb2.Attachment] = field(default_factory=list)

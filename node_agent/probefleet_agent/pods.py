@@ -80,8 +80,8 @@ class Book:
     known_pods: frozenset[PodUid] = frozenset()
     #: Has the operator named its pods in this stream? What it has not named cannot be waited for before.
     current: bool = False
-    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. Another
-    # selector ends that: it may have selected others.
+    # A pod that counted once goes on counting after it is gone from the operator's lists: its counts stay true. Other
+    # labels end that, and so does another selector: it may have selected others.
     _ever: dict[PolicyUid, set[PodUid]] = field(default_factory=dict)
     _selectors: dict[PolicyUid, str] = field(default_factory=dict)
     _turns: dict[PolicyUid, int] = field(default_factory=dict)
@@ -109,7 +109,8 @@ class Book:
         # An operator that is new does not know pods of before. Who was named once, and not selected, stays refused for
         # as long as something here speaks of it.
         remembered = self.known_pods & {identity.pod for identity in self.identities.values()}
-        self.known_pods = frozenset(known_pods) | remembered
+        known = frozenset(known_pods)
+        self.known_pods = known | remembered
         for policy in list(self._ever):
             if policy not in self.selections:
                 del self._ever[policy]
@@ -120,7 +121,10 @@ class Book:
             if selected.selector and self._selectors.get(policy) != selected.selector:
                 self._selectors[policy] = selected.selector
                 ever.clear()
-            if not selected.pods <= ever:
+            # Without a selector nobody can say that a pod's labels do not match any more.
+            left = ever & known - selected.pods if selected.selector else set()
+            if left or not selected.pods <= ever:
+                ever -= left
                 ever |= selected.pods
                 self._turns[policy] = self.turn(policy) + 1
 
@@ -129,7 +133,9 @@ class Book:
         return self._selectors.get(policy, "")
 
     def turn(self, policy: PolicyUid) -> int:
-        """Another number when the policy selects pods that it did not before: who was refused may count from now on."""
+        """Another number when the policy selects other pods than before: who was refused may count from now on, and who
+        counted may be refused.
+        """
         return self._turns.get(policy, 0)
 
     def answer(self, policy: PolicyUid, cgroup: CgroupId) -> Answer:

@@ -74,12 +74,14 @@ class Rows:
     pending_count: int = 0
     overflowed: bool = False
     went: int = 0  # how often a key went, or began anew
+    left: bool = False  # keys have counted of which that is not so any more
     _other: int = -1  # the row of groups beyond ``MAX_ROWS``; it is no group's
     _rows: dict[GroupKey, int] = field(default_factory=dict)
     _keys: list[GroupKey] = field(default_factory=list)
     _raw: npt.NDArray[Any] | None = None  # sorted, as void
     _row_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _slot_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _left: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # whose they are counts no more
     #: Of each raw key what it was last read to hold; of each row what keys had counted that went. Only with ``nature``.
     _last: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     _retired: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
@@ -97,7 +99,9 @@ class Rows:
         """
         entry, row, slot = self._locate(keys, classify)
         self.pending_count = int((row == PENDING).sum())
-        counted = (row >= 0) & self._last_of_each(entry)
+        shown = (row >= 0) & self._last_of_each(entry)
+        counted = shown & ~np.append(self._left, False)[entry]
+        left, held = entry[shown & ~counted], values[shown & ~counted]
         row, slot, values = row[counted], slot[counted], values[counted]
         if self.nature is None:
             # As bits a sum is the same with and without a sign; what is larger is not.
@@ -108,7 +112,10 @@ class Rows:
             self._there = np.zeros(len(self._keys), bool)
             self._there[row] = True
         else:
-            self._follow(self.nature, entry[counted], values)
+            self._follow(self.nature, entry[counted], values, left)
+            # Their rows stay as they are, whatever they hold by now.
+            self._add_to_retired(left, self._last[left] - held)
+            self._last[left] = held
             counting = np.flatnonzero(self._row_of >= 0)
             row, slot, values = self._row_of[counting], self._slot_of[counting], self._last[counting]
             totals = self._retired.copy()
@@ -137,7 +144,9 @@ class Rows:
         else:
             target.at(totals, (row, np.clip(slot, 0, self.width - 1)), values)
 
-    def _follow(self, nature: Nature, place: npt.NDArray[np.int64], now: npt.NDArray[np.uint64]) -> None:
+    def _follow(
+        self, nature: Nature, place: npt.NDArray[np.int64], now: npt.NDArray[np.uint64], left: npt.NDArray[np.int64]
+    ) -> None:
         """Note what raw keys hold now; what those held that went since the last reading, or began anew, is kept."""
         raw_keys, rows = len(self._row_of), len(self._keys)
         if self._last.shape[1:] != now.shape[1:]:
@@ -147,7 +156,7 @@ class Rows:
         )
         if nature.listed:
             unseen = np.ones(raw_keys, bool)
-            unseen[place] = False
+            unseen[place] = unseen[left] = False
             self._retire(np.flatnonzero(unseen))
         before = self._last[place]
         fell = now < before
@@ -175,15 +184,21 @@ class Rows:
         self._sent_keys = 0
         self._sent, self._sent_there = np.zeros((0, self.width), np.uint64), np.zeros(0, bool)
 
-    def ask_again(self) -> None:
-        """Who was refused may count by now: the next reading asks about those keys once more."""
+    def ask_again(self, refused: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]) -> None:
+        """Who was refused may count by now: the next reading asks about those keys once more. Who counted may be
+        refused by now: what they have counted stays in their rows, and what they count from now on is in none.
+        """
         self._keep(self._row_of != REFUSED)
+        if self._raw is not None and len(self._raw):
+            self._left = refused(self._raw.view(np.uint8).reshape(len(self._raw), -1))
+            self.left = self.left or bool(self._left.any())
 
     def _keep(self, raw_keys: npt.NDArray[np.bool_]) -> None:
         """Only these raw keys; another that comes again is new."""
         if self._raw is None or raw_keys.all():
             return
-        self._raw, self._row_of, self._slot_of = (each[raw_keys] for each in (self._raw, self._row_of, self._slot_of))
+        self._raw, self._left = self._raw[raw_keys], self._left[raw_keys]
+        self._row_of, self._slot_of = self._row_of[raw_keys], self._slot_of[raw_keys]
         self._last = self._last[raw_keys[: len(self._last)]]
 
     def table(self) -> stream_pb2.Table | None:
@@ -262,9 +277,10 @@ class Rows:
     def _insert(self, void: npt.NDArray[Any], row: npt.NDArray[np.int64], slot: npt.NDArray[np.int64]) -> None:
         raw = void if self._raw is None else np.concatenate([self._raw, void])
         rows, slots = np.concatenate([self._row_of, row]), np.concatenate([self._slot_of, slot])
+        left = np.concatenate([self._left, np.zeros(len(void), bool)])
         # A reading can show a key twice: what is said of it is the same each time.
         self._raw, first = np.unique(raw, return_index=True)
-        self._row_of, self._slot_of = rows[first], slots[first]
+        self._row_of, self._slot_of, self._left = rows[first], slots[first], left[first]
         if self.nature is not None:
             new = np.zeros((len(void), *self._last.shape[1:]), np.uint64)
             self._last = np.concatenate([self._last, new])[first]

@@ -102,8 +102,11 @@ def push(
     for each in prepared:
         made.plans.append(each.planned.plan)
         chosen = selected(each.policy, pods, namespace)
+        selector = f"{namespace or each.policy.scope.value}: {each.policy.pods or 'everything'}"
         made.selections.append(
-            stream_pb2.Selection(policy_uid=each.policy.uid, everything=chosen is None, pod_uids=chosen or ())
+            stream_pb2.Selection(
+                policy_uid=each.policy.uid, everything=chosen is None, pod_uids=chosen or (), selector=selector
+            )
         )
         for probe_map in each.planned.probe_maps:
             if probe_map.uid not in maps:

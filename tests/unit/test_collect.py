@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from probefleet_agent import collect, pods
+from probefleet_agent.baseline import Nature
 from probefleet_agent.collect import EventReader, TableReader
 from probefleet_agent.decode import DecodeError, Layout
 from probefleet_agent.pods import Book, CgroupId, PodUid, PolicyUid, Selected
@@ -82,8 +83,14 @@ def book() -> Book:
     return book
 
 
-def reader(book: Book, output: Output, layout: Layout = BY_PORT, stacks: collect.Stacks | None = None) -> TableReader:
-    return TableReader(PLAN, output, layout, book, Machine(), stacks)
+def reader(
+    book: Book,
+    output: Output,
+    layout: Layout = BY_PORT,
+    stacks: collect.Stacks | None = None,
+    nature: Nature | None = None,
+) -> TableReader:
+    return TableReader(PLAN, output, layout, book, Machine(), stacks, nature=nature)
 
 
 def keys(*entries: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
@@ -219,6 +226,37 @@ def test_a_gauge_folds_cpus_and_keys_as_its_merge_says(
     values = per_cpu if per_cpu is not None else np.stack([counts(23, 24), counts(29, 25)], axis=1)
     table.read(keys((IN_WEB, 80, 0), (IN_WEB, 443, 0)), values)
     assert content(table.rows.table()) == {(): [expected]}
+
+
+@pytest.mark.parametrize("nature", [Nature(fixed=False, listed=True), Nature(fixed=True, listed=False)])
+def test_a_pod_whose_labels_match_no_more_counts_no_more_and_what_it_counted_stays(book: Book, nature: Nature) -> None:
+    table = reader(book, Output(kind=Output.COUNTER, group_by=["workload"]), nature=nature)
+    source, entries = events(book), keys((IN_WEB, 80, 0), (IN_WEB, 443, 0), (IN_DB, 80, 0))
+    shown = []
+    for selected, numbers in (
+        ({WEB, DB}, (23, 7, 1)),
+        ({DB}, (29, 7, 2)),  # the program goes on for it: not every program asks whose an event is
+        ({DB}, (31, 3, 4)),  # and one of its keys began anew
+        ({WEB, DB}, (33, 5, 8)),
+    ):
+        book.select({MINE: Selected(False, frozenset(selected), "app=web")}, [WEB, DB])
+        table.read(entries, counts(*numbers))
+        table.rows.restart_stream()
+        shown.append(content(table.rows.table()))
+    assert shown == [{(WEB,): [web], (DB,): [db]} for web, db in ((30, 1), (30, 2), (30, 4), (34, 8))]
+    assert table.rows.left and not table.rows.went
+    book.select({MINE: Selected(False, frozenset({DB}), "app=web")}, [WEB, DB])
+    assert kept(chunk_of(source, [IN_WEB, IN_DB])) == [1032]
+
+
+def test_what_a_relabelled_pod_holds_is_no_gauge_of_the_policy(book: Book) -> None:
+    table = reader(book, Output(kind=Output.GAUGE, group_by=["workload"]))
+    for selected in ({WEB, DB}, {DB}):
+        book.select({MINE: Selected(False, frozenset(selected), "app=web")}, [WEB, DB])
+        table.read(keys((IN_WEB, 80, 0), (IN_DB, 80, 0)), counts(23, 29))
+        news = table.rows.table()
+    assert news is not None
+    assert (news.values, columns.unpack(news.gone, limit=9).tolist()) == (columns.pack(np.zeros(0, np.uint64)), [0])
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,18 @@ def test_another_selector_forgets_who_counted_once(book: Book) -> None:
     assert (book.answer(MINE, POD), book.answer(MINE, OTHER_POD)) == (Answer.REFUSED, Answer.SELECTED)
 
 
+def test_a_pod_whose_labels_match_no_more_is_refused_and_one_that_is_gone_is_not(book: Book) -> None:
+    book.select({MINE: Selected(False, frozenset({UID, OTHER}), "app=web")}, [UID, OTHER])
+    turn = book.turn(MINE)
+    book.select({MINE: Selected(False, frozenset(), "app=web")}, [OTHER])
+    assert (book.answer(MINE, POD), book.answer(MINE, OTHER_POD)) == (Answer.SELECTED, Answer.REFUSED)
+    assert book.turn(MINE) == turn + 1
+    book.select({MINE: Selected(False, frozenset())}, [UID])
+    assert book.answer(MINE, POD) == Answer.SELECTED, "nobody can read the policy, so nobody knows"
+    book.select({MINE: Selected(False, frozenset({OTHER}), "app=web")}, [OTHER])
+    assert book.answer(MINE, OTHER_POD) == Answer.SELECTED, "it has the labels again"
+
+
 def test_a_pod_that_is_gone_and_was_not_selected_stays_refused_while_something_speaks_of_it(book: Book) -> None:
     book.select({MINE: Selected(False, frozenset({UID}))}, [])
     assert book.answer(MINE, OTHER_POD) == Answer.REFUSED
