@@ -119,13 +119,14 @@ class Identities:
             answer = self.book.joint_answer(policies, cgroup)
             if answer != written.get(cgroup, Answer.UNKNOWN):
                 fresh[cgroup] = answer
+        # One that is there changes; others find room, or stay unknown.
         room = handle.info.max_entries - len(written)
-        for cgroup, answer in list(fresh.items())[: max(room, 0)]:
-            written[cgroup] = answer
-        known = [cgroup for cgroup in fresh if cgroup in written]
-        if known:
-            values = np.array([written[cgroup] for cgroup in known], np.uint8).reshape(-1, 1)
-            maps.update_many(handle.fd, _as_keys(known), values)
+        told = [cgroup for cgroup in fresh if cgroup in written]
+        told += [cgroup for cgroup in fresh if cgroup not in written][:room]
+        if told:
+            values = np.array([fresh[cgroup] for cgroup in told], np.uint8).reshape(-1, 1)
+            maps.update_many(handle.fd, _as_keys(told), values)
+            written.update((cgroup, fresh[cgroup]) for cgroup in told)
 
     def groups_of_pods(self, policies: Sequence[PolicyUid]) -> dict[str, list[str]]:
         """Pod uid → paths of its cgroups, of all pods that any of these policies selects."""
