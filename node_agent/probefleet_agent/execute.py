@@ -117,18 +117,17 @@ class Executor:
         """
         loaded.halted_ns = time.time_ns()
         self.remember(loaded)
-        ids = self.root.detach(loaded.digest)
-        for link in loaded.links.values():
-            link.close()
-        loaded.links.clear()
-        loaded.followers.close()
-        return ids
+        return self._let_go(loaded)
 
     def resume(self, loaded: Loaded, why: str) -> None:
-        """Attach again what ``halt`` let go of; the time between is a gap."""
+        """Attach again what ``halt`` let go of; the time between is a gap. Where that fails, nothing is attached."""
         self.root.detach(loaded.digest)
         if not loaded.detached:
-            self._begin(loaded, self.root.folder(loaded.digest))
+            try:
+                self._begin(loaded, self.root.folder(loaded.digest))
+            except BaseException:
+                self._let_go(loaded)
+                raise
         loaded.add_gap(loaded.halted_ns, time.time_ns(), why)
         loaded.halted_ns = 0
         self.remember(loaded)
@@ -286,12 +285,16 @@ class Executor:
         if loaded.running is not None:
             loaded.running.close()
             loaded.running = None
-        for path in (self.root.instances / loaded.digest).glob("link_*"):
-            path.unlink()
+        self._let_go(loaded)
+
+    def _let_go(self, loaded: Loaded) -> list[int]:
+        """End its attachments; the ids of links that the kernel may take a moment to let go of."""
+        ids = self.root.detach(loaded.digest)
         for link in loaded.links.values():
             link.close()
         loaded.links.clear()
         loaded.followers.close()
+        return ids
 
     def attach_again(self, loaded: Loaded) -> None:
         """What was detached may try once more; the time between is a gap. Raises ProbefleetError: it stays detached."""

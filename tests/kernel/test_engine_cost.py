@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 from probefleet_agent import costs, loaded
 from probefleet_agent.engine import Engine
-from probefleet_agent.kernel import features, hooks
+from probefleet_agent.errors import KernelError
+from probefleet_agent.kernel import features, hooks, links
 from probefleet_agent.reconcile import Digest
 from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
@@ -164,6 +167,35 @@ def test_what_went_over_its_budget_stays_detached_until_the_policy_changes(folde
     with Engine.open(bpffs=folder) as engine:
         engine.apply(calls(2, 4))
         assert counted(engine) == (3, [loaded.OVER_BUDGET])
+
+
+def test_what_cannot_be_attached_again_is_not_attached_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach, given = links.attach, []
+
+    def fail(*args: Any, **named: Any) -> links.Link:
+        given.append(args)
+        if len(given) == 2:
+            raise KernelError(errno.ENOMEM, "attach")
+        return attach(*args, **named)
+
+    with Engine.open(bpffs=folder) as engine:
+        wanted = slow_push()
+        wanted.plans[0].instance.attachments.append(wanted.plans[0].instance.attachments[0])
+        engine.apply(wanted)
+        (instance,) = engine._installed.loaded.values()
+        assert len(instance.links) == 2
+        instance.detached = "it took 99m of CPU"
+        engine._installed.detach(Digest(instance.digest))
+        monkeypatch.setattr(links, "attach", fail)
+        edited = stream_pb2.Push.FromString(wanted.SerializeToString())
+        edited.version, edited.plans[0].generation = 2, 2
+        engine.apply(edited)
+        (status,) = engine.status().policies
+        assert (status.state, instance.detached) == (stream_pb2.PolicyStatus.FAILED, "it took 99m of CPU")
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        batch = engine.collect(time.time_ns(), force=True)
+        assert batch is not None and not instance.links
+        assert not list(folder.glob("probefleet/instances/*/link_*"))
 
 
 def test_a_hook_that_cannot_be_measured_makes_the_cost_unknown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
