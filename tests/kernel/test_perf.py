@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 
 import numpy as np
 import pytest
 from probefleet_agent import perf_ring
-from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.errors import KernelError, ProbefleetError
 from probefleet_agent.kernel import links, maps, perf
+from probefleet_agent.kernel.fds import Fd
 
 from tests.kernel.support import Loaded, attachment, call_getppid, needs
 
@@ -133,3 +135,33 @@ def test_a_cpu_that_comes_online_is_read_from_then_on_and_told(monkeypatch: pyte
     assert sorted(read.array(EVENT)["number"].tolist()) == list(range(23, 23 + 3 * 29))
     assert ring.lost == 0
     assert ring.said == [f"CPU {here} came online: what it recorded before its perf buffer was opened"]
+
+
+def test_a_cpu_whose_buffer_cannot_be_opened_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = maps.online_cpus()[0]
+    online, allowed, opened = {here}, os.sched_getaffinity(0), perf._CpuRing._open
+    monkeypatch.setattr(maps, "online_cpus", lambda: sorted(online))
+    os.sched_setaffinity(0, {here})
+    try:
+        with Loaded(SOURCE) as loaded, links.attach(loaded.programs["on_it"], GETPPID):
+            ring = perf_ring.PerfRing(loaded.maps["out"])
+            online.clear()
+            ring.producer_position()
+            online.add(here)
+
+            def refuse(*_: object) -> Fd:
+                raise KernelError(errno.ENODEV, f"perf buffer of CPU {here}")
+
+            monkeypatch.setattr(perf._CpuRing, "_open", refuse)
+            call_getppid(23)
+            assert ring.producer_position() > 0, "what it held before can be read"
+            assert [text.partition(":")[0] for text in ring.said] == [f"CPU {here} has no perf buffer"]
+            monkeypatch.setattr(perf._CpuRing, "_open", opened)
+            ring.producer_position()
+            call_getppid(29)
+            read = ring.read(0, 1 << 20)
+            assert ring.said == [f"CPU {here} came online: what it recorded before its perf buffer was opened"]
+            ring.close()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert len(read) == 23 + 29

@@ -115,13 +115,18 @@ class PerfBufferReader:
             raise ProbefleetError(f"{pages} pages: a perf buffer has a power of two of them")
         self._map, self._most, self._pages = map_fd, info.max_entries, pages
         self._rings: list[_CpuRing] = []
+        self._gone: list[_CpuRing] = []  # of CPUs that came again, still to be read out
         self._online: set[int] = set()
         self._lost_before = 0  # of rings whose CPU went and came again
         self._sequence = 0
         #: CPUs that came online while it read: what they recorded before that was seen found no ring.
         self.came: list[int] = []
+        #: CPUs without a ring, and why.
+        self.failed: dict[int, KernelError] = {}
         try:
             self._follow()
+            for error in self.failed.values():
+                raise error
         except BaseException:
             self.close()
             raise
@@ -135,8 +140,8 @@ class PerfBufferReader:
     def read(self) -> PerfRecords:
         """Everything that is there now, and how much was lost so far."""
         chunks, offsets, lengths, cpus, base = [], [], [], [], 0
-        gone = self._follow()
-        for ring in (*self._rings, *gone):
+        self._follow()
+        for ring in (*self._rings, *self._gone):
             data = ring.take()
             starts, sizes, lost = _parse(data)
             ring.seen_lost += lost
@@ -145,9 +150,9 @@ class PerfBufferReader:
             lengths.append(sizes)
             cpus.append(np.full(len(starts), ring.cpu, np.uint16))
             base += len(data)
-        for ring in gone:
-            self._lost_before += ring.lost()
-            ring.close()
+        while self._gone:
+            self._lost_before += self._gone[-1].lost()
+            self._gone.pop().close()
         all_offsets = np.concatenate(offsets) if offsets else np.empty(0, np.int64)
         sequence = np.arange(self._sequence, self._sequence + len(all_offsets), dtype=np.uint64)
         self._sequence += len(all_offsets)
@@ -160,23 +165,37 @@ class PerfBufferReader:
             self._lost_before + sum(ring.lost() for ring in self._rings),
         )
 
-    def _follow(self) -> list[_CpuRing]:
+    def _follow(self) -> None:
         """Open rings on CPUs that came. A ring ends with its CPU: those of CPUs that came again are to be read out."""
         online = set(maps.online_cpus())
-        came, self._online = online - self._online, online
-        gone = [ring for ring in self._rings if ring.cpu in came]
-        for cpu in sorted(came):
+        self._online &= online
+        self.failed.clear()
+        for cpu in sorted(online - self._online):
             if cpu < self._most:
-                ring = _CpuRing(cpu, self._pages)
-                self._rings.append(ring)
-                syscall.map_update(self._map, struct.pack("<I", cpu), struct.pack("<I", ring.event.fileno()))
-                syscall.perf_ioctl(ring.event, uapi.PERF_EVENT_IOC_ENABLE)
+                try:
+                    ring = self._open(cpu)
+                except KernelError as error:
+                    self.failed[cpu] = error  # it may have gone again; the next reading tries anew
+                    continue
+                self._gone += [each for each in self._rings if each.cpu == cpu]
+                self._rings = [*(each for each in self._rings if each.cpu != cpu), ring]
                 self.came.append(cpu)
-        self._rings = [ring for ring in self._rings if ring not in gone]
-        return gone
+            self._online.add(cpu)
+
+    def _open(self, cpu: int) -> _CpuRing:
+        ring = _CpuRing(cpu, self._pages)
+        try:
+            syscall.map_update(self._map, struct.pack("<I", cpu), struct.pack("<I", ring.event.fileno()))
+            syscall.perf_ioctl(ring.event, uapi.PERF_EVENT_IOC_ENABLE)
+        except BaseException:
+            ring.close()
+            raise
+        return ring
 
     def close(self) -> None:
         """The rings go, and with them what was not read."""
+        self._rings += self._gone
+        self._gone.clear()
         while self._rings:
             self._rings.pop().close()
 
