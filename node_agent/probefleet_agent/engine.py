@@ -390,7 +390,7 @@ class Engine:
             self._bindings.bound[uid].failure = failure
         if not _same(plan, loaded.plans.get(uid)):
             loaded.plans[uid] = plan
-            self._installed.remember(loaded, time.time_ns())
+            self._installed.remember(loaded, asked=True)
         if before and before.digest != digest:
             self._leave(uid, before.digest)
 
@@ -428,7 +428,7 @@ class Engine:
     def _remember(self, now_ns: int) -> None:
         self._remembered_ns = now_ns
         for loaded in self._installed.loaded.values():
-            self._installed.remember(loaded, now_ns)
+            self._installed.remember(loaded, asked=True)
 
     def _policy_status(self, uid: PolicyUid, plan: plan_pb2.Plan) -> stream_pb2.PolicyStatus:
         bound = self._bindings.bound.get(uid)

@@ -23,7 +23,7 @@ from probefleet_wire.v1 import plan_pb2
 from probefleet_agent import bcc_programs, bpftrace_programs, joining, map_contents, object_programs, observing
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import ObjectError
-from probefleet_agent.kernel import bcc, hooks, libbpf, links, links_network, maps, pins
+from probefleet_agent.kernel import bcc, clock, hooks, libbpf, links, links_network, maps, pins
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import FILTER, OVER_BUDGET, Loaded, MapHandle, b64
@@ -72,7 +72,7 @@ class Executor:
             with self.root.staging(instance.digest) as folder:
                 self.pin(loaded, folder)
                 # Counting begins with the links: what comes before them cannot fail any more.
-                loaded.since_ns = loaded.asked_ns = time.time_ns()
+                loaded.since_ns, loaded.asked_boot_ns = time.time_ns(), clock.since_boot_ns()
                 self._begin(loaded, folder)
                 folder.write_manifest(loaded.manifest())
             undo.pop_all()
@@ -97,7 +97,7 @@ class Executor:
         except BaseException:
             again.close()
             raise
-        again.since_ns, again.asked_ns = loaded.since_ns, loaded.asked_ns
+        again.since_ns, again.asked_boot_ns = loaded.since_ns, loaded.asked_boot_ns
         again.detached, again.detached_ns = loaded.detached, loaded.detached_ns
         again.gaps, again.plans, again.missed = list(loaded.gaps), dict(loaded.plans), dict(loaded.missed)
         again.forgotten = loaded.forgotten
@@ -181,7 +181,7 @@ class Executor:
         """Whether it counts; then it is pinned. Raises ProbefleetError where it never will: close it then."""
         if not _counts(loaded):
             return False
-        loaded.since_ns = loaded.asked_ns = time.time_ns()
+        loaded.since_ns, loaded.asked_boot_ns = time.time_ns(), clock.since_boot_ns()
         with self.root.staging(loaded.digest) as folder:
             _pin_process(loaded, folder)
         return True
@@ -214,7 +214,7 @@ class Executor:
                 forgotten=dict(told.get("missed", {})),
                 pinned_links=told["pinned_links"],
                 plans={uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()},
-                asked_ns=told["asked_ns"],
+                asked_boot_ns=told.get("asked_boot_ns", clock.since_boot_ns()),
                 halted_ns=told.get("halted_ns", 0),
                 detached=told.get("detached", ""),
                 detached_ns=told.get("detached_ns", 0),
@@ -266,7 +266,8 @@ class Executor:
             }
             loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
             loaded.gaps.append((stopped_ns, time.time_ns(), "bpftrace ends with the agent's process"))
-            loaded.since_ns, loaded.asked_ns = told["since_ns"], told["asked_ns"]
+            loaded.since_ns = told["since_ns"]
+            loaded.asked_boot_ns = told.get("asked_boot_ns", clock.since_boot_ns())
             joining.begun_again(loaded, told.get("joined", {}))
             _pin_process(loaded, self.root.beside(loaded.digest))
             self.root.exchange([loaded.digest], [])

@@ -18,7 +18,7 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 from probefleet_agent import execute, map_contents, map_growing, object_programs
 from probefleet_agent.attempts import Attempts
 from probefleet_agent.errors import CannotGrow, ProbefleetError
-from probefleet_agent.kernel import bcc, pins
+from probefleet_agent.kernel import bcc, clock, pins
 from probefleet_agent.kernel.spread import Pods
 from probefleet_agent.loaded import Loaded, MapHandle, record_of
 from probefleet_agent.reconcile import Digest, MapUid
@@ -97,7 +97,7 @@ class Installed:
                 if shared := self.maps.get(MapUid(handle.probe_map_uid)):
                     handle.heir_of, handle.since_ns = shared[1].heir_of, shared[1].since_ns
             self.loaded[digest] = loaded
-            if time.time_ns() - loaded.asked_ns > FORGOTTEN_NS:
+            if clock.since_boot_ns() - loaded.asked_boot_ns > FORGOTTEN_NS:
                 log.warning("no operator has asked for this instance in an hour: removed", digest=name)
                 self.remove(digest)
                 continue
@@ -323,9 +323,10 @@ class Installed:
         """Objects are needed again only to load: keep those of the newest push, as the operator reckons with."""
         self._blobs = {digest: data for digest, data in self._blobs.items() if digest in needed}
 
-    def remember(self, loaded: Loaded, now_ns: int | None = None) -> None:
-        """Write its manifest anew: who is bound; with ``now_ns`` also that it was asked for."""
-        loaded.asked_ns = now_ns or loaded.asked_ns
+    def remember(self, loaded: Loaded, *, asked: bool = False) -> None:
+        """Write its manifest anew: who is bound; with ``asked`` also that an operator wants it now."""
+        if asked:
+            loaded.asked_boot_ns = clock.since_boot_ns()
         self._executor.remember(loaded)
 
     def close(self) -> None:

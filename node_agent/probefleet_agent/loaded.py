@@ -135,7 +135,7 @@ class Loaded:
     pinned_links: bool = True
     plans: dict[str, plan_pb2.Plan] = field(default_factory=dict)  # by policy uid: who is bound
     joined: dict[str, Joined] = field(default_factory=dict)  # those of them that came later than the instance
-    asked_ns: int = 0
+    asked_boot_ns: int = 0  # when an operator asked for it last, by the time since boot
     halted_ns: int = 0  # since when it is attached no more, for a map of it grows; 0: it is attached
     detached: str = ""  # why, where it went over its budget
     detached_ns: int = 0  # since when
@@ -264,7 +264,7 @@ class Loaded:
                 "records": {name: layout.to_json() for name, layout in self.record_layouts.items()},
                 "plans": {uid: b64(plan) for uid, plan in self.plans.items()},
                 "joined": {uid: joined.to_json() for uid, joined in self.joined.items()},
-                "asked_ns": self.asked_ns,
+                "asked_boot_ns": self.asked_boot_ns,
                 "halted_ns": self.halted_ns,
                 "detached": self.detached,
                 "detached_ns": self.detached_ns,

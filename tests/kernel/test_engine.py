@@ -14,7 +14,7 @@ import zstandard
 from probefleet_agent import decode
 from probefleet_agent.engine import Engine, StalePush
 from probefleet_agent.errors import KernelError
-from probefleet_agent.kernel import maps
+from probefleet_agent.kernel import clock, maps
 from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.kernel.rings import RingReader
 from probefleet_wire import columns, resources
@@ -48,7 +48,8 @@ def state(engine: Engine) -> stream_pb2.PolicyStatus:
 
 
 def state_of_loaded(engine: Engine) -> list[str]:
-    return [stat.digest for stat in collected(engine).instances]
+    batch = engine.collect(time.time_ns(), force=True)
+    return [stat.digest for stat in batch.instances] if batch else []
 
 
 def collected(engine: Engine) -> stream_pb2.Batch:
@@ -69,6 +70,19 @@ def test_an_instance_that_cannot_be_adopted_counts_on_until_a_push_replaces_it(f
         engine.apply(push(2))
         assert state(engine).state == stream_pb2.PolicyStatus.READY, state(engine).message
         assert (pins / "manifest").exists()
+
+
+@pytest.mark.parametrize(("wall_hours", "hours_up", "left"), [(9, 0, [DIGEST]), (-9, 0.5, [DIGEST]), (-9, 2, [])])
+def test_an_instance_goes_when_it_ran_for_an_hour_unasked_whatever_the_wall_clock_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wall_hours: float, hours_up: float, left: list[str]
+) -> None:
+    with Engine.open(bpffs=folder) as engine:
+        engine.apply(push(1))
+    hour_ns, now_ns, up_ns = 3600 * 10**9, time.time_ns, clock.since_boot_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + int(wall_hours * hour_ns))
+    monkeypatch.setattr(clock, "since_boot_ns", lambda: up_ns() + int(hours_up * hour_ns))
+    with Engine.open(bpffs=folder) as engine:
+        assert state_of_loaded(engine) == left
 
 
 def test_a_probe_map_that_cannot_be_adopted_does_not_keep_the_agent_from_its_work(folder: Path) -> None:

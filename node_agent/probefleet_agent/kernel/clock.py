@@ -46,6 +46,11 @@ def wall_ns(ktime_ns: npt.NDArray[np.uint64], offset: int) -> npt.NDArray[np.int
     return ktime_ns.astype(np.int64) + np.int64(offset)
 
 
+def since_boot_ns() -> int:
+    """How long this machine has been up, asleep or not: what nobody sets, for what lives no longer than a boot."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def ktime_ns() -> int:
     """What bpf_ktime_get_ns() would answer now."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
