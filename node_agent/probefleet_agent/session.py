@@ -57,6 +57,7 @@ class Session:
     def __init__(self, engine: Engine, dial: Dial) -> None:
         self._engine = engine
         self._dial = dial
+        # All of the engine is this thread's: it changes what others would look at.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._line = asyncio.Lock()  # from a batch's number to its place in the queue
 
@@ -138,11 +139,11 @@ class Session:
         return self._engine.status()
 
     async def _sample(self, outgoing: asyncio.Queue[stream_pb2.FromAgent]) -> None:
-        turns = self._engine.turns
+        turns = await self._call(lambda: self._engine.turns)
         while True:
             await self._send(lambda: self._engine.collect(time.time_ns()), outgoing)
-            if self._engine.turns != turns:
-                turns = self._engine.turns
+            if (now := await self._call(lambda: self._engine.turns)) != turns:
+                turns = now
                 status = await self._call(self._engine.status)
                 await outgoing.put(stream_pb2.FromAgent(status=status))
             # A ring of 16 MB is full within 0.3 s of a million records a second.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from probefleet_agent import session
@@ -31,6 +32,30 @@ class Numbering:
 
     def ends_a_process(self, _: object) -> bool:
         return False
+
+    def status(self) -> stream_pb2.Status:
+        return stream_pb2.Status()
+
+
+class Owned:
+    """An engine that belongs to one thread, and is looked at a hundred times."""
+
+    behind = False
+
+    def __init__(self) -> None:
+        self.looked: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("turns", "collect"):
+            self.looked.append(threading.current_thread().name)
+        return super().__getattribute__(name)
+
+    @property
+    def turns(self) -> int:
+        return len(self.looked) // 10
+
+    def collect(self, *_: object) -> None:
+        return None
 
     def status(self) -> stream_pb2.Status:
         return stream_pb2.Status()
@@ -73,3 +98,22 @@ def test_no_batch_overtakes_another_while_the_operator_is_slow(steps: int, monke
         return sent
 
     assert asyncio.run(run()) == [1, 2, 3]
+
+
+def test_no_thread_but_its_own_looks_at_what_the_engine_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push may be under way: policies come and go while another thread would count them."""
+    monkeypatch.setattr(session, "TICK_SECONDS", 0)
+    owned = Owned()
+
+    async def run() -> None:
+        stream = Session(cast("Engine", owned), Dial("", Path(), Path()))
+        outgoing: asyncio.Queue[stream_pb2.FromAgent] = asyncio.Queue()
+        sampler = asyncio.create_task(stream._sample(outgoing))
+        for _ in range(3):
+            await outgoing.get()
+        sampler.cancel()
+        await asyncio.gather(sampler, return_exceptions=True)
+        stream._worker.shutdown()
+
+    asyncio.run(run())
+    assert {name.partition("_")[0] for name in owned.looked} == {"engine"}
