@@ -7,7 +7,7 @@ was lost on its way, and how far each ring was read. The engine calls it every t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 import numpy as np
 from probefleet_wire.v1 import stream_pb2
@@ -88,6 +88,7 @@ def add_tables(
 
 def add_events(
     batch: stream_pb2.Batch,
+    due: Collection[PolicyUid],
     now_ns: int,
     *,
     force: bool,
@@ -105,8 +106,9 @@ def add_events(
             if handle is None:
                 continue
             ring = bindings.ring(bound.digest, handle)
+            gap_grows = uid in due and bool(instance.detached or instance.ended_ns)
             waited = reader.announced and abs(now_ns - reader.read_ns) < _EVENTS_EVERY_NS
-            if waited and not force and isinstance(ring, RingReader) and _is_calm(ring, reader.cursor):
+            if waited and not (force or gap_grows) and isinstance(ring, RingReader) and _is_calm(ring, reader.cursor):
                 continue
             reader.read_ns = now_ns
             layout = reader.layout
@@ -127,7 +129,7 @@ def add_events(
                 ],
             )
             quiet = not len(records) and records.end_position == reader.cursor and told == reader.told
-            if quiet and reader.announced and not instance.detached:  # then a gap grows
+            if quiet and reader.announced and not gap_grows:
                 continue
             data = _records(records, layout.value_bytes)
             identities.know(collect.cgroups_in(_as_keys(layout), data), now_ns)

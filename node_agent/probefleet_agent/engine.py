@@ -243,7 +243,7 @@ class Engine:
             each.notes = self._endpoints.sentences() if MapUid(endpoints.UID) in map_uids(each.instance) else []
         missed = {digest: dict(each.missed) for digest, each in loaded.items()}
         commits, self.behind = batches.add_events(
-            batch, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
+            batch, due, now_ns, force=force, loaded=loaded, bindings=self._bindings, identities=self._identities
         )
         batches.add_tables(batch, due, now_ns, loaded=loaded, bindings=self._bindings, identities=self._identities)
         for digest, each in loaded.items():

@@ -268,6 +268,29 @@ def test_a_script_begins_while_the_agent_does_its_other_work() -> None:
         bpffs.rmdir()
 
 
+def test_a_script_that_only_prints_and_has_ended_is_a_gap_once_an_interval(folder: Path) -> None:
+    script = f'{TRACEPOINT} /args->policy == 23/ {{ printf("last words\\n"); exit(); }}'
+    (prepared,) = preparation.prepare([Source("script", policy(script))], catalog=catalog.Catalog({}))
+    selection = stream_pb2.Selection(policy_uid=prepared.policy.uid, everything=True)
+    with engine.Engine.open(bpffs=folder, stats=False) as agent:
+        agent.hello()
+        agent.apply(stream_pb2.Push(term=1, version=1, plans=[prepared.planned.plan], selections=[selection]))
+        make_calls(1, 23)
+        begun = agent.collect(time.time_ns(), force=True)
+        assert begun is not None and len(begun.events) == 1
+        said: list[tuple[int, int]] = []
+        now_ns = (time.time_ns() // 10**9 + 1) * 10**9
+        for tick in range(0, 2 * prepared.planned.plan.interval_ms, 250):
+            at_ns = now_ns + tick * 10**6
+            batch = agent.collect(at_ns)
+            for chunk in batch.events if batch else ():
+                said += [(gap.end_ns - gap.start_ns, at_ns) for gap in chunk.gaps]
+                assert [gap.why for gap in chunk.gaps] == ["bpftrace has ended: the script called exit()"]
+            agent.acknowledge(agent._stream.sequence)
+        agent.remove_everything()
+    assert len(said) == 2 and said[0][0] < said[1][0]
+
+
 def test_rows_of_text_are_left_out_and_negative_buckets_are_the_first() -> None:
     spec = bpftrace_script.Map("a", bpftrace_script.Kind.LATEST, True)
     assert bpftrace_programs._rows(spec, "map", {"one": "text", "two": 2}) == [
