@@ -23,6 +23,7 @@ from probefleet_agent.kernel.rings import Records, RingReader
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import ITERATOR, LOST, Loaded, MapHandle
 from probefleet_agent.perf_ring import KeptRing
+from probefleet_agent.pinned_by_others import MARK
 from probefleet_agent.pods import PolicyUid
 from probefleet_agent.reconcile import Digest
 
@@ -73,8 +74,8 @@ def add_tables(
             if key in readings and handle.info.type in _FILLING:
                 table.entries, table.max_entries = len(readings[key][0]), handle.info.max_entries
             full = 0 < table.max_entries <= table.entries
-            if full and not instance.counts_losses():
-                table.uncounted.append(f"{handle.name} is full, and the program does not count what finds no room")
+            if full and _is_written(handle) and not instance.counts_losses():
+                table.uncounted.append(_full(handle))
             if unread := bound.unread.get(name):
                 table.uncounted.append(f"output {name} could not be read: {unread.message}")
             table.uncounted.extend(joining.sentences(joined, reader.baseline))
@@ -216,9 +217,20 @@ def look_for_room(instance: Loaded, read: Set[str]) -> None:
         ours = handle.name.startswith(("probefleet_", "__"))
         if ours or handle.name in read or handle.info.type not in _FILLING or entries > _MAX_LOOKED_AT:
             continue
+        if not _is_written(handle):
+            continue
         with contextlib.suppress(ProbefleetError):  # what may not be read is not known
             if len(maps.read(handle.fd, handle.info)[0]) >= entries:
-                instance.full.append(f"{handle.name} is full, and the program does not count what finds no room")
+                instance.full.append(_full(handle))
+
+
+def _full(handle: MapHandle) -> str:
+    return f"{handle.name} is full, and the program does not count {_NO_ROOM}"
+
+
+def _is_written(handle: MapHandle) -> bool:
+    """By its programs: of a map that others own it is proved that they only read it."""
+    return not handle.probe_map_uid.startswith(MARK)
 
 
 def _is_calm(ring: RingReader, cursor: int) -> bool:

@@ -85,6 +85,20 @@ def test_a_program_and_an_output_read_a_map_of_another_owner(pinned: tuple[Path,
     assert maps.read(fd, maps.info(fd))[0].shape == (2, 4)
 
 
+@pytest.mark.parametrize("read", ["theirs", "found"])
+def test_a_map_of_another_owner_that_is_full_is_no_loss_of_ours(pinned: tuple[Path, syscall.Fd], read: str) -> None:
+    path, fd = pinned
+    for key in range(97):
+        syscall.map_update(fd, key.to_bytes(4, "little"), bytes(8))
+    source = READING.replace("probefleet_add(&found, &zero, *value)", "bpf_map_update_elem(&found, &zero, value, 0)")
+    wanted = policy(source, path)
+    wanted["spec"]["outputs"] = [each for each in wanted["spec"]["outputs"] if each["name"] == read]
+    with policies.run(wanted) as run:
+        run.measured.sample_rest()
+        (report,) = run.measured.reports()
+    assert (report["uncounted"], report["columns"]["lost"]) == ([], "0")
+
+
 @pytest.mark.parametrize("way", WRITES)
 def test_a_program_that_could_write_to_it_is_refused(pinned: tuple[Path, syscall.Fd], way: str) -> None:
     path, fd = pinned
