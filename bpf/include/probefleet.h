@@ -52,6 +52,7 @@ typedef u32 user_id_t;	  /* uid: user name */
 typedef u64 function_t;	  /* address in the kernel's code, such as bpf_get_func_ip()'s: the function's name */
 typedef u32 syscall_t;	  /* number: name; PROBEFLEET_COMPAT is set for calls by 32-bit programs */
 typedef s32 errno_t;	  /* positive or negative errno: name; 0 is shown as success */
+typedef u32 open_flags_t;  /* of open(2): O_WRONLY|O_CREAT */
 typedef u32 device_t;	  /* dev_t of the kernel (major << 20 | minor): name */
 typedef u16 port_t;	  /* in host byte order */
 typedef __be16 be_port_t; /* in network byte order */

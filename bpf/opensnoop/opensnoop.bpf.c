@@ -23,7 +23,7 @@ struct event {
 	tid_nr_t thread;
 	user_id_t user;
 	errno_t result; /* the descriptor, or a negative errno */
-	u32 flags;	/* O_* */
+	open_flags_t flags;
 	comm_t command;
 	char file[FILE_BYTES]; /* as the program wrote it; longer names are cut off */
 };

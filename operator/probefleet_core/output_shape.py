@@ -13,8 +13,8 @@ SLOTS = r"value|key(\.[A-Za-z_][A-Za-z0-9_.]*)?"
 READ_MAP = r"[A-Za-z_][A-Za-z0-9_]*|\.(bss|data|rodata)(\.[A-Za-z0-9_.]+)?"
 FIELD = r"[A-Za-z_][A-Za-z0-9_.\[\]]*"
 DECODERS = (
-    *("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "ktime", "device", "function"),
-    *("text", "hex"),
+    *("integer", "pid", "uid", "cgroup", "ip", "big_endian", "syscall", "errno", "open_flags", "ktime"),
+    *("device", "function", "text", "hex"),
 )
 KINDS = tuple(kind.value for kind in values.Kind)
 UNIT = Text(

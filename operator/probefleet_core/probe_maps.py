@@ -29,6 +29,7 @@ typedef u32 user_id_t;
 typedef u32 syscall_t;
 typedef u64 function_t;
 typedef s32 errno_t;
+typedef u32 open_flags_t;
 typedef u32 device_t;
 typedef u16 port_t;
 typedef __be16 be_port_t;

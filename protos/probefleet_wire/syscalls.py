@@ -134,6 +134,22 @@ _BY_MACHINE: Mapping[str, Mapping[int, str]] = {"x86_64": X86_64, "aarch64": AAR
 _NUMBERS = {machine: {name: number for number, name in table.items()} for machine, table in _BY_MACHINE.items()}
 
 
+#: include/uapi/asm-generic/fcntl.h, and where machines differ from it (arch/arm64/include/uapi/asm/fcntl.h).
+_ACCESS = ("O_RDONLY", "O_WRONLY", "O_RDWR", "O_ACCMODE")
+_OPEN_FLAGS = {
+    "O_CREAT": 0o100, "O_EXCL": 0o200, "O_NOCTTY": 0o400, "O_TRUNC": 0o1000, "O_APPEND": 0o2000, "O_NONBLOCK": 0o4000,
+    "O_DSYNC": 0o10000, "O_ASYNC": 0o20000, "O_DIRECT": 0o40000, "O_LARGEFILE": 0o100000, "O_DIRECTORY": 0o200000,
+    "O_NOFOLLOW": 0o400000, "O_NOATIME": 0o1000000, "O_CLOEXEC": 0o2000000, "O_SYNC": 0o4010000, "O_PATH": 0o10000000,
+    "O_TMPFILE": 0o20200000,
+}  # fmt: skip
+_OPEN_FLAGS_OF = {
+    "aarch64": {
+        "O_DIRECTORY": 0o40000, "O_NOFOLLOW": 0o100000, "O_DIRECT": 0o200000, "O_LARGEFILE": 0o400000,
+        "O_TMPFILE": 0o20040000,
+    },
+}  # fmt: skip
+
+
 def names(machine: str) -> Mapping[int, str]:
     """Number → name for a machine as ``uname -m`` calls it; empty for a machine that is not known."""
     return _BY_MACHINE.get(machine, MappingProxyType({}))
@@ -147,6 +163,18 @@ def number(name: str, machine: str) -> int | None:
 def name(of: int, machine: str) -> str:
     """The name of a system call, or ``syscall_NUMBER``."""
     return names(machine).get(of, f"syscall_{of}")
+
+
+def open_flags(value: int, machine: str) -> str:
+    """What a file is opened for and how: ``O_WRONLY|O_CREAT``; bits without a name as one hexadecimal number."""
+    flags = {**_OPEN_FLAGS, **_OPEN_FLAGS_OF.get(machine, {})}
+    shown, rest = [_ACCESS[value & 3]], value & 0xFFFF_FFFF & ~3
+    # Two flags hold the bit of another, and come before it.
+    for name, bits in sorted(flags.items(), key=lambda flag: (-flag[1].bit_count(), flag[1])):
+        if rest & bits == bits:
+            shown.append(name)
+            rest &= ~bits
+    return "|".join([*shown, *([f"{rest:#x}"] if rest else [])])
 
 
 def error_name(value: int) -> str:

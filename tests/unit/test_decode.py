@@ -144,6 +144,10 @@ def test_ports_are_numbers_whatever_their_byte_order(typedef: str, order: str) -
         ("errno_t", 0, "OK"),
         ("errno_t", -2, "ENOENT"),
         ("errno_t", 17, "17"),  # what a call returned, not that it failed
+        ("open_flags_t", 0o2000000, "O_RDONLY|O_CLOEXEC"),
+        ("open_flags_t", 0o20200102 | 1 << 30, "O_RDWR|O_TMPFILE|O_CREAT|0x40000000"),
+        ("open_flags_t", 0o4010001, "O_WRONLY|O_SYNC"),
+        ("open_flags_t", 0o10001, "O_WRONLY|O_DSYNC"),
         ("user_id_t", 33, "www-data"),
         ("user_id_t", 65_534, "65534"),
         ("pid_nr_t", 4201, "nginx[4201]"),
