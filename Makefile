@@ -30,10 +30,11 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-# Run tests; where some fail, those once more. A test that fails twice in a row has failed: what a busy machine delays
-# once is not what we look for. Both runs are printed.
+# Run pytest in some way; what fails, once more. A test that fails twice in a row has failed: what a busy machine delays
+# once is not what we look for. Both runs are printed. Several run at once, so each target remembers its own failures.
 define tests
-@$(1) || { echo "== once more: what failed"; $(1) --last-failed --last-failed-no-failures=none; }
+@$(1) -o cache_dir=build/cache-$@ || { echo "== once more: what failed"; \
+	$(1) -o cache_dir=build/cache-$@ --last-failed --last-failed-no-failures=none; }
 endef
 
 .PHONY: help
@@ -95,11 +96,16 @@ unit: venv bpf mounts
 .PHONY: test test-kernel test-vm test-e2e record scale
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
-	@$(MAKE) check
-	@# The machine emulates other kernels with what the others leave of it: they wait for pods, and for intervals.
-	@nice -n 5 $(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; failed=0; \
-	$(MAKE) test-kernel || failed=1; $(MAKE) test-e2e || failed=1; wait $$vm || failed=1; \
-	echo "== test-vm"; cat build/test-vm.log; exit $$failed
+	@$(MAKE) lint types setup
+	@# End to end most of the time is waiting, for pods and for intervals: the two kernels are tested meanwhile.
+	@nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
+	nice -n 5 $(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
+	trap 'kill $$kernel $$vm 2>/dev/null || true' EXIT; failed=0; \
+	$(MAKE) unit || failed=1; \
+	$(MAKE) test-e2e || failed=1; \
+	wait $$kernel || failed=1; echo "== test-kernel"; cat build/test-kernel.log; \
+	wait $$vm || failed=1; echo "== test-vm"; cat build/test-vm.log; \
+	exit $$failed
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
 test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another

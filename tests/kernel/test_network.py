@@ -32,7 +32,7 @@ from probefleet_agent.kernel.spread import Pods
 from probefleet_wire import verdicts
 from probefleet_wire.v1 import plan_pb2
 
-from tests.kernel import network, support
+from tests.kernel import damage, network, support
 from tests.kernel.network import PORT, Wire, ip
 
 TIMES = 997
@@ -466,11 +466,13 @@ def test_an_interface_that_is_not_there_is_named_with_near_ones(wire: Wire, star
         start(XDP, 2, xdp={"interfaces": [f"{wire.near}x"]})
 
 
-def test_a_program_whose_verdict_is_not_fixed_is_not_loaded(wire: Wire, start: Start) -> None:
-    before = len(syscall.ids("program"))
+def test_a_program_whose_verdict_is_not_fixed_is_not_loaded(wire: Wire, start: Start, root: pins.Root) -> None:
+    # A program is where a descriptor, a pin or a link is; no XDP is on any interface.
+    before = damage.descriptors(), damage.pins(root.path)
     with pytest.raises(NotObserving, match="something other than XDP_PASS"):
         start(XDP, None, xdp={"interfaces": [wire.near]})
-    assert len(syscall.ids("program")) == before
+    assert (damage.descriptors(), damage.pins(root.path)) == before
+    assert no_xdp()
 
 
 def test_what_is_compiled_on_the_node_is_not_asked_about_packets(root: pins.Root) -> None:
