@@ -18,6 +18,7 @@ import structlog
 
 from probefleet_cli import check_commands, inspect, machine_commands, map_commands, run_command
 from probefleet_cli.failures import BAD_INPUT, DONE, INTERNAL, Failure
+from probefleet_cli.start import INTERRUPTED
 
 CLUSTER_COMMANDS: tuple[click.Command, ...] = ()
 try:
@@ -28,7 +29,6 @@ except ModuleNotFoundError as missing:
 else:
     CLUSTER_COMMANDS = (cluster_commands.run, cluster_commands.events, cluster_commands.nodes)
 
-INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 

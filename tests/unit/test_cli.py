@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -305,6 +307,22 @@ def test_the_shell_completes_namespaces_of_this_machine(monkeypatch: pytest.Monk
     (option,) = [each for each in main.machine.commands["run"].params if each.name == "namespace"]
     context = click.Context(main.machine.commands["run"])
     assert [each.value for each in option.shell_complete(context, "sh")] == ["shop"]
+
+
+@pytest.mark.parametrize("module", ["click", "numpy"])
+def test_to_be_interrupted_before_it_has_been_loaded_is_no_traceback(module: str) -> None:
+    entry = metadata.distribution("probefleet").entry_points.select(group="console_scripts")
+    (place,) = {each.value for each in entry if each.name in ("probefleet", "kubectl-probefleet")}
+    package, _, function = place.partition(":")
+    program = f"from {package} import {function}; {function}()"
+    command = [sys.executable, "-X", "importtime", "-c", program, "catalog"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stderr is not None
+        loaded = next(line for line in started.stderr if line.split("|")[-1].strip() == module)
+        started.send_signal(signal.SIGINT)
+        out, rest = started.communicate(timeout=60)
+    assert (started.returncode, out) == (130, ""), loaded
+    assert [line for line in rest.splitlines() if not line.startswith("import time:")] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
