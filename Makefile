@@ -96,12 +96,11 @@ unit: venv bpf mounts
 .PHONY: test test-kernel test-vm test-e2e record scale
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
-	@$(MAKE) lint types setup
+	@$(MAKE) check
 	@# End to end most of the time is waiting, for pods and for intervals: the two kernels are tested meanwhile.
 	@nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
 	nice -n 5 $(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
 	trap 'kill $$kernel $$vm 2>/dev/null || true' EXIT; failed=0; \
-	$(MAKE) unit || failed=1; \
 	$(MAKE) test-e2e || failed=1; \
 	wait $$kernel || failed=1; echo "== test-kernel"; cat build/test-kernel.log; \
 	wait $$vm || failed=1; echo "== test-vm"; cat build/test-vm.log; \

@@ -138,7 +138,7 @@ async def test_a_node_that_does_not_get_empty_stops_the_uninstallation() -> None
     lines: list[str] = []
     busy = {**NOTHING, "done": False, "busyNodes": 1, "busy": ["stuck"]}
     async with served(answering(busy)) as url, api_of(FakeApiServer()) as client:
-        assert await drain.drain(client, url, 0.2, lines.append, namespace="system") == 1
+        assert await drain.drain(client, url, 1, lines.append, namespace="system") == 1
     assert "1 nodes still remove ['stuck']" in lines[-2]
     assert "helm uninstall --no-hooks" in lines[-1]
 
