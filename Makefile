@@ -97,6 +97,7 @@ unit: venv bpf mounts
 test: test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
 	@$(MAKE) check
+	@$(MAKE) -s -C tests/workloads
 	@# End to end most of the time is waiting, for pods and for intervals: the two kernels are tested meanwhile.
 	@nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
 	nice -n 5 $(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
