@@ -23,7 +23,7 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_agent import batches, costs, endpoints, iterating, joining, reconcile, samples
 from probefleet_agent.bindings import Bindings
-from probefleet_agent.errors import ProbefleetError
+from probefleet_agent.errors import ProbefleetError, SlotTaken
 from probefleet_agent.identities import Identities
 from probefleet_agent.installed import Installed, map_uids
 from probefleet_agent.kernel import clock, links_network, maps, mounts, pins
@@ -189,7 +189,7 @@ class Engine:
                 stream_pb2.MapStatus(
                     uid=map_uid,
                     kernel_map_id=handle.info.id,
-                    bytes=maps.memory_used_bytes(handle.fd),
+                    bytes=maps.memory_with_inner_bytes(handle.fd),
                     users=sorted(users),
                     max_entries=handle.info.max_entries,
                 )
@@ -353,10 +353,16 @@ class Engine:
                         self._remove(digest)
                     case reconcile.RemoveMap(uid):
                         self._installed.remove_map(uid)
+        failed = set(self._installed.failures)
         for policy, plan in self._wanted.items():
             bound = self._bindings.bound.get(policy)
-            if bound and plan.instance.digest == bound.digest and not _same(plan, bound.plan):
+            if bound is None or plan.instance.digest != bound.digest:
+                continue
+            waits = bound.failure is not None and bound.failure.reason == SlotTaken.reason
+            if waits or not _same(plan, bound.plan):
                 self._bind(policy, plan, bound.digest)
+        if failed - set(self._installed.failures):
+            self._reconcile(self._fresh)  # an edit has left a slot that another policy waits for
 
     def _observed(self) -> reconcile.Observed:
         return reconcile.Observed(

@@ -11,6 +11,7 @@ Adapters in ``kernel/`` raise these at the edge; ``execute`` puts ``reason`` and
     ├── NoSuchTarget          nothing of that name to attach to: near matches, "inlined"
     ├── BudgetExceeded        it would cost more than the policy allows
     ├── LayoutMismatch        a shared map's key or value does not fit
+    ├── SlotTaken             a slot of a shared program array holds another policy's program
     ├── CannotGrow            a shared map that is in use cannot become what is asked for
     └── NotObserving          the program could change what it watches
 """
@@ -144,6 +145,12 @@ class LayoutMismatch(ProbefleetError):
     """A program's idea of a shared map's key or value differs from the map's; both layouts are in the message."""
 
     reason = "LayoutMismatch"
+
+
+class SlotTaken(ProbefleetError):
+    """Two policies name the same slot of a program array that they share: which, and whose it is."""
+
+    reason = "SlotTaken"
 
 
 class CannotGrow(ProbefleetError):

@@ -18,12 +18,13 @@ from types import MappingProxyType
 from typing import Any
 
 from probefleet_wire import kept, map_layout
+from probefleet_wire.bpf_object import MapDef
 from probefleet_wire.v1 import plan_pb2
 
-from probefleet_agent import bcc_programs, bpftrace_programs, joining, map_contents, object_programs, observing
+from probefleet_agent import bcc_programs, bpftrace_programs, joining, jumping, map_contents, object_programs, observing
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import ObjectError
-from probefleet_agent.kernel import bcc, clock, hooks, libbpf, links, links_network, maps, pins
+from probefleet_agent.kernel import bcc, clock, hooks, libbpf, links, links_network, maps, pins, syscall
 from probefleet_agent.kernel.spread import MAX_PLACES, Pods
 from probefleet_agent.kernel.uapi import MapType
 from probefleet_agent.loaded import FILTER, OVER_BUDGET, Loaded, MapHandle, b64
@@ -46,6 +47,8 @@ class Executor:
     hooks: hooks.Hooks = field(default_factory=hooks.Hooks)
     #: What BCC made: a policy that comes again, or another one of the same source, need not wait for the compiler.
     compiled: bcc.Known = field(default_factory=lambda: kept.Kept(MAX_COMPILED_BYTES))
+    #: All that is loaded, by digest: whose programs stand in program arrays that instances share.
+    others: Mapping[Any, Loaded] = field(default_factory=dict)
 
     def load(
         self,
@@ -68,7 +71,9 @@ class Executor:
         with contextlib.ExitStack() as undo:
             loaded = self._make(instance, blob, probe_maps, budget_bytes, filter_on)
             undo.callback(loaded.close)
-            map_contents.write(loaded, instance)
+            undo.callback(self._leave_slots, loaded)
+            map_contents.fill(loaded)
+            map_contents.write(loaded, instance, others=self.others.values())
             with self.root.staging(instance.digest) as folder:
                 self.pin(loaded, folder)
                 # Counting begins with the links: what comes before them cannot fail any more.
@@ -81,7 +86,8 @@ class Executor:
     def load_again(self, loaded: Loaded, *, blob: bytes | None, probe_maps: Mapping[str, MapHandle]) -> Loaded:
         """An instance's programs once more, for another ProbeMap in the place of one; its own maps are the same ones.
 
-        Not attached, and not pinned. Program arrays are made anew: theirs hold the programs that are there now.
+        Not attached, and not pinned. Program arrays of its own are made anew: theirs hold the programs that are there
+        now. Into those that it shares they come when it is attached.
         """
         own = {
             name: handle
@@ -90,10 +96,14 @@ class Executor:
         }
         again = self._make(loaded.instance, blob, probe_maps, 0, FILTER in loaded.maps, own)
         try:
-            written = plan_pb2.Instance()
+            written, wanted = plan_pb2.Instance(), plan_pb2.Instance()
             written.CopyFrom(loaded.instance)
             written.ClearField("tail_calls")
-            map_contents.write(again, loaded.instance, before=written)
+            wanted.CopyFrom(written)
+            wanted.tail_calls.extend(
+                each for each in loaded.instance.tail_calls if not again.maps[each.map].probe_map_uid
+            )
+            map_contents.write(again, wanted, before=written)
         except BaseException:
             again.close()
             raise
@@ -108,6 +118,7 @@ class Executor:
     def begin_again(self, loaded: Loaded, folder: pins.Folder) -> None:
         """Attach what ``load_again`` made, unless it is over its budget. The manifest is still to be written."""
         if not loaded.detached:
+            jumping.enter(loaded, self.others.values())
             self._begin(loaded, folder)
 
     def halt(self, loaded: Loaded) -> list[int]:
@@ -124,6 +135,7 @@ class Executor:
         self.root.detach(loaded.digest)
         if not loaded.detached:
             try:
+                jumping.enter(loaded, self.others.values())
                 self._begin(loaded, self.root.folder(loaded.digest))
             except BaseException:
                 self._let_go(loaded)
@@ -276,6 +288,7 @@ class Executor:
 
     def remove(self, loaded: Loaded) -> None:
         """Detach, unload, unpin."""
+        self._leave_slots(loaded)
         self.root.remove(loaded.digest)
         loaded.close()
 
@@ -290,6 +303,7 @@ class Executor:
 
     def _let_go(self, loaded: Loaded) -> list[int]:
         """End its attachments; the ids of links that the kernel may take a moment to let go of."""
+        self._leave_slots(loaded)
         ids = self.root.detach(loaded.digest)
         for link in loaded.links.values():
             link.close()
@@ -341,7 +355,13 @@ class Executor:
             fd = opened.map_fd(spec.map)
         definition = next(each for each in parsed.maps if each.name == spec.map)
         layout = map_layout.layout_of(parsed, definition)
-        return MapHandle(spec.map, fd, maps.info(fd), layout, spec.uid, since_ns=time.time_ns())
+        handle = MapHandle(spec.map, fd, maps.info(fd), layout, spec.uid, since_ns=time.time_ns())
+        try:
+            _put_inner_maps(spec, definition, handle)
+        except BaseException:
+            fd.close()
+            raise
+        return handle
 
     def remember_map(self, spec: plan_pb2.ProbeMap, handle: MapHandle) -> None:
         """Write its manifest anew."""
@@ -356,6 +376,9 @@ class Executor:
         layout = Layout.from_json(told["layout"]) if told["layout"] else None
         heir_of, since_ns = told.get("heir_of", 0), told.get("since_ns", 0)
         return spec, MapHandle(spec.map, fd, maps.info(fd), layout, uid, heir_of=heir_of, since_ns=since_ns)
+
+    def _leave_slots(self, loaded: Loaded) -> None:
+        jumping.leave(loaded, self.others.values())
 
     def _measure_hooks(self, loaded: Loaded) -> None:
         """What each program's hooks cost a run: the dearest's, where it has several."""
@@ -397,6 +420,19 @@ def pin_map(folder: pins.Folder, spec: plan_pb2.ProbeMap, handle: MapHandle) -> 
     """A ProbeMap's pins."""
     folder.pin_map("map", handle.fd)
     folder.write_manifest(_map_manifest(spec, handle))
+
+
+def _put_inner_maps(spec: plan_pb2.ProbeMap, definition: MapDef, handle: MapHandle) -> None:
+    """A map for each key of a map of maps: the kernel lets no program put one in."""
+    inner, size = definition.inner, handle.info.key_size
+    if inner is None:
+        return
+    for at in range(0, len(spec.inner_keys), size):
+        with syscall.map_create(
+            inner.type, key_size=inner.key_bytes, value_size=inner.value_bytes, max_entries=inner.max_entries,
+            name=spec.name, flags=inner.flags,
+        ) as made:  # fmt: skip
+            syscall.map_update(handle.fd, spec.inner_keys[at : at + size], int(made).to_bytes(4, "little"))
 
 
 def _map_manifest(spec: plan_pb2.ProbeMap, handle: MapHandle) -> bytes:

@@ -15,9 +15,9 @@ import zstandard
 from google.protobuf.message import DecodeError
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_agent import execute, map_contents, map_growing, object_programs
+from probefleet_agent import execute, jumping, map_contents, map_growing, object_programs
 from probefleet_agent.attempts import Attempts
-from probefleet_agent.errors import CannotGrow, ProbefleetError
+from probefleet_agent.errors import CannotGrow, ProbefleetError, SlotTaken
 from probefleet_agent.kernel import bcc, clock, pins
 from probefleet_agent.kernel.spread import Pods
 from probefleet_agent.loaded import Loaded, MapHandle, record_of
@@ -60,7 +60,7 @@ class Installed:
         self.failures: dict[Digest, Failure] = {}
         self.map_failures: dict[MapUid, Failure] = {}
         self._root = root
-        self._executor = execute.Executor(root, files_root, cgroup_root)
+        self._executor = execute.Executor(root, files_root, cgroup_root, others=self.loaded)
         self._attempts = Attempts(root)
         self._unadopted: set[Digest] = set()
         self._unadopted_maps: set[MapUid] = set()
@@ -102,6 +102,8 @@ class Installed:
                 self.remove(digest)
                 continue
             log.info("adopted", digest=name, title=loaded.instance.title, policies=len(loaded.plans))
+        if not self._unadopted:
+            self._settle()
 
     def drop_unadopted(self) -> None:
         """What could not be adopted is wanted anew or not at all, says a push that names every instance it wants."""
@@ -109,8 +111,14 @@ class Installed:
             self._root.remove(digest)
         for uid in self._unadopted_maps:
             self._root.remove_map(uid)
+        if self._unadopted:
+            self._settle()
         self._unadopted.clear()
         self._unadopted_maps.clear()
+
+    def _settle(self) -> None:
+        """What an earlier process left in shared program arrays is somebody's who is here, or goes."""
+        jumping.settle((handle for _, handle in self.maps.values()), self.loaded.values())
 
     def load(self, plans: Sequence[plan_pb2.Plan], *, filter_on: bool) -> None:
         """Load and attach the instance that these plans share; where that fails, remember why."""
@@ -153,20 +161,26 @@ class Installed:
         if map_contents.same(loaded.instance, wanted):
             return None
         try:
-            map_contents.write(loaded, wanted, before=loaded.instance)
+            map_contents.write(loaded, wanted, before=loaded.instance, others=self.loaded.values())
         except ProbefleetError as error:
             log.warning("maps cannot be written", digest=loaded.digest, error=str(error))
             return Failure.of(error)
         map_contents.keep(loaded, wanted)
+        self._slots_may_be_free()
         log.info("maps are written anew", digest=loaded.digest)
         return None
 
     def try_again(self, changed: Set[Digest], specs: Set[MapUid], changed_maps: Set[MapUid]) -> None:
         """A push changed these instances and ProbeMaps, and wants these: what failed of them may be tried once more."""
         self.failures = {digest: why for digest, why in self.failures.items() if digest not in changed}
+        self._slots_may_be_free()
         self.map_failures = {
             uid: why for uid, why in self.map_failures.items() if uid in specs - changed_maps and not changed
         }
+
+    def _slots_may_be_free(self) -> None:
+        """What found a slot taken is tried once more."""
+        self.failures = {digest: why for digest, why in self.failures.items() if why.reason != SlotTaken.reason}
 
     def forget_attempts(self, wanted: Set[Digest]) -> None:
         """What nobody wants any more may be tried anew when somebody does."""
@@ -206,6 +220,7 @@ class Installed:
             return
         loaded = self.loaded.pop(digest)
         self._executor.remove(loaded)
+        self._slots_may_be_free()
         log.info("removed", digest=digest, title=loaded.instance.title)
 
     def detach(self, digest: Digest) -> None:

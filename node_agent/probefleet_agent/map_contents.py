@@ -10,25 +10,31 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from probefleet_wire import encode, map_types
 from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
+from probefleet_agent import jumping
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError
 from probefleet_agent.kernel import maps, syscall
-from probefleet_agent.kernel.fds import Fd
 from probefleet_agent.loaded import Loaded, MapHandle
 
 Entries = dict[bytes, bytes]
 
 
-def write(loaded: Loaded, wanted: plan_pb2.Instance, *, before: plan_pb2.Instance | None = None) -> None:
+def write(
+    loaded: Loaded,
+    wanted: plan_pb2.Instance,
+    *,
+    before: plan_pb2.Instance | None = None,
+    others: Iterable[Loaded] = (),
+) -> None:
     """Make the maps hold what ``wanted`` says, where ``before`` (None: nothing) is what the policy wrote last.
 
-    Raises ProbefleetError; then the maps hold what they held.
+    ``others`` may share program arrays with it. Raises ProbefleetError; then the maps hold what they held.
     """
     old = {each.map: _entries(each, loaded) for each in before.contents} if before else {}
     new = {each.map: _entries(each, loaded) for each in wanted.contents}
@@ -38,11 +44,19 @@ def write(loaded: Loaded, wanted: plan_pb2.Instance, *, before: plan_pb2.Instanc
         for name in sorted(initial):
             done.append(name)
             _replace(_handle(loaded, name), old.get(name, {}), new.get(name, {}), initial[name])
-        _jump(loaded, _slots(before), _slots(wanted))
+        _jump(loaded, _slots(before), _slots(wanted), jumping.owners_of(others))
     except ProbefleetError:
         for name in done:
             _replace(_handle(loaded, name), new.get(name, {}), old.get(name, {}), initial[name], everything=True)
         raise
+
+
+def fill(loaded: Loaded) -> None:
+    """Push what its queues, stacks and bloom filters hold when they are made; the first value first."""
+    for content in loaded.instance.filled:
+        handle, size = _handle(loaded, content.map), len(content.values) // content.count
+        for at in range(0, len(content.values), size):
+            syscall.map_push(handle.fd, content.values[at : at + size])
 
 
 def same(one: plan_pb2.Instance, other: plan_pb2.Instance) -> bool:
@@ -87,10 +101,12 @@ def _laid_out(content: plan_pb2.MapContent, handle: MapHandle) -> Entries:
     if kind not in {*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE} or layout is None or not layout.key:
         raise ObjectError(
             f"maps: {content.map} takes no values: it is of type {map_types.name_of(kind)}; hashes, arrays and LPM "
-            "tries of types that BCC describes do"
+            "tries of types that BCC describes do, and in libbpf's C (program.c) queues, stacks and bloom filters"
         )
     found: Entries = {}
     for index, (key, value) in enumerate(json.loads(content.given)):
+        if key is None:
+            raise ObjectError(f"maps: values[{index}] of {content.map} has no key: write one")
         try:
             raw = encode.encode(layout.key, layout.key_bytes, key, whole=True, what="key")
             found[raw] = encode.encode(layout.value, layout.value_bytes, value, whole=False, what="value")
@@ -161,29 +177,23 @@ def _slots(instance: plan_pb2.Instance | None) -> dict[tuple[str, int], str]:
 
 
 def _jump(
-    loaded: Loaded, old: Mapping[tuple[str, int], str], new: Mapping[tuple[str, int], str], *, undoing: bool = False
+    loaded: Loaded,
+    old: Mapping[tuple[str, int], str],
+    new: Mapping[tuple[str, int], str],
+    owners: Mapping[int, Loaded],
+    *,
+    undoing: bool = False,
 ) -> None:
     for (name, slot), program in sorted(new.items()):
         if old.get((name, slot)) == program and not undoing:
             continue
-        fd = loaded.programs.get(program)
-        if fd is None:
-            raise ObjectError(f"{loaded.instance.title}: slot {slot} of {name}: program {program!r} is not loaded")
+        array = _handle(loaded, name)
         try:
-            _set_slot(_handle(loaded, name), slot, fd)
-        except KernelError as error:
+            jumping.require_free(array, slot, loaded, owners)
+            jumping.put(loaded, array, slot, program)
+        except ProbefleetError:
             if not undoing:
-                _jump(loaded, new, old, undoing=True)
-            if error.errno == errno.EINVAL:
-                raise ObjectError(
-                    f"{loaded.instance.title}: slot {slot} of {name}: the kernel takes no jump to {program} "
-                    f'(SEC("{loaded.sections.get(program, "")}")), for it is a program of another type than those that '
-                    "jump. Give it the same SEC() as these."
-                ) from error
+                _jump(loaded, new, old, owners, undoing=True)
             raise
     for name, slot in sorted(old.keys() - new.keys()):
-        syscall.map_delete(_handle(loaded, name).fd, slot.to_bytes(4, "little"))
-
-
-def _set_slot(handle: MapHandle, slot: int, program: Fd) -> None:
-    syscall.map_update(handle.fd, slot.to_bytes(4, "little"), int(program).to_bytes(4, "little"))
+        jumping.clear(loaded, _handle(loaded, name), slot)

@@ -12,7 +12,7 @@ from probefleet_agent import pinned_by_others
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import BudgetExceeded, LayoutMismatch, ObjectError
 from probefleet_agent.kernel import maps
-from probefleet_agent.kernel.uapi import MapType
+from probefleet_agent.kernel.uapi import MapType, ProgramType
 from probefleet_agent.loaded import FILTER, LOST, MapHandle
 
 _STREAMS = frozenset({MapType.RINGBUF, MapType.PERF_EVENT_ARRAY})
@@ -78,6 +78,25 @@ def check_fit(definition: MapDef | None, wanted: Layout | None, handle: MapHandl
         f"{title}: map {definition.name} does not fit {whose}. The program has {mine}; {whose} is {theirs}. "
         "Declare the map with the same key and value."
     )
+
+
+def check_jumps(array: str, handle: MapHandle, callers: Mapping[str, int], title: str) -> None:
+    """Raise LayoutMismatch where programs are to jump through a shared array that is of another type's programs.
+
+    The kernel binds an array to the type of the first program that uses it, for good (``bpf_prog_map_compatible``).
+    """
+    owner = maps.program_array_type(handle.fd) if handle.info.type == MapType.PROG_ARRAY else 0
+    for name, kind in callers.items():
+        if owner and kind != owner:
+            raise LayoutMismatch(
+                f"{title}: {name} jumps through {array} and is a program of type {_program_type(kind)}; the ProbeMap "
+                f"is for programs of type {_program_type(owner)}, as the first was that used it, for the kernel jumps "
+                "only between programs of one type. Give it the same SEC(), or share another ProbeMap."
+            )
+
+
+def _program_type(number: int) -> str:
+    return ProgramType(number).name.lower() if number in list(ProgramType) else str(number)
 
 
 def same_entries(one: MapHandle, other: MapHandle) -> bool:

@@ -42,6 +42,9 @@ _ENTRIES_LOST: dict[int, str] = {
     MapType.QUEUE: "its entries can only be taken out, and would be lost with an agent that dies meanwhile",
     MapType.STACK: "its entries can only be taken out, and would be lost with an agent that dies meanwhile",
     MapType.BLOOM_FILTER: "what was put into it cannot be listed",
+    MapType.PROG_ARRAY: "what its policies jump to stands in its slots",
+    MapType.ARRAY_OF_MAPS: "programs hold on to its inner maps while they look into them",
+    MapType.HASH_OF_MAPS: "programs hold on to its inner maps while they look into them",
 }
 #: Detaching takes some milliseconds before Linux 6.9.
 _DETACH_SECONDS = 10.0

@@ -89,7 +89,12 @@ def _load(
             for name, handle in {**own, **shared}.items():
                 opened.reuse_map(name, handle.fd)
             loading = [program for program in opened.program_names if opened.autoload(program)]
-            observing.check(instance.title, blob, {each: opened.program_type(each)[0] for each in loading})
+            types = {each: opened.program_type(each)[0] for each in loading}
+            observing.check(instance.title, blob, types)
+            for name, handle in shared.items():
+                callers = {each.name for each in parsed.callers(name)}
+                kinds = {each: kind for each, kind in types.items() if each in callers}
+                map_fit.check_jumps(name, handle, kinds, instance.title)
             opened.load()
             return _taken(opened, instance, parsed, shared, chosen)
 

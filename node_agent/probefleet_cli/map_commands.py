@@ -58,6 +58,7 @@ class Pinned:
     path: Path
     layout: Layout | None
     of_others: str = ""  #: where its owner pinned it
+    shared: bool = False  #: a ProbeMap, whose inner maps stand nowhere else
 
 
 @click.group(name="map")
@@ -98,7 +99,7 @@ def _listed(found: Pinned, fd: Fd, info: MapInfo) -> dict[str, Any]:
         "id": info.id,
         "type": map_types.name_of(info.type),
         "entries": info.max_entries,
-        "bytes": kernel_maps.memory_used_bytes(fd),
+        "bytes": (kernel_maps.memory_with_inner_bytes if found.shared else kernel_maps.memory_used_bytes)(fd),
         "flags": inspect.flag_names(info.flags),
         "notRead": kernel_maps.why_not_read(info),
     }
@@ -215,7 +216,8 @@ def _pinned(bpffs: Path) -> Iterator[Pinned]:
         told = _manifest(lambda uid, at=folder: pins.root(at.parents[2]).open_map(uid), folder.name)
         if told is not None:
             spec = plan_pb2.ProbeMap.FromString(base64.b64decode(told["spec"]))
-            yield Pinned((f"{spec.namespace}/{spec.name}",), spec.name, folder / "map_map", _layout(told["layout"]))
+            owners, layout = (f"{spec.namespace}/{spec.name}",), _layout(told["layout"])
+            yield Pinned(owners, spec.name, folder / "map_map", layout, shared=True)
 
 
 def _manifest(read: Any, name: str) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 Called by ``planner``. Both change while the program runs, so they stand outside the instance's digest; instead the
 instance belongs to the one policy that writes them (``Instance.owner``). Only ``.rodata`` is fixed once a program is
-loaded: what is written there are the instance's parameters.
+loaded: what is written there are the instance's parameters. So is what fills a queue, a stack or a bloom filter: nobody
+can take back what was pushed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from probefleet_core import bcc_source, errors, map_facts, values
 
 #: Types whose entries can be set one by one, and taken away again.
 WRITABLE = frozenset({*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE})
+#: Types that values without keys are pushed into.
+PUSHED = frozenset({*map_types.POPPED, MapType.BLOOM_FILTER})
 #: First word of a SEC() name → the kernel's type of program, where they differ. A jump stays within one type.
 _TYPES = {
     "tp": "tracepoint",
@@ -70,7 +73,7 @@ def contents(
     made = []
     for index, use in enumerate(policy.maps):
         found = parsed.map(use.name)
-        if use.entries is None or found is None or found.name.startswith(RODATA):
+        if use.entries is None or found is None or found.name.startswith(RODATA) or found.type in PUSHED:
             continue
         path = f"spec.maps[{index}].values"
         if found.is_section:
@@ -79,6 +82,33 @@ def contents(
         content = _content(use, found, parsed, sizes.get(use.name) or found.max_entries, path, problems)
         if content is not None:
             made.append(content)
+    return made
+
+
+def filled(
+    policy: values.ProbePolicy, parsed: BpfObject, sizes: Mapping[str, int], problems: errors.Problems
+) -> list[plan_pb2.MapContent]:
+    """What queues, stacks and bloom filters hold when they are made, in the order in which it is pushed."""
+    made = []
+    for index, use in enumerate(policy.maps):
+        found, path = parsed.map(use.name), f"spec.maps[{index}].values"
+        if not use.entries or found is None or found.type not in PUSHED:
+            continue
+        if not _takes_values(use, found, len(use.entries), sizes.get(use.name) or found.max_entries, path, problems):
+            continue
+        layout = map_layout.layout_of(parsed, found)
+        if layout is None:
+            _untyped(use, path, "__type(value, …)", problems)
+            continue
+        data = []
+        for number, entry in enumerate(use.entries):
+            here = f"{path}[{number}]"
+            if entry.key is not None:
+                why = f"{use.name} is a {map_facts.type_name(found.type)}, whose values have none"
+                problems.add(f"{here}.key", "a key", why=why, write="Leave key away.")
+            value = _encoded(layout.value, layout.value_bytes, entry.value, f"{here}.value", "value", problems)
+            data.append(value or b"")
+        made.append(plan_pb2.MapContent(map=use.name, values=b"".join(data), count=len(data)))
     return made
 
 
@@ -155,34 +185,23 @@ def _content(
         problems.add(
             path,
             f"{use.name} is of type {kind}",
-            why="entries are written to hashes, arrays, LPM tries and global variables",
+            why="entries are written to hashes, arrays, LPM tries, queues, stacks, bloom filters and global variables",
             write="Leave values away.",
         )
         return None
-    if found.flags & (Flag.RDONLY | Flag.WRONLY_PROG):
-        why = "BPF_F_RDONLY keeps user space from writing" if found.flags & Flag.RDONLY else "programs may not read it"
-        problems.add(path, f"{use.name} takes no values", why=why, write="Leave values or the flag away.")
-        return None
     if layout is None or not layout.key:
-        problems.add(
-            path,
-            f"{use.name} does not say what it holds",
-            why="values are typed by BTF",
-            write="Declare the map with __type(key, …) and __type(value, …).",
-        )
+        _untyped(use, path, "__type(key, …) and __type(value, …)", problems)
         return None
-    if len(use.entries) > room:
-        problems.add(
-            path,
-            f"{len(use.entries)} entries",
-            why=f"{use.name} has room for {room}",
-            write="Write fewer, or maxEntries with more.",
-        )
+    if not _takes_values(use, found, len(use.entries), room, path, problems):
         return None
     keys, data = [], []
     seen: dict[bytes, int] = {}
     for index, entry in enumerate(use.entries):
         here = f"{path}[{index}]"
+        if entry.key is None:
+            why = f"{use.name} is a {kind}, whose values have one"
+            problems.add(f"{here}.key", "missing", why=why, write="Write key.")
+            continue
         key = _encoded(layout.key, layout.key_bytes, entry.key, f"{here}.key", "key", problems)
         value = _encoded(layout.value, layout.value_bytes, entry.value, f"{here}.value", "value", problems)
         if key is None or value is None:
@@ -205,6 +224,26 @@ def _content(
         keys.append(key)
         data.append(value)
     return plan_pb2.MapContent(map=use.name, keys=b"".join(keys), values=b"".join(data), count=len(keys))
+
+
+def _takes_values(
+    use: values.MapUse, found: MapDef, count: int, room: int, path: str, problems: errors.Problems
+) -> bool:
+    """Whether its flags and its size allow that the policy fills it."""
+    if found.flags & (Flag.RDONLY | Flag.WRONLY_PROG):
+        why = "BPF_F_RDONLY keeps user space from writing" if found.flags & Flag.RDONLY else "programs may not read it"
+        problems.add(path, f"{use.name} takes no values", why=why, write="Leave values or the flag away.")
+        return False
+    if count > room:
+        why = f"{use.name} has room for {room}"
+        problems.add(path, f"{count} entries", why=why, write="Write fewer, or maxEntries with more.")
+        return False
+    return True
+
+
+def _untyped(use: values.MapUse, path: str, how: str, problems: errors.Problems) -> None:
+    what, write = f"{use.name} does not say what it holds", f"Declare the map with {how}."
+    problems.add(path, what, why="values are typed by BTF", write=write)
 
 
 def _encoded(
@@ -266,10 +305,11 @@ def bcc_contents(policy: values.ProbePolicy) -> list[plan_pb2.MapContent]:
     ]
 
 
-def bcc_tail_calls(policy: values.ProbePolicy, source: str, problems: errors.Problems) -> list[plan_pb2.TailCalls]:
+def bcc_tail_calls(
+    policy: values.ProbePolicy, source: str, sizes: Mapping[str, int], problems: errors.Problems
+) -> list[plan_pb2.TailCalls]:
     """The same for BCC's C, as far as its text tells; the node, which compiles it, has the last word."""
     arrays = bcc_source.program_arrays(source)
-    sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}
     for index, use in enumerate(policy.tail_calls):
         path = f"spec.tailCalls[{index}]"
         if use.map not in arrays:

@@ -143,7 +143,7 @@ def _plan(request: program_parts.Request, problems: errors.Problems) -> Planned:
     shared = _shared_maps(request, parts, problems)
     sizes = _sizes(request, parts, shared, problems)
     _check_drained(parts, shared, problems)
-    written = _written(policy, parts, problems)
+    written = _written(policy, parts, shared, problems)
     _check_selection(policy, parts, problems)
     if parts.parsed is not None:
         constants = map_contents.constants(policy, parts.parsed, problems)
@@ -248,8 +248,7 @@ def _sizes(
         (each.name, map_facts.bytes_of(each, cpus=request.cpus, entries=entries.get(each.name, 0))) for each in own
     ]
     for name, compiled in shared.items():
-        definition, _ = probe_maps.definition_of(compiled.probe_map, compiled.elf)
-        sizes.append((name, map_facts.bytes_of(definition, cpus=request.cpus)))
+        sizes.append((name, probe_maps.bytes_of(compiled.probe_map, compiled.elf, cpus=request.cpus)))
     total, budget = sum(size for _, size in sizes), policy.budget.map_memory_bytes
     if total > budget:
         largest = ", ".join(
@@ -284,9 +283,10 @@ def _check_drained(
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What the policy writes while its program runs; no part of the digest."""
+    """What the policy writes. While its program runs, it is no part of the digest."""
 
     contents: tuple[plan_pb2.MapContent, ...] = ()
+    filled: tuple[plan_pb2.MapContent, ...] = ()  #: once, when the maps are made: this is part of the digest
     tail_calls: tuple[plan_pb2.TailCalls, ...] = ()
     tail_programs: tuple[str, ...] = ()
 
@@ -294,19 +294,26 @@ class _Written:
         return bool(self.contents or self.tail_calls)
 
 
-def _written(policy: values.ProbePolicy, parts: program_parts.Parts, problems: errors.Problems) -> _Written:
+def _written(
+    policy: values.ProbePolicy,
+    parts: program_parts.Parts,
+    shared: Mapping[str, CompiledProbeMap],
+    problems: errors.Problems,
+) -> _Written:
+    sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}
+    sizes |= {name: compiled.probe_map.max_entries for name, compiled in shared.items()}
     if isinstance(policy.program, values.BccProgram):
         return _Written(
-            tuple(map_contents.bcc_contents(policy)),
-            tuple(map_contents.bcc_tail_calls(policy, parts.source, problems)),
+            contents=tuple(map_contents.bcc_contents(policy)),
+            tail_calls=tuple(map_contents.bcc_tail_calls(policy, parts.source, sizes, problems)),
         )
     if parts.parsed is None:
         return _Written()
-    sizes = {use.name: use.max_entries for use in policy.maps if use.max_entries}
     return _Written(
-        tuple(map_contents.contents(policy, parts.parsed, sizes, problems)),
-        tuple(map_contents.tail_calls(policy, parts.parsed, sizes, problems)),
-        map_contents.tail_programs(policy, parts.parsed),
+        contents=tuple(map_contents.contents(policy, parts.parsed, sizes, problems)),
+        filled=tuple(map_contents.filled(policy, parts.parsed, sizes, problems)),
+        tail_calls=tuple(map_contents.tail_calls(policy, parts.parsed, sizes, problems)),
+        tail_programs=map_contents.tail_programs(policy, parts.parsed),
     )
 
 
@@ -371,6 +378,7 @@ def _assemble(
     instance = plan_pb2.Instance(
         owner=policy.uid if written else "",
         tail_programs=written.tail_programs,
+        filled=written.filled,
         attachments=[
             to_wire.attachment(each.attachment, each.alternative, way=each.way, optional=each.optional)
             for each in parts.attached

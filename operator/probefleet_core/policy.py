@@ -94,11 +94,19 @@ def parse_probe_map(manifest: Mapping[str, object], *, namespace: str = "default
         generation=int(metadata.get("generation") or 1),
         deleting=bool(metadata.get("deletionTimestamp")),
         type=values.MapType(spec["type"]),
-        max_entries=spec["maxEntries"],
+        max_entries=spec.get("maxEntries") or 0,
         key=spec.get("key") or "",
         value=spec.get("value") or "",
         policies=tuple(spec.get("policies") or ()),
+        inner=_inner(spec.get("inner")),
     )
+
+
+def _inner(item: _Checked | None) -> values.InnerMaps | None:
+    if item is None:
+        return None
+    key, value, keys = item.get("key") or "", item.get("value") or "", tuple(item.get("keys") or ())
+    return values.InnerMaps(values.MapType(item["type"]), item["maxEntries"], key, value, keys)
 
 
 def _envelope(manifest: Mapping[str, object], kind: str, spec: shape.Record, problems: errors.Problems) -> _Checked:
@@ -165,7 +173,9 @@ def _map_use(item: _Checked) -> values.MapUse:
         probe_map=(item.get("share") or {}).get("probeMap", ""),
         pinned=item.get("pinned") or "",
         max_entries=item.get("maxEntries") or 0,
-        entries=None if entries is None else tuple(values.MapEntry(entry["key"], entry["value"]) for entry in entries),
+        entries=None
+        if entries is None
+        else tuple(values.MapEntry(entry.get("key"), entry["value"]) for entry in entries),
     )
 
 

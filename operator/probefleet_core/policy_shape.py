@@ -229,7 +229,7 @@ MAP = Record(
         ),
         "maxEntries": MAX_ENTRIES,
         "values": ListOf(
-            Record("an entry", {"key": Anything(max_parts=256), "value": Anything(4096)}, required=("key", "value")),
+            Record("an entry", {"key": Anything(max_parts=256), "value": Anything(4096)}, required=("value",)),
             max_items=4096,
         ),
     },
@@ -335,26 +335,110 @@ SPEC = Record(
 )
 
 
+_REDIRECTS = "which programs redirect packets to, and a policy only observes"
+#: Types that no ProbeMap has → why, by the kernel's own rule, and what to write instead.
+NOT_SHARED: Mapping[str, tuple[str, str]] = {
+    "inode-storage": (
+        "the kernel lets LSM programs alone look into it, and they run here as fexit programs, which have no say",
+        "Count by inode in a hash: key: struct { u32 device; u64 inode; }.",
+    ),
+    "cgroup-array": (
+        "it holds cgroups that a process puts in by descriptor, and no policy does",
+        "Compare ids: a hash with key: cgroup_id_t cgroup.",
+    ),
+    **dict.fromkeys(
+        ("sockmap", "sockhash", "reuseport-sockarray", "xskmap"),
+        (f"it holds sockets, {_REDIRECTS}", "Count by socket: type: sk-storage."),
+    ),
+    **dict.fromkeys(
+        ("devmap", "devmap-hash"),
+        (f"it holds network devices, {_REDIRECTS}", "Count by interface in a hash with key: u32 ifindex."),
+    ),
+    "cpumap": (f"it holds queues of CPUs, {_REDIRECTS}", "Count by CPU in a percpu-array."),
+    "user-ringbuf": ("user space writes it, and no policy does", "Hand numbers to programs in a hash or an array."),
+    "struct-ops": (
+        "it holds functions that the kernel calls in place of its own, and a policy only observes",
+        "Leave it away.",
+    ),
+    "arena": ("it is memory without entries, which nobody could read", "Share an array."),
+}
 _HASHES = (
     values.MapType.HASH,
     values.MapType.PERCPU_HASH,
     values.MapType.LRU_HASH,
     values.MapType.LRU_PERCPU_HASH,
 )
+_ARRAYS = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
+#: An entry for each task, cgroup or socket that programs ask about: nobody says how many.
+STORAGE = (values.MapType.TASK_STORAGE, values.MapType.CGRP_STORAGE, values.MapType.SK_STORAGE)
+CGROUP_STORAGE = (values.MapType.CGROUP_STORAGE, values.MapType.PERCPU_CGROUP_STORAGE)
+MAX_SLOTS = 65_536
+OF_MAPS = (values.MapType.ARRAY_OF_MAPS, values.MapType.HASH_OF_MAPS)
+#: A value there may say what a record is.
+_RECORDS = (values.MapType.RINGBUF, values.MapType.PERF_EVENT_ARRAY)
+_KEYED = (*_HASHES, values.MapType.LPM_TRIE, *CGROUP_STORAGE)
 #: They have values, and no keys that anybody declares.
-_VALUES = (
-    values.MapType.ARRAY,
-    values.MapType.PERCPU_ARRAY,
-    values.MapType.QUEUE,
-    values.MapType.STACK,
-    values.MapType.BLOOM_FILTER,
-)
+_VALUES = (*_ARRAYS, values.MapType.QUEUE, values.MapType.STACK, values.MapType.BLOOM_FILTER, *STORAGE)
 
 
 def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    if said := NOT_SHARED.get(str(value["type"])):
+        problems.add(join(path, "type"), f'"{value["type"]}"', why=said[0], write=said[1])
+        return
     kind = values.MapType(str(value["type"]))
-    hashes = (*_HASHES, values.MapType.LPM_TRIE)
-    wanted = ("key", "value") if kind in hashes else ("value",) if kind in _VALUES else ()
+    _entry_rule(value, kind, path, problems)
+    if (value.get("inner") is not None) != (kind in OF_MAPS):
+        what, why, write = (
+            "missing",
+            f"a map of type {kind} holds maps that are all alike",
+            "Write inner: {type: hash, …}.",
+        )
+        if kind not in OF_MAPS:
+            what, why, write = f"inner in a map of type {kind}", "it holds no maps", "Leave inner away."
+        problems.add(join(path, "inner"), what, why=why, write=write)
+    inner = value.get("inner")
+    if isinstance(inner, Mapping) and bool(inner.get("keys")) != (kind is values.MapType.HASH_OF_MAPS):
+        what, why = "keys of an array of maps", "each of its places has an inner map"
+        if kind is values.MapType.HASH_OF_MAPS:
+            what, why = "missing", "programs cannot put maps into a map: it has one for each of these keys"
+        write = "Leave keys away." if inner.get("keys") else "Write the keys, such as keys: [0, 1]."
+        problems.add(join(path, "inner.keys"), what, why=why, write=write)
+    entries = value.get("maxEntries")
+    if kind in (*STORAGE, *CGROUP_STORAGE):
+        if entries is not None:
+            why = (
+                "it has an entry for each "
+                + ("attachment" if kind in CGROUP_STORAGE else "owner")
+                + " that programs ask about"
+            )
+            problems.add(join(path, "maxEntries"), f"{entries}", why=why, write="Leave maxEntries away.")
+        return
+    if not isinstance(entries, int):
+        why = f"a map of type {kind} has as many entries as are asked for"
+        problems.add(join(path, "maxEntries"), "missing", why=why, write="Write maxEntries: 8192.")
+        return
+    if kind is values.MapType.RINGBUF and (entries & (entries - 1) or entries < 4096):
+        problems.add(
+            join(path, "maxEntries"),
+            f"{entries}",
+            why="a ring buffer's size is in bytes, a power of two and at least one page",
+            write=f"Write {max(4096, 1 << (entries - 1).bit_length())}.",
+        )
+    if kind is values.MapType.PROG_ARRAY and entries > MAX_SLOTS:
+        why = f"a shared program array has at most {MAX_SLOTS:,} slots, for an agent that starts looks through them all"
+        problems.add(join(path, "maxEntries"), f"{entries}", why=why, write=f"Write {MAX_SLOTS}, or less.")
+    keys = inner.get("keys") if isinstance(inner, Mapping) else None
+    if isinstance(keys, list) and len(keys) > entries:
+        why = f"the map has room for {entries}"
+        problems.add(
+            join(path, "inner.keys"), f"{len(keys)} keys", why=why, write="Write fewer, or maxEntries with more."
+        )
+
+
+def _entry_rule(value: Mapping[str, object], kind: values.MapType, path: str, problems: errors.Problems) -> None:
+    """What stands in a declaration of its key and value."""
+    wanted = ("key", "value") if kind in _KEYED else ("value",) if kind in _VALUES else ()
+    wanted = ("key",) if kind is values.MapType.HASH_OF_MAPS else wanted
     for name in wanted:
         if not value.get(name):
             problems.add(
@@ -363,23 +447,12 @@ def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Prob
                 why=f"a map of type {kind} has a {name}",
                 write=f"Write it in C, such as {name}: {'u32 pid' if name == 'key' else 'u64 count'}, or a struct.",
             )
-    if kind not in hashes and value.get("key"):
-        problems.add(
-            join(path, "key"), f"a key in a map of type {kind}", why="the kernel sets it", write="Leave key away."
-        )
-    if kind is values.MapType.STACK_TRACE and value.get("value"):
-        problems.add(
-            join(path, "value"), "a value in a stack trace map", why="the kernel sets it", write="Leave value away."
-        )
-    entries = value["maxEntries"]
-    assert isinstance(entries, int)
-    if kind is values.MapType.RINGBUF and (entries & (entries - 1) or entries < 4096):
-        problems.add(
-            join(path, "maxEntries"),
-            f"{entries}",
-            why="a ring buffer's size is in bytes, a power of two and at least one page",
-            write=f"Write {max(4096, 1 << (entries - 1).bit_length())}.",
-        )
+    for name in sorted({"key", "value"} - {*wanted}):
+        if value.get(name) and not (name == "value" and kind in _RECORDS):
+            why, write = "the kernel sets it", f"Leave {name} away."
+            if kind in OF_MAPS:
+                why, write = "its inner maps have one", f"Write inner.{name}."
+            problems.add(join(path, name), f"a {name} in a map of type {kind}", why=why, write=write)
 
 
 DECLARATION = Text(
@@ -388,18 +461,37 @@ DECLARATION = Text(
     write="Write one C declaration, such as u32 pid, or struct { u32 pid; u32 uid; }.",
     reject=_declaration,
 )
-MAP_SPEC = Record(
-    "a ProbeMap's spec",
+
+
+def _inner_rule(value: Mapping[str, object], path: str, problems: errors.Problems) -> None:
+    _entry_rule(value, values.MapType(str(value["type"])), path, problems)
+
+
+INNER = Record(
+    "inner maps",
     {
-        "type": Text(max_length=32, choices=tuple(values.MapType)),
+        "type": Text(max_length=32, choices=(*_ARRAYS, *_HASHES)),
         "maxEntries": MAX_ENTRIES,
         "key": DECLARATION,
         "value": DECLARATION,
+        "keys": ListOf(Text(max_length=256, or_whole=True), max_items=1024),
+    },
+    required=("type", "maxEntries"),
+    rules=(_inner_rule,),
+)
+MAP_SPEC = Record(
+    "a ProbeMap's spec",
+    {
+        "type": Text(max_length=32, choices=(*values.MapType, *NOT_SHARED)),
+        "maxEntries": MAX_ENTRIES,
+        "key": DECLARATION,
+        "value": DECLARATION,
+        "inner": INNER,
         "policies": ListOf(
             Text(max_length=MAX_NAME, min_length=1, pattern=DNS_SUBDOMAIN, write="Write a ProbePolicy's name."),
             max_items=64,
         ),
     },
-    required=("type", "maxEntries"),
+    required=("type",),
     rules=(_map_spec_rule,),
 )

@@ -261,7 +261,7 @@ class Attachment:
 class MapEntry:
     """An entry that the policy writes: key and value as YAML has them."""
 
-    key: object
+    key: object  #: None: it has none, as in a queue
     value: object
 
 
@@ -386,6 +386,25 @@ class MapType(enum.StrEnum):
     QUEUE = "queue"
     STACK = "stack"
     BLOOM_FILTER = "bloom-filter"
+    PROG_ARRAY = "prog-array"
+    ARRAY_OF_MAPS = "array-of-maps"
+    HASH_OF_MAPS = "hash-of-maps"
+    TASK_STORAGE = "task-storage"
+    CGRP_STORAGE = "cgrp-storage"
+    SK_STORAGE = "sk-storage"
+    CGROUP_STORAGE = "cgroup-storage"
+    PERCPU_CGROUP_STORAGE = "percpu-cgroup-storage"
+
+
+@dataclass(frozen=True, slots=True)
+class InnerMaps:
+    """What lies in a map of maps: maps that are all alike. ``keys``: which keys of a hash of maps have one."""
+
+    type: MapType
+    max_entries: int
+    key: str
+    value: str
+    keys: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +417,8 @@ class ProbeMap:
     generation: int
     deleting: bool
     type: MapType
-    max_entries: int
+    max_entries: int  #: 0 of storage, which has an entry for each owner
     key: str
     value: str
     policies: tuple[str, ...] = ()  #: who may use it, and so write to it; empty: every policy of the namespace
+    inner: InnerMaps | None = None  #: of a map of maps

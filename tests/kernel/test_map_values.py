@@ -14,10 +14,11 @@ from probefleet_agent.errors import ProbefleetError
 from probefleet_agent.kernel import maps, syscall
 from probefleet_cli.failures import BadInput
 from probefleet_wire import map_layout
-from probefleet_wire.map_types import Flag
+from probefleet_wire.map_types import Flag, MapType
 
 from tests.kernel import policies
 from tests.kernel.support import call_getppid
+from tests.kernel.test_map_types import needs_type
 
 # Counts each call in the bucket that a configured hash names for getppid's number.
 COUNT = """
@@ -240,6 +241,123 @@ def test_values_of_every_type_that_takes_them_change_live() -> None:
         run.apply(writing(2000, 9))
         call_getppid(5)
         assert held(run) == wanted(2000, 9, 5)
+
+
+# Takes one value out at each call, and counts by what it was.
+POPPING = """
+struct step { u32 key; u16 weight; };
+struct { __uint(type, BPF_MAP_TYPE_KIND); __uint(max_entries, 8); __type(value, struct step); } steps SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 16); __type(key, u32); __type(value, u64); }
+counts SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 8); __type(key, u32); __type(value, u64); }
+order SEC(".maps");
+u32 popped = 0;
+ON_CALL
+{
+	struct step step;
+	u32 place;
+	if (!ours())
+		return 0;
+	if (!bpf_map_pop_elem(&steps, &step)) {
+		u64 key = step.key;
+		place = popped++;
+		bpf_map_update_elem(&order, &place, &key, 0);
+	} else {
+		step.key = 999; /* of an empty one the kernel gives zeros */
+		step.weight = 1;
+	}
+	probefleet_add(&counts, &step.key, step.weight);
+	return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["QUEUE", "STACK"])
+@pytest.mark.shows("map/{kind}")
+def test_values_of_a_queue_are_pushed_once_in_their_order(kind: str) -> None:
+    outputs = [
+        *COUNTS["outputs"],
+        {"name": "order", "from": {"map": "order"}, "gauge": {"merge": "max"}, "groupBy": ["key"]},
+    ]
+
+    def writing(*steps: tuple[int, int]) -> dict[str, Any]:
+        listed = [{"value": {"key": key, "weight": weight}} for key, weight in steps]
+        maps_ = [{"name": "steps", "values": listed}]
+        return policies.c_policy(POPPING.replace("KIND", kind), maps=maps_, outputs=outputs, interval="1s")
+
+    def order(run: policies.Run) -> list[int]:
+        rows = run.rows("order")
+        return [rows[(str(place),)] for place in range(3)]
+
+    with policies.run(writing((7, 1), (8, 10), (9, 100))) as run:
+        before = digests()
+        call_getppid(23)
+        assert run.rows("calls") == {("7",): 1, ("8",): 10, ("9",): 100, ("999",): 20}
+        assert order(run) == ([7, 8, 9] if kind == "QUEUE" else [9, 8, 7])
+        run.apply(writing((7, 1), (8, 10), (9, 100)))
+        call_getppid(5)
+        assert run.rows("calls")[("999",)] == 25 and digests() == before, "what is gone is not pushed once more"
+        # Another list is another map, with its program; what the first one counted stays.
+        run.apply(writing((8, 10), (9, 1000)))
+        assert digests() != before
+        call_getppid(3)
+        assert run.rows("calls") == {("7",): 1, ("8",): 20, ("9",): 1100, ("999",): 26}
+
+
+def test_a_queue_that_is_filled_is_not_filled_again_by_the_next_agent() -> None:
+    from probefleet_agent.engine import Engine
+    from probefleet_cli import local_pods, preparation
+
+    listed = [{"value": {"key": key, "weight": 1}} for key in (7, 8)]
+    source = POPPING.replace("KIND", "QUEUE")
+    manifest = policies.c_policy(source, maps=[{"name": "steps", "values": listed}], **COUNTS)
+    with policies.run(manifest) as run:
+        call_getppid(1)
+        with Engine.open(bpffs=policies.folder()) as adopting:
+            prepared = policies.prepare(manifest)
+            adopting.apply(preparation.push(prepared, pods=local_pods.find(), namespace=None, version=5))
+        call_getppid(22)
+        assert run.rows("calls") == {("7",): 1, ("8",): 1, ("999",): 21}
+
+
+@pytest.mark.shows("map/bloom-filter")
+def test_values_of_a_bloom_filter_are_in_it_before_the_first_event() -> None:
+    """It says of what is in it that it is, always; so each number that the policy names is counted, exactly."""
+    needs_type(MapType.BLOOM_FILTER)
+    source = """
+struct { __uint(type, BPF_MAP_TYPE_BLOOM_FILTER); __uint(max_entries, 64); __uint(map_extra, 8); __type(value, u64); }
+wanted SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1024); __type(key, u32); __type(value, u64); }
+counts SEC(".maps");
+u64 number = 0;
+ON_CALL
+{
+	u64 value;
+	u32 key;
+	if (!ours())
+		return 0;
+	key = value = number++ % 997;
+	if (!bpf_map_peek_elem(&wanted, &value))
+		probefleet_add(&counts, &key, 1);
+	return 0;
+}
+"""
+
+    def writing(*wanted: int) -> dict[str, Any]:
+        listed = [{"value": each} for each in wanted]
+        return policies.c_policy(source, maps=[{"name": "wanted", "values": listed}], **COUNTS)
+
+    with policies.run(writing(23, 5, 996)) as run:
+        call_getppid(2 * 997)
+        rows = run.rows("calls")
+        assert {key: rows[key] for key in (("23",), ("5",), ("996",))} == {("23",): 2, ("5",): 2, ("996",): 2}
+        first = sum(rows.values())
+        run.apply(writing(24))
+        call_getppid(997)
+        rows = run.rows("calls")
+        assert (rows[("24",)], rows[("23",)]) == (1, 2), "23 is no longer in it"
+        # One in a thousand of the others may be taken for one of these (eight hash functions).
+        assert 6 <= first <= 6 + 2 * 20 and sum(rows.values()) - first <= 1 + 20
 
 
 @pytest.mark.parametrize("kind", ["HASH", "ARRAY"])

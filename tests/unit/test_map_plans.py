@@ -80,6 +80,21 @@ def writing(name: str, *entries: tuple[Any, Any], **more: Any) -> Json:
     return {"name": name, "values": [{"key": key, "value": value} for key, value in entries], **more}
 
 
+def pushing(name: str, *given: Any, **more: Any) -> Json:
+    return {"name": name, "values": [{"value": each} for each in given], **more}
+
+
+def test_what_fills_a_queue_is_part_of_what_runs(elf: bytes) -> None:
+    """Nobody can take back what was pushed: another list is another map, and so another instance."""
+    one, two = (planned(elf, maps=[pushing("line", *listed)]).plan.instance for listed in ((7, 8), (8, 7)))
+    (line,) = one.filled
+    assert (line.map, line.count) == ("line", 2)
+    assert line.values == (7).to_bytes(8, "little") + (8).to_bytes(8, "little")
+    assert one.digest != two.digest and not one.contents
+    assert planned(elf, maps=[pushing("line")]).plan.instance.digest == planned(elf).plan.instance.digest
+    assert planned(elf, maps=[pushing("line", *range(9), maxEntries=9)]).plan.instance.filled[0].count == 9
+
+
 def test_values_are_laid_out_and_stand_outside_the_digest(elf: bytes) -> None:
     one = planned(elf, maps=[writing("rules", (7, {"port": 443})), writing("nets", ("10.0.0.0/8", 5))])
     two = planned(elf, maps=[writing("rules", (8, {"weight": 1})), writing("nets")])
@@ -143,7 +158,11 @@ def test_what_no_output_reads_is_listed(elf: bytes) -> None:
 
 
 WRONG: list[tuple[Json, str, str]] = [
-    ({"maps": [writing("line", (0, 1))]}, "spec.maps[0].values", "line is of type queue"),
+    ({"maps": [writing("ways", (0, 1))]}, "spec.maps[0].values", "ways is of type prog-array"),
+    ({"maps": [writing("line", (0, 1))]}, "spec.maps[0].values[0].key", "line is a queue, whose values have none"),
+    ({"maps": [pushing("line", *range(9))]}, "spec.maps[0].values", "line has room for 8"),
+    ({"maps": [pushing("line", 1, -1)]}, "spec.maps[0].values[1].value", "-1 does not fit"),
+    ({"maps": [pushing("rules", {"port": 7})]}, "spec.maps[0].values[0].key", "rules is a hash, whose values have one"),
     ({"maps": [writing("untyped", (0, 1))]}, "spec.maps[0].values", "untyped does not say what it holds"),
     ({"maps": [writing("fixed", (0, 1))]}, "spec.maps[0].values", "BPF_F_RDONLY keeps user space from writing"),
     ({"maps": [writing("blind", (0, 1))]}, "spec.maps[0].values", "programs may not read it"),

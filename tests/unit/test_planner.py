@@ -19,6 +19,7 @@ from probefleet_core import (
     outputs,
     planner,
     policy,
+    policy_shape,
     probe_maps,
     to_wire,
     values,
@@ -626,12 +627,20 @@ def made_map(**spec: Any) -> planner.CompiledProbeMap:
 
 @pytest.mark.parametrize("kind", list(values.MapType))
 def test_every_type_of_probe_map_compiles(kind: values.MapType) -> None:
-    trie = kind is values.MapType.LPM_TRIE
-    keyed = "hash" in kind or trie
-    key = "struct { u32 prefixlen; ipv4_t address; }" if trie else "struct { pid_nr_t pid; u16 port; }"
+    of_maps = kind in policy_shape.OF_MAPS
+    keyed = "hash" in kind or kind in (values.MapType.LPM_TRIE, *policy_shape.CGROUP_STORAGE)
+    key = "struct { pid_nr_t pid; u16 port; }"
+    if kind is values.MapType.LPM_TRIE:
+        key = "struct { u32 prefixlen; ipv4_t address; }"
+    elif kind in (*policy_shape.CGROUP_STORAGE, values.MapType.HASH_OF_MAPS):
+        key = "u64 n"
     spec: Json = {"type": kind.value, "key": key if keyed else None}
-    spec["value"] = None if kind is values.MapType.STACK_TRACE else "struct { u64 n; comm_t name; }"
-    spec["maxEntries"] = 4096
+    valueless = (values.MapType.STACK_TRACE, values.MapType.PROG_ARRAY, values.MapType.RINGBUF)
+    spec["value"] = None if kind in valueless or "event" in kind or of_maps else "struct { u64 n; comm_t name; }"
+    spec["maxEntries"] = None if "storage" in kind else 4096
+    if of_maps:
+        keys = {"keys": [7, "0x17"]} if keyed else {}
+        spec["inner"] = {"type": "hash", "maxEntries": 16, "key": "u32 pid", "value": "u64 n", **keys}
     made = made_map(**spec)
     definition, _ = probe_maps.definition_of(made.probe_map, made.elf)
     assert map_facts.type_name(definition.type) == kind
@@ -639,9 +648,34 @@ def test_every_type_of_probe_map_compiles(kind: values.MapType) -> None:
     assert (wire.uid, wire.map, wire.sha256) == ("map-1", "shared", hashlib.sha256(made.elf).hexdigest())
     if keyed:
         assert definition.key_bytes == 8
-    without_value = {"type": kind.value, "key": None, "value": None, "maxEntries": 4096}
+    if of_maps:
+        places = [7, 0x17] if keyed else range(4096)
+        size = 8 if keyed else 4
+        assert wire.inner_keys == b"".join(place.to_bytes(size, "little") for place in places)
+        assert definition.inner is not None and (definition.inner.key_bytes, definition.inner.max_entries) == (4, 16)
+        alone = map_facts.bytes_of(definition, cpus=2)
+        inner = len(places) * map_facts.bytes_of(definition.inner, cpus=2)
+        assert probe_maps.bytes_of(made.probe_map, made.elf, cpus=2) == alone + inner
     if kind in (values.MapType.RINGBUF, values.MapType.PERF_EVENT_ARRAY):
-        assert planner.plan_probe_map(made_map(**without_value))
+        spec["value"] = "struct { u64 n; comm_t name; }"
+        assert planner.plan_probe_map(made_map(**spec)), "what a record is"
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "says"),
+    [
+        (["x"], "spec.inner.keys[0]", "does not fit"),
+        ([1, 256], "spec.inner.keys[1]", "256 does not fit"),
+        ([1, "0x1"], "spec.inner.keys[1]", "item 0 is the same key"),
+    ],
+)
+def test_keys_of_inner_maps_are_typed(keys: list[int | str], path: str, says: str) -> None:
+    inner = {"type": "array", "maxEntries": 16, "value": "u64 n", "keys": keys}
+    made = made_map(type="hash-of-maps", key="u8 place", value=None, inner=inner)
+    with pytest.raises(errors.ProbeMapRefused) as caught:
+        planner.plan_probe_map(made)
+    (problem,) = caught.value.problems
+    assert problem.path == path and says in str(problem)
 
 
 def test_a_shared_map_takes_the_place_of_the_programs_own() -> None:

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from probefleet_core import c_declaration, errors, policy, quantities, shape, to_wire, values
+from probefleet_core import c_declaration, errors, policy, policy_shape, quantities, shape, to_wire, values
+from probefleet_wire import map_types
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -355,6 +356,18 @@ def test_probe_maps_are_read() -> None:
     )
 
 
+INNER = {"type": "array", "maxEntries": 4, "value": "u64 n"}
+
+
+@pytest.mark.parametrize("kind", policy_shape.NOT_SHARED)
+def test_what_no_two_programs_can_share_is_refused_with_the_kernels_reason(kind: str) -> None:
+    (found,) = problems(probe_map(type=kind))
+    assert (found.path, found.why, found.write) == ("spec.type", *policy_shape.NOT_SHARED[kind])
+    assert kind in {map_types.name_of(number) for number in map_types.MapType}, "as the kernel calls it"
+    crd = " ".join((ROOT / "charts/probefleet/files/crds/probemaps.yaml").read_text().split())
+    assert f"{found.why}. {found.write}" in crd, "the API server says the same"
+
+
 @pytest.mark.parametrize(
     ("change", "path"),
     [
@@ -364,7 +377,22 @@ def test_probe_maps_are_read() -> None:
         ({"type": "stack-trace", "key": None}, "spec.value"),
         ({"type": "ringbuf", "key": None, "value": None}, "spec.maxEntries"),
         ({"type": "ringbuf", "key": None, "value": None, "maxEntries": 5000}, "spec.maxEntries"),
-        ({"type": "prog-array"}, "spec.type"),
+        ({"type": "prog-array", "value": None}, "spec.key"),
+        ({"type": "prog-array", "key": None, "value": None, "maxEntries": 65_537}, "spec.maxEntries"),
+        ({"type": "cpu-set"}, "spec.type"),
+        ({"type": "hash", "maxEntries": None}, "spec.maxEntries"),
+        ({"type": "hash", "inner": INNER}, "spec.inner"),
+        ({"type": "task-storage", "key": None}, "spec.maxEntries"),
+        ({"type": "task-storage", "maxEntries": None}, "spec.key"),
+        ({"type": "cgroup-storage"}, "spec.maxEntries"),
+        ({"type": "array-of-maps", "key": None, "value": None}, "spec.inner"),
+        ({"type": "array-of-maps", "key": None, "inner": INNER}, "spec.value"),
+        ({"type": "array-of-maps", "key": None, "value": None, "inner": {**INNER, "keys": [1]}}, "spec.inner.keys"),
+        ({"type": "array-of-maps", "key": None, "value": None, "inner": {**INNER, "key": "u32 k"}}, "spec.inner.key"),
+        ({"type": "array-of-maps", "key": None, "value": None, "inner": {**INNER, "type": "queue"}}, "spec.inner.type"),
+        ({"type": "hash-of-maps", "value": None, "inner": INNER}, "spec.inner.keys"),
+        ({"type": "hash-of-maps", "value": None, "inner": {**INNER, "keys": [*range(9)]}}, "spec.inner.keys"),
+        ({"type": "hash-of-maps", "key": None, "value": None, "inner": {**INNER, "keys": [1]}}, "spec.key"),
         ({"key": "u32 pid; u32 uid"}, "spec.key"),
         ({"key": '#include "/etc/shadow"'}, "spec.key"),
     ],

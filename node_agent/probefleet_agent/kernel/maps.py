@@ -304,8 +304,26 @@ def memory_used_bytes(fd: SupportsIndex) -> int:
 
     Older kernels guess from the sizes of key and value, which for a ring buffer is nothing: then our estimate counts.
     """
-    estimate = memory_bytes(info(fd))
+    return _said_of(fd, "memlock") or memory_bytes(info(fd))
+
+
+def memory_with_inner_bytes(fd: SupportsIndex) -> int:
+    """The same; of a map of maps with the maps that lie in it."""
+    told, whole = info(fd), memory_used_bytes(fd)
+    for _, inner in map_storage.inner_maps(fd, told) if told.type in map_types.OUTER else ():
+        with inner:
+            whole += memory_used_bytes(inner)
+    return whole
+
+
+def program_array_type(fd: SupportsIndex) -> int:
+    """The ``enum bpf_prog_type`` of the programs that a program array is for; 0: no program uses it yet."""
+    return _said_of(fd, "owner_prog_type")
+
+
+def _said_of(fd: SupportsIndex, what: str) -> int:
+    """A number of the descriptor's fdinfo; 0 where it is not said."""
     for line in Path(f"/proc/self/fdinfo/{int(fd)}").read_text().splitlines():
-        if line.startswith("memlock:"):
-            return int(line.split()[1]) or estimate
-    return estimate
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1])
+    return 0

@@ -163,6 +163,12 @@ def map_get_next_key(fd: SupportsIndex, key: bytes | None, key_size: int) -> byt
     return following.raw
 
 
+def map_push(fd: SupportsIndex, value: bytes) -> None:
+    """Put a value into a queue, stack or bloom filter. KernelError E2BIG where a queue or stack is full."""
+    buffer = _bytes(value)
+    bpf(Command.MAP_UPDATE_ELEM, uapi.Element(map_fd=int(fd), value=address(buffer)), "push a map's value")
+
+
 def map_pop(fd: SupportsIndex, value_bytes: int) -> bytes | None:
     """Take the next value out of a queue or stack; None where it is empty."""
     value = ctypes.create_string_buffer(max(value_bytes, 1))

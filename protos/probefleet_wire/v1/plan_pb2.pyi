@@ -116,6 +116,7 @@ class Instance(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     TAIL_PROGRAMS_FIELD_NUMBER: _builtins.int
     PINNED_MAPS_FIELD_NUMBER: _builtins.int
+    FILLED_FIELD_NUMBER: _builtins.int
     CONTENTS_FIELD_NUMBER: _builtins.int
     TAIL_CALLS_FIELD_NUMBER: _builtins.int
     PODS_OF_FIELD_NUMBER: _builtins.int
@@ -156,6 +157,10 @@ class Instance(_message.Message):
     @_builtins.property
     def pinned_maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinnedMap]: ...
     @_builtins.property
+    def filled(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapContent]:
+        """What queues, stacks and bloom filters hold when they are made: values, in the order in which they are pushed."""
+
+    @_builtins.property
     def contents(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapContent]:
         """These two are no part of the digest: they change while the programs run."""
 
@@ -176,13 +181,14 @@ class Instance(_message.Message):
         owner: _builtins.str = ...,
         tail_programs: _abc.Iterable[_builtins.str] | None = ...,
         pinned_maps: _abc.Iterable[Global___PinnedMap] | None = ...,
+        filled: _abc.Iterable[Global___MapContent] | None = ...,
         contents: _abc.Iterable[Global___MapContent] | None = ...,
         tail_calls: _abc.Iterable[Global___TailCalls] | None = ...,
         pods_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bcc", b"bcc", "bpftrace", b"bpftrace", "object", b"object", "program", b"program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "bpftrace", b"bpftrace", "contents", b"contents", "digest", b"digest", "map_sizes", b"map_sizes", "object", b"object", "owner", b"owner", "parameters", b"parameters", "pinned_maps", b"pinned_maps", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "tail_calls", b"tail_calls", "tail_programs", b"tail_programs", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bcc", b"bcc", "bpftrace", b"bpftrace", "contents", b"contents", "digest", b"digest", "filled", b"filled", "map_sizes", b"map_sizes", "object", b"object", "owner", b"owner", "parameters", b"parameters", "pinned_maps", b"pinned_maps", "pods_of", b"pods_of", "program", b"program", "shared_maps", b"shared_maps", "tail_calls", b"tail_calls", "tail_programs", b"tail_programs", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["object", "bcc", "bpftrace"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -1243,6 +1249,7 @@ class ProbeMap(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     MAP_FIELD_NUMBER: _builtins.int
+    INNER_KEYS_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     namespace: _builtins.str
     name: _builtins.str
@@ -1251,6 +1258,8 @@ class ProbeMap(_message.Message):
     """A CO-RE object without programs whose one map definition (BTF) is this map."""
     map: _builtins.str
     """the definition's name in that object"""
+    inner_keys: _builtins.bytes
+    """of a map of maps, one after the other: each has an inner map"""
     def __init__(
         self,
         *,
@@ -1260,10 +1269,11 @@ class ProbeMap(_message.Message):
         generation: _builtins.int = ...,
         sha256: _builtins.str = ...,
         map: _builtins.str = ...,
+        inner_keys: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "map", b"map", "name", b"name", "namespace", b"namespace", "sha256", b"sha256", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "inner_keys", b"inner_keys", "map", b"map", "name", b"name", "namespace", b"namespace", "sha256", b"sha256", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
