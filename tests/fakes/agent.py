@@ -81,7 +81,7 @@ class FakeAgent:
     async def __aexit__(self, *_: object) -> None:
         await self.disconnect()
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close(None)
 
     async def connect(self, *, hello: bool = True, protocol: int = 1, node: str | None = None) -> None:
         """Begin a stream and say Hello; answers of the operator are noted from now on."""
@@ -90,7 +90,7 @@ class FakeAgent:
         self.acks.clear()
         self.closed = None
         self.ended = asyncio.Event()
-        stub = stream_pb2_grpc.FleetStub(self._channel)
+        stub = stream_pb2_grpc.FleetStub(self._channel)  # type: ignore[no-untyped-call]  # generated code
         metadata = [("authorization", f"Bearer {self._token}")] if self._token else []
         self._call = stub.Session(metadata=metadata)
         self._reader = asyncio.create_task(self._read(), name=f"fake-agent-{self.node}")

@@ -122,9 +122,9 @@ class FakeApiServer:
         if int(request.query["resourceVersion"]) < self.oldest_version:
             return _failure(410, "Expired")
         queue: asyncio.Queue[Json | None] = asyncio.Queue()
-        for version, path, event in self.history:
+        for version, path, happened in self.history:
             if version > int(request.query["resourceVersion"]) and _within(request.path, path):
-                queue.put_nowait(event)
+                queue.put_nowait(happened)
         entry = (request.path, queue)
         self._watches.append(entry)
         response = web.StreamResponse()

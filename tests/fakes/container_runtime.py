@@ -88,7 +88,7 @@ def serving(socket: Path, fake: FakeRuntime | None) -> Iterator[None]:
     """It listens there; without a fake it is a server that speaks no CRI, as containerd with its plugin off."""
     server = grpc.server(ThreadPoolExecutor(4))
     if fake is not None:
-        runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(fake, server)
+        runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(fake, server)  # type: ignore[no-untyped-call]  # generated
     server.add_insecure_port(f"unix:{socket}")
     server.start()
     try:

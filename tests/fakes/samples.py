@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from probefleet_core.result import PodName, PolicyFacts
@@ -28,7 +29,7 @@ def facts(*outputs: plan_pb2.Output, generation: int = 1, cluster: bool = False)
 
 
 def counter(
-    *group_by: str, name: str = "calls", kind: int = plan_pb2.Output.COUNTER, **more: object
+    *group_by: str, name: str = "calls", kind: plan_pb2.Output.Kind.ValueType = plan_pb2.Output.COUNTER, **more: Any
 ) -> plan_pb2.Output:
     return plan_pb2.Output(name=name, kind=kind, group_by=group_by, **more)
 
@@ -80,7 +81,7 @@ class FakeNode:
         )
         for index, name in enumerate(self.keys):
             if new:
-                table.keys.append(columns.column(name, [key[index] for key in new]))
+                table.keys.append(columns.column(name, np.array([key[index] for key in new])))
         self._sent += new
         changed = [r for r, key in enumerate(self._sent) if self._sent_values.get(key) != self.values[key]]
         table.width = len(next(iter(self.values.values()), [0]))
@@ -91,7 +92,7 @@ class FakeNode:
 
 
 def chunk(
-    positions: Sequence[int], *, epoch: str = "boot-1:3", end: int | None = None, **more: int
+    positions: Sequence[int], *, epoch: str = "boot-1:3", end: int | None = None, **more: Any
 ) -> stream_pb2.EventChunk:
     return stream_pb2.EventChunk(
         policy_uid=UID,

@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 from probefleet_agent import engine
-from probefleet_agent.kernel import bcc
+from probefleet_agent.kernel import bcc, bcc_headers
 from probefleet_cli import measurement, preparation
 from probefleet_cli.failures import BadInput, Failure
 from probefleet_cli.sources import Source
@@ -74,8 +75,8 @@ def main() -> None:
 def _attempt(out: Path, work: IO[str], worked: IO[str]) -> None:
     policies: dict[str, dict[str, Any]] = json.loads((out / "policies.json").read_text())
     made: dict[str, Any] = pickle.loads((out / "compiled.pickle").read_bytes())
-    bcc._run = lambda text, source, *_: made[source]
-    bcc.bcc_headers.tree = lambda *_, **__: Path("/nonexistent")
+    mock.patch.object(bcc, "_run", lambda text, source, *_: made[source]).start()
+    mock.patch.object(bcc_headers, "tree", lambda *_, **__: Path("/nonexistent")).start()
     results: dict[str, dict[str, Any]] = {}
     prepared = []
     for name, policy in policies.items():

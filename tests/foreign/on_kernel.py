@@ -5,7 +5,6 @@ in which some of them are tried. Called by ``run``.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pickle
@@ -16,11 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 from probefleet_agent.kernel import bcc, bcc_headers
-from probefleet_wire import sandbox
+from probefleet_wire import clang, sandbox
 
 from tests.foreign import extract
 
@@ -72,12 +73,8 @@ def compiled_for(folder: Path, made: dict[str, sandbox.Finished]) -> Iterator[No
         made[source] = run(text, source, *arguments)
         return made[source]
 
-    bcc._run = keep
-    bcc_headers.tree = functools.partial(tree, release=release)
-    try:
+    with mock.patch.object(bcc, "_run", keep), mock.patch.object(bcc_headers, "tree", partial(tree, release=release)):
         yield
-    finally:
-        bcc._run, bcc_headers.tree = run, tree
 
 
 def compile_all(tools: Sequence[extract.Tool], folder: Path) -> tuple[dict[str, sandbox.Finished], dict[str, str]]:
@@ -90,7 +87,7 @@ def compile_all(tools: Sequence[extract.Tool], folder: Path) -> tuple[dict[str, 
     def tracepoint_format(category: str, name: str) -> str:
         if (category, name) not in known:
             raise bcc.CompileFailed(
-                bcc.clang.CompileError([bcc.clang.Diagnostic("", 0, 0, "error", f"no tracepoint {category}:{name}")])
+                clang.CompileError([clang.Diagnostic("", 0, 0, "error", f"no tracepoint {category}:{name}")])
             )
         return known[category, name]
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -258,9 +259,7 @@ def main() -> None:
     tool, arguments = sys.argv[2], sys.argv[3:]
     bcc.BPF, bcc.USDT = Recorder, Usdt
     time.sleep = finish
-    for name in ("signal",):
-        module = __import__(name)
-        module.pause = finish
+    signal.pause = finish
     sys.argv = [tool, *arguments]
     why = ""
     try:

@@ -11,6 +11,7 @@ import functools
 import os
 import subprocess
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -129,8 +130,9 @@ class Running:
         definition = next(each for each in self.object.maps if each.name == name)
         btf = self.object.btf
         assert btf is not None
+        record = cast("np.dtype[np.void]", btf.dtype_of(definition.value_type))  # a struct's, as all records
         with rings.RingReader(self.maps[name]) as ring:
-            found = ring.read(ring.consumer_position()).array(btf.dtype_of(definition.value_type))
+            found = ring.read(ring.consumer_position()).array(record)
         return found if cgroup is None else found[found["cgroup"] == cgroup]
 
     def refuse(self, cgroup: int) -> None:

@@ -164,7 +164,7 @@ def names_in(data: bytes) -> set[str]:
         parsed = BpfObject.parse(data)
     except (ElfError, BtfError):
         return set()
-    return {each.name for each in (*parsed.programs, *parsed.maps)}
+    return {each.name for each in parsed.programs} | {each.name for each in parsed.maps}
 
 
 def main(seed: int, count: int, bpffs: Path) -> None:
