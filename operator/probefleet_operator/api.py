@@ -76,27 +76,6 @@ def in_cluster(environment: Mapping[str, str]) -> Access:
     )
 
 
-def from_kubeconfig(path: Path) -> Access:
-    """Access by the current context of a kubeconfig file, exec plugins included."""
-    # Imported here: in a cluster nobody needs this library's memory.
-    from kubernetes import client, config
-
-    configuration = client.Configuration()
-    try:
-        config.load_kube_config(config_file=str(path), client_configuration=configuration)
-    except (config.ConfigException, OSError) as problem:
-        raise errors.SettingsError(f"--kubeconfig {path} cannot be used: {problem}") from problem
-    authorization = configuration.api_key.get("authorization", "")
-    return Access(
-        server=configuration.host,
-        ca_file=Path(configuration.ssl_ca_cert) if configuration.ssl_ca_cert else None,
-        token=authorization.removeprefix("Bearer ") or None,
-        certificate_file=Path(configuration.cert_file) if configuration.cert_file else None,
-        key_file=Path(configuration.key_file) if configuration.key_file else None,
-        verify=configuration.verify_ssl,
-    )
-
-
 def error_of(status: int, body: bytes, what: str) -> errors.ApiError:
     """The API server's Status object, as one of our errors."""
     try:

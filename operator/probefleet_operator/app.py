@@ -32,6 +32,7 @@ from probefleet_operator import (
     identity,
     inventory,
     kube,
+    kubeconfig,
     memory,
     metrics,
     objects,
@@ -245,7 +246,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def operate(options: settings.Settings, stop: asyncio.Event) -> None:
     """Run an operator until `stop` is set; raises OperatorError."""
     began = time.monotonic()
-    access = api.from_kubeconfig(options.kubeconfig) if options.kubeconfig else api.in_cluster(os.environ)
+    access = kubeconfig.access(options.kubeconfig) if options.kubeconfig else api.in_cluster(os.environ)
     log.info("starting", identity=options.identity, server=access.server, namespace=options.namespace)
     async with api.Api(access) as client:
         operator = Operator(options, client)

@@ -17,10 +17,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import kopf
 import structlog
+from probefleet_wire import imports
 
 from probefleet_operator import api, errors, objects, reflector
+
+with imports.without("kubernetes"):
+    import kopf
 
 log = structlog.get_logger(__name__)
 
