@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import grpc
 from probefleet_core import endpoints, placement, values
@@ -147,20 +148,26 @@ class Session:
         if not self.closing.done():
             self.closing.set_result(Closing(code, reason))
 
-    async def outgoing(self) -> stream_pb2.FromOperator:
-        """The next message to write; acks go first, because agents hold memory until then."""
-        while True:
-            if self._ack is not None:
-                sequence, self._ack = self._ack, None
-                return stream_pb2.FromOperator(ack=stream_pb2.Ack(sequence=sequence))
-            if self._desire is not None:
-                desire, self._desire = self._desire, None
-                push, complete = self._push(desire)
-                if not complete and self._desire is None:
-                    self._desire = desire
-                return stream_pb2.FromOperator(push=push)
+    async def due(self) -> Literal["ack", "push"]:
+        """What to write next, when there is anything. Acks go first, because agents hold memory until then."""
+        while self._ack is None and self._desire is None:
             self._wake.clear()
             await self._wake.wait()
+        return "push" if self._ack is None else "ack"
+
+    def ack(self) -> stream_pb2.FromOperator:
+        """The message, which was due."""
+        assert self._ack is not None, "no ack was due"
+        sequence, self._ack = self._ack, None
+        return stream_pb2.FromOperator(ack=stream_pb2.Ack(sequence=sequence))
+
+    def push(self) -> stream_pb2.FromOperator:
+        """The message, which was due: what the node is to run by now."""
+        assert self._desire is not None, "no push was due"
+        push, complete = self._push(self._desire)
+        if complete:
+            self._desire = None
+        return stream_pb2.FromOperator(push=push)
 
     def _push(self, desire: Desire) -> tuple[stream_pb2.Push, bool]:
         """The message, and whether it says everything: what finds no room is kept as it is and comes with the next."""

@@ -83,8 +83,10 @@ class FakeAgent:
         if self._channel is not None:
             await self._channel.close(None)
 
-    async def connect(self, *, hello: bool = True, protocol: int = 1, node: str | None = None) -> None:
-        """Begin a stream and say Hello; answers of the operator are noted from now on."""
+    async def connect(
+        self, *, hello: bool = True, protocol: int = 1, node: str | None = None, deaf: bool = False
+    ) -> None:
+        """Begin a stream and say Hello; answers of the operator are noted from now on. `deaf`: it takes none."""
         assert self._channel is not None
         self.sequence = 0
         self.acks.clear()
@@ -93,7 +95,7 @@ class FakeAgent:
         stub = stream_pb2_grpc.FleetStub(self._channel)  # type: ignore[no-untyped-call]  # generated code
         metadata = [("authorization", f"Bearer {self._token}")] if self._token else []
         self._call = stub.Session(metadata=metadata)
-        self._reader = asyncio.create_task(self._read(), name=f"fake-agent-{self.node}")
+        self._reader = None if deaf else asyncio.create_task(self._read(), name=f"fake-agent-{self.node}")
         if hello:
             await self.send(
                 stream_pb2.FromAgent(

@@ -149,7 +149,7 @@ async def test_only_a_node_that_shares_the_map_hears_of_endpoints_and_then_of_ch
 
     async def pushed(wanted: session.Desire) -> stream_pb2.Push:
         opened.desire(wanted)
-        return (await opened.outgoing()).push
+        return opened.push().push
 
     assert not (await pushed(desire(False, 0))).HasField("endpoints")
     first = (await pushed(desire(True, 1))).endpoints

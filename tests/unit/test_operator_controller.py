@@ -66,7 +66,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def push_of(opened: session.Session) -> stream_pb2.Push:
     async with asyncio.timeout(5):
-        return (await opened.outgoing()).push
+        assert await opened.due() == "push"
+        return opened.push().push
 
 
 def names(push: stream_pb2.Push) -> list[str]:

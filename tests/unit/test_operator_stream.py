@@ -150,6 +150,38 @@ async def test_pushes_that_were_not_sent_yet_are_replaced_by_the_newest() -> Non
         assert newest.version == 1, "a hundred changes in one turn are one push"
 
 
+async def test_a_few_pushes_are_written_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "PUSHES_AT_ONCE", 1)
+    monkeypatch.setattr(stream, "TURN_SECONDS", 60.0)
+    async with serving(blobs={"large": bytes(8 << 20)}) as setup, setup.agent("node2", token="other") as agent:
+        async with setup.agent() as first:
+            await first.connect(deaf=True)
+            await agent.connect()
+            await until(lambda: len(setup.fleet.sessions) == 2)
+            setup.fleet.sessions["node1"].desire(desire(plan("p1", "large")))
+            await until(lambda: setup.fleet.sessions["node1"].version == 1)
+            setup.fleet.sessions["node2"].desire(desire(plan("p2")))
+            setup.fleet.sessions["node2"].desire(desire(plan("p3")))
+            await agent.send_batch()
+            await until(lambda: setup.heard.batches)
+            assert setup.fleet.sessions["node2"].version == 0, "it is not even put together, before there is room"
+        assert [each.name for each in (await agent.pushed()).plans] == ["p3"], "the newest of when its turn came"
+
+
+async def test_an_agent_that_takes_nothing_keeps_others_waiting_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "PUSHES_AT_ONCE", 1)
+    blobs = {"large": bytes(8 << 20)}
+    async with serving(blobs=blobs) as setup, setup.agent() as stuck, setup.agent("node2", token="other") as agent:
+        await stuck.connect(deaf=True)
+        await agent.connect()
+        await until(lambda: len(setup.fleet.sessions) == 2)
+        setup.fleet.sessions["node1"].desire(desire(plan("p1", "large")))
+        await until(lambda: setup.fleet.sessions["node1"].version == 1)
+        setup.fleet.sessions["node2"].desire(desire(plan("p2")))
+        assert [each.name for each in (await agent.pushed()).plans] == ["p2"]
+        assert "node1" in setup.fleet.sessions
+
+
 async def test_objects_that_do_not_fit_one_push_come_with_the_next_and_are_kept_until_then() -> None:
     blobs = {f"s{number}": bytes(5 << 20) for number in range(4)}
     async with serving(blobs=blobs) as setup, setup.agent() as agent:
