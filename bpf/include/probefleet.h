@@ -132,12 +132,10 @@ const volatile u32 probefleet_tgid = 0;
 /*
  * Is this process's event wanted? Ask with the process that your program says the event belongs to: of the current task
  * only where that is whose event it is (in a wake-up it is not). A program that asks nowhere cannot be run with --pid,
- * and one that asks costs nothing without: the verifier removes what a constant of 0 decides.
+ * and one that asks costs nothing without: the verifier removes what a constant of 0 decides. That is why it is a macro:
+ * a function's argument would be found out first, by a helper for most.
  */
-static __always_inline bool probefleet_selected_process(u32 tgid)
-{
-	return !probefleet_tgid || tgid == probefleet_tgid;
-}
+#define probefleet_selected_process(tgid) (!probefleet_tgid || (tgid) == probefleet_tgid)
 
 /* The current task's process (tgid), as pid_nr_t shows it. */
 static __always_inline pid_nr_t probefleet_current_process(void)
@@ -146,17 +144,27 @@ static __always_inline pid_nr_t probefleet_current_process(void)
 }
 
 /*
- * The cgroup of the current task. Typed loads are cheaper than the helper, where the kernel gives the task with its type
- * (helper since 3f6719c7b62f, "bpf: Add bpf_get_current_task_btf() helper", 5.11).
+ * The current task with its type, so that its fields are plain loads; NULL where the kernel does not give it (helper
+ * since 3f6719c7b62f, "bpf: Add bpf_get_current_task_btf() helper", 5.11). Ask once: a helper that is called again costs
+ * as much again, which on CPUs that guard returns is most of what a small program takes.
  */
+static __always_inline struct task_struct *probefleet_current_task(void)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf))
+		return bpf_get_current_task_btf();
+	return NULL;
+}
+
+/* The cgroup of what probefleet_current_task() said. */
+static __always_inline cgroup_id_t probefleet_cgroup_of_current(struct task_struct *task)
+{
+	return task ? task->cgroups->dfl_cgrp->kn->id : bpf_get_current_cgroup_id();
+}
+
+/* The cgroup of the current task. */
 static __always_inline cgroup_id_t probefleet_current_cgroup(void)
 {
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
-		struct task_struct *task = bpf_get_current_task_btf();
-
-		return task->cgroups->dfl_cgrp->kn->id;
-	}
-	return bpf_get_current_cgroup_id();
+	return probefleet_cgroup_of_current(probefleet_current_task());
 }
 
 /* The cgroup of another task, from any pointer. */
@@ -216,19 +224,26 @@ struct task_struct___x86 {
 	struct thread_info___x86 thread_info;
 } __attribute__((preserve_access_index));
 
-/* Is this system call made by a 32-bit program (TS_COMPAT of x86)? Its numbers mean other calls. */
-static __always_inline bool probefleet_is_compat(void)
+/*
+ * Is this system call made by a 32-bit program (TS_COMPAT of x86)? Its numbers mean other calls. Of the task that
+ * probefleet_current_task() said.
+ */
+static __always_inline bool probefleet_current_is_compat(struct task_struct *current_task)
 {
-	struct task_struct___x86 *task = NULL;
+	struct task_struct___x86 *task = (void *)current_task;
 
 	if (!bpf_core_field_exists(task->thread_info.status))
 		return false;
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
-		task = (void *)bpf_get_current_task_btf();
+	if (task)
 		return task->thread_info.status & 2;
-	}
 	task = (void *)bpf_get_current_task();
 	return BPF_CORE_READ(task, thread_info.status) & 2;
+}
+
+/* The same, for who needs nothing else of the task. */
+static __always_inline bool probefleet_is_compat(void)
+{
+	return probefleet_current_is_compat(probefleet_current_task());
 }
 
 /* -- Maps that count ---------------------------------------------------------------------------------------------- */

@@ -73,6 +73,7 @@ static __always_inline bool is_wanted(u32 syscall)
 
 static __always_inline int enter(s64 number)
 {
+	struct task_struct *current_task;
 	struct flight *flight, now = {};
 	struct call call;
 	u64 task;
@@ -82,11 +83,12 @@ static __always_inline int enter(s64 number)
 		return 0;
 	__builtin_memset(&call, 0, sizeof(call));
 	call.syscall = number;
-	if (probefleet_is_compat())
+	current_task = probefleet_current_task();
+	if (probefleet_current_is_compat(current_task))
 		call.syscall |= PROBEFLEET_COMPAT;
 	if (!is_wanted(call.syscall) || !probefleet_selected_process(probefleet_current_process()))
 		return 0;
-	call.cgroup = probefleet_current_cgroup();
+	call.cgroup = probefleet_cgroup_of_current(current_task);
 	if (!probefleet_selected(call.cgroup))
 		return 0;
 	if (!probefleet_add(&calls, &call, 1))
@@ -94,7 +96,7 @@ static __always_inline int enter(s64 number)
 	if (!latency)
 		return 0;
 
-	task = bpf_get_current_task();
+	task = current_task ? (u64)current_task : bpf_get_current_task();
 	flight = probefleet_value(&in_flight, &task, &now);
 	if (!flight)
 		return 0;

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from probefleet_agent.kernel import libbpf, syscall
+from probefleet_wire import bpf_code
 
-from tests.kernel.support import until_nothing_was_hidden
+from tests.kernel.support import compile_object, until_nothing_was_hidden
 from tests.kernel.test_cli_run import finish, start, total, wait_until_attached
 from tests.workloads import run
 
@@ -279,6 +281,20 @@ def test_one_that_does_not_ask_is_refused_with_what_to_write(program: str, tmp_p
     path = policy(tmp_path / "rare.yaml", program, asks=False)
     said, errors = finish(start("run", path, "--pid", os.getpid()), status=2)
     assert said == "" and "probefleet_selected_process(bpf_get_current_pid_tgid() >> 32)" in errors
+
+
+def test_asking_costs_no_call_of_a_helper_where_every_process_is_wanted() -> None:
+    source = """
+        #include <probefleet.h>
+        SEC("raw_tp/sys_enter") int on_enter(void *ctx) {
+          return probefleet_selected_process(probefleet_current_process());
+        }
+    """
+    with libbpf.open_object(compile_object(source, prelude=False), "asks") as opened:
+        opened.load()
+        with opened.program_fd("on_enter") as program:
+            loaded = bpf_code.decode(syscall.program_instructions(program))
+    assert bpf_code.CALL not in {each.code for each in loaded}
 
 
 def test_tcpretrans_says_that_no_process_sends_again() -> None:
