@@ -31,6 +31,7 @@ PROTOCOL = 1
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 HELLO_SECONDS = 10.0
 WRITE_SECONDS = 60.0  # an agent that takes nothing for so long is gone
+CLOSE_SECONDS = 5.0  # to take what is on its way to it, and then the reason
 # A push has programs in it. All at once, those of a policy for 5,000 nodes would take 150 MiB more for a moment, and
 # leave the heap in pieces.
 PUSHES_AT_ONCE = 32
@@ -163,7 +164,11 @@ class Fleet:
         finally:
             self._leave(opened, reason)
         if code is not grpc.StatusCode.OK:
-            await context.abort(code, reason)
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await context.abort(code, reason)
+            except TimeoutError:
+                log.warning("the agent does not take the reason why its stream ends", node=opened.node, reason=reason)
 
     async def _refuse(self, context: Any, code: grpc.StatusCode, reason: str) -> None:
         metrics.STREAMS_REFUSED.labels(code.name).inc()
@@ -315,8 +320,7 @@ class Fleet:
 
     async def _send(self, message: stream_pb2.FromOperator, context: Any) -> None:
         data = message.SerializeToString()
-        async with asyncio.timeout(WRITE_SECONDS):
-            await context.write(data)
+        await _whole(asyncio.ensure_future(context.write(data)))
         metrics.SENT_BYTES.inc(len(data))
 
     async def _watch_identity(self, opened: session.Session, token: str) -> None:
@@ -330,6 +334,22 @@ class Fleet:
                 await asyncio.sleep(30.0)
             except errors.IdentityRefused as refusal:
                 raise errors.IdentityRefused(f"{refusal}: come back with the token of now") from None
+
+
+async def _whole(write: asyncio.Future[None]) -> None:
+    """A write, to its end, also where its task is cancelled meanwhile: gRPC sends no status after one that was given up
+    half-way, and the agent would wait for the end of a stream that nobody reads. Raises TimeoutError.
+    """
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await asyncio.shield(write)
+    except asyncio.CancelledError:
+        done, _ = await asyncio.wait([write], timeout=CLOSE_SECONDS)
+        for each in done:
+            each.exception()  # the call may have ended meanwhile, as is wanted
+        raise
+    finally:
+        write.cancel()
 
 
 def bearer_of(metadata: Any) -> str:

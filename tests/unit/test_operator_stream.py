@@ -333,6 +333,33 @@ async def test_a_batch_that_is_missing_ends_the_stream_before_the_next_is_merged
         assert setup.heard.batches == [1]
 
 
+async def test_a_stream_that_is_closed_while_something_is_written_to_it_hears_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Hasty:
+        """Closes the session as soon as anything is on its way to the agent."""
+
+        def __init__(self, context: Any, opened: session.Session) -> None:
+            self._context, self._opened = context, opened
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._context, name)
+
+        async def write(self, data: bytes) -> None:
+            self._opened.close(grpc.StatusCode.ABORTED, "begin a new stream")
+            await self._context.write(data)
+
+    converse = stream.Fleet._converse
+    monkeypatch.setattr(stream.Fleet, "_converse", lambda fleet, opened, c: converse(fleet, opened, Hasty(c, opened)))
+    async with serving() as setup, setup.agent() as agent:
+        for _ in range(3):
+            await agent.connect()
+            await agent.send_batch()
+            assert (await agent.refused()).details() == "begin a new stream"
+            assert agent.acks == [1]
+            await agent.disconnect()
+
+
 async def test_bytes_that_are_no_message_close_the_stream() -> None:
     async with serving() as setup:
         credentials = grpc.ssl_channel_credentials(setup.ca)
