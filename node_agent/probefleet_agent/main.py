@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import structlog
+from probefleet_wire import heap
 
 from probefleet_agent.engine import VERSION, Engine
 from probefleet_agent.errors import ProbefleetError
@@ -73,6 +74,7 @@ def main(
     log_format: str,
 ) -> None:
     """Run programs that the operator pushes on this node, and stream back what they measure."""
+    heap.settle()
     configure_logs(log_format)
     log = structlog.get_logger("agent").bind(node=node)
     btf_kernel.use(btf)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 import structlog
+from probefleet_wire import heap
 
 from probefleet_operator import api, errors, memory, settings
 
@@ -149,7 +150,7 @@ def main(
 ) -> None:
     """Run the Probefleet operator. Every option can be given as PROBEFLEET_OPTION in the environment."""
     configure_logs(log_level)
-    memory.share_pools()
+    heap.settle(large_bytes=memory.LARGE_BYTES)
     names = tuple(name for each in service_dns for name in each.replace(",", " ").split()) or tuple(
         f"probefleet-operator{suffix}"
         for suffix in (f".{namespace}.svc", f".{namespace}.svc.cluster.local", f".{namespace}", "")

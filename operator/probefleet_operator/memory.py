@@ -1,10 +1,10 @@
-"""Memory that is free goes back to the kernel. Called by ``main`` at the start, and run by ``app`` as a task.
+"""Memory that is free goes back to the kernel, and what nobody writes to never comes. ``main`` settles the heap at the
+start, and ``app`` runs ``give_back`` as a task.
 
 gRPC takes and gives back buffers for each of thousands of connections, in threads of its own. glibc keeps what lies
-between pieces that are still in use, in a pool a thread: after a push with a program to 5,000 agents a fifth of the
-process. Few pools, trimmed now and then, cost milliseconds. And TLS has two buffers of 17 KiB a connection, of which
-small messages use the first page: outside of the pools the rest never becomes memory, in a pool it has been another's.
-Other C libraries have no such calls, and are left alone.
+between pieces that are still in use: after a push with a program to 5,000 agents a fifth of the process. Few pools,
+trimmed now and then, cost milliseconds. And TLS has two buffers of 17 KiB a connection, of which small messages use the
+first page: mapped by themselves the rest never becomes memory, in a pool it has been somebody else's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 EVERY_SECONDS = 30.0
-#: mallopt(3)
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-_POOLS = 2
-_OUTSIDE_BYTES = 16 << 10  # what is so large is no pool's
-
-
-def share_pools() -> bool:
-    """Let all threads share two pools, of small pieces; before they begin. Whether the C library can."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_ARENA_MAX, _POOLS) == 1 == mallopt(_M_MMAP_THRESHOLD, _OUTSIDE_BYTES)
+LARGE_BYTES = 16 << 10
 
 
 async def give_back() -> None:

@@ -50,7 +50,10 @@ def main(seconds: float = 60.0) -> None:
     from probefleet_agent import session
     from probefleet_agent.engine import Engine
     from probefleet_agent.kernel import mounts
+    from probefleet_wire import heap
     from probefleet_wire.v1 import stream_pb2
+
+    heap.settle()  # as its `main` does
 
     folder = mounts.mount_bpffs() / "probefleet-bench-agent"
     folder.mkdir(exist_ok=True)

@@ -104,16 +104,17 @@ def parse_kallsyms(text: bytes, modules: str = "") -> KernelSymbols:
     A name reaches to the next symbol, but not beyond the kernel's own text, the module (``modules`` as in
     /proc/modules) or what the kernel made: a place behind them is nobody's that is listed.
     """
-    addresses, starts, owners, names, length = array("Q"), array("I"), bytearray(), [], 0
+    addresses, starts, owners, names = array("Q"), array("I"), bytearray(), bytearray()
+    end_of_text = (1 << 64) - 1
     for found in _SYMBOL.finditer(text):
         addresses.append(int(found[1], 16))
-        starts.append(length)
+        starts.append(len(names))
         owners.append(0 if found[3] is None else 2 if found[3] in _MADE else 1)
-        names.append(found[2])
-        length += len(found[2]) + 1
+        names += found[2] + b"\n"
+        if found[2] == b"_etext":
+            end_of_text = addresses[-1]
     numbers, first = np.unique(np.frombuffer(addresses, np.uint64), return_index=True)
     owner = np.frombuffer(bytes(owners), np.uint8)[first]
-    end_of_text = max((addresses[at] for at, name in enumerate(names) if name == b"_etext"), default=(1 << 64) - 1)
     ends = np.where(owner == 0, np.uint64(end_of_text), np.where(owner == 1, np.uint64(0), numbers + _MADE_BYTES))
     for size, base in _MODULE.findall(modules):
         start, end = int(base, 16), int(base, 16) + int(size)
@@ -121,7 +122,7 @@ def parse_kallsyms(text: bytes, modules: str = "") -> KernelSymbols:
     hidden = not numbers.any()
     at = np.frombuffer(starts, np.uint32)[first]
     ends = np.maximum(ends, numbers + np.uint64(1))
-    return KernelSymbols(numbers, at, b"\n".join([*names, b""]), hidden, ends, owner != 2)
+    return KernelSymbols(numbers, at, bytes(names), hidden, ends, owner != 2)
 
 
 @dataclass(frozen=True, slots=True)
