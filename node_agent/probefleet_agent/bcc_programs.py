@@ -67,14 +67,15 @@ def load(
                 loaded.maps[each.name] = _map(each, shared.get(each.name), size, btf, inner, instance.title)
             fds = {name: handle.fd for name, handle in loaded.maps.items()}
             functions = {function.name: function for function in program.functions}
+            types = links.program_types(chosen, {each.program: _section(instance, each) for each in chosen})
             for attachment in chosen:
                 if attachment.program not in loaded.programs:
-                    function = functions[attachment.program]
-                    loaded.programs[function.name] = _program(function, attachment, instance, program, fds, btf)
+                    function, kind = functions[attachment.program], types[attachment.program]
+                    loaded.programs[function.name] = _program(function, attachment, kind, program, fds, btf)
             for name in _jumped_to(instance, program) - loaded.programs.keys():
                 caller = _caller(name, instance, functions, chosen)
                 loaded.sections[name] = _section(instance, caller)
-                loaded.programs[name] = _program(functions[name], caller, instance, program, fds, btf)
+                loaded.programs[name] = _program(functions[name], caller, types[caller.program], program, fds, btf)
         undo.pop_all()
     return loaded
 
@@ -187,12 +188,12 @@ def _layout(each: bcc.BccMap) -> Layout | None:
 def _program(
     function: bcc.BccFunction,
     attachment: plan_pb2.Attachment,
-    instance: plan_pb2.Instance,
+    kinds: tuple[int, int],
     program: bcc.BccProgram,
     fds: Mapping[str, Fd],
     btf: Fd,
 ) -> Fd:
-    kind, attach_type = links.program_type(attachment, _section(instance, attachment))
+    kind, attach_type = kinds
     attach_btf_id = 0
     if name := links.btf_name(attachment):
         attach_btf_id = btf_kernel.vmlinux().require(name)

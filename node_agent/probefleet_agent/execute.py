@@ -396,16 +396,21 @@ class Executor:
         self._begin_following(loaded)
         followed = {follower.number for follower in loaded.followers.each}
         ways = dict(loaded.followers.begin())
-        for number, attachment in enumerate(loaded.chosen):
-            if number in followed or number in pinned:
+        for numbers in links.together(loaded.chosen):
+            first, attachments = numbers[0], [loaded.chosen[number] for number in numbers]
+            if first in followed or not pinned.isdisjoint(numbers):
                 continue
-            section = loaded.sections.get(attachment.program, "")
-            link = links.attach(
-                loaded.programs[attachment.program], attachment, program_section=section, root=self.files_root
-            )
-            loaded.links[number] = link
-            loaded.pinned_links = loaded.pinned_links and link.pinnable
-            ways[number] = f"{attachment.program}: {link.way}"
+            program = attachments[0].program
+            fd, section = loaded.programs[program], loaded.sections.get(program, "")
+            many = links.attach_together(fd, attachments, root=self.files_root) if len(numbers) > 1 else None
+            made = {first: many[0]} if many else {}
+            for number in numbers if many is None else ():
+                made[number] = links.attach(fd, loaded.chosen[number], program_section=section, root=self.files_root)
+                loaded.links[number] = made[number]
+            loaded.links.update(made)
+            loaded.pinned_links = loaded.pinned_links and all(each.pinnable for each in made.values())
+            words = many[1] if many else [each.way for each in made.values()]
+            ways.update((number, f"{program}: {way}") for number, way in zip(numbers, words, strict=True))
         return [ways[number] for number in sorted(ways)][:MAX_WAYS]
 
     def _begin_following(self, loaded: Loaded) -> None:

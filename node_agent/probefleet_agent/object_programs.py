@@ -20,6 +20,7 @@ from probefleet_agent import map_fit, observing, pinned_by_others, ways
 from probefleet_agent.decode import Layout
 from probefleet_agent.errors import NotObserving, ObjectError
 from probefleet_agent.kernel import libbpf, links, maps
+from probefleet_agent.kernel.uapi import ProgramType
 from probefleet_agent.loaded import FILTER, Loaded, MapHandle
 
 FILTER_ON = "probefleet_filter_on"
@@ -141,13 +142,13 @@ def _configure(
     wanted = {attachment.program for attachment in chosen} | set(instance.tail_programs)
     for program in opened.program_names:
         opened.set_autoload(program, program in wanted)
+    types = links.program_types(chosen, sections)
     for attachment in chosen:
-        kind, attach_type = links.program_type(attachment, sections[attachment.program])
-        opened.set_type(attachment.program, kind, attach_type)
+        opened.set_type(attachment.program, *types[attachment.program])
         if target := links.bound_to(attachment):
             opened.set_attach_target(attachment.program, target)
     for program in instance.tail_programs:
-        _like_its_callers(opened, program, chosen, sections)
+        _like_its_callers(opened, program, chosen, types)
     for parameter in instance.parameters:
         opened.set_rodata(parameter.variable, parameter.value)
     if FILTER in opened.map_names and filter_on:
@@ -160,18 +161,21 @@ def _like_its_callers(
     opened: libbpf.Object,
     program: str,
     chosen: Sequence[plan_pb2.Attachment],
-    sections: Mapping[str, str],
+    types: Mapping[str, tuple[int, int]],
 ) -> None:
-    """What others jump to is of their type, where its SEC() does not say more."""
+    """What others jump to is of their type, where its SEC() does not say more (a place binds no kprobe program)."""
     kind, _ = opened.program_type(program)
-    names_place = "/" in sections[program]
+    section = opened.section(program)
     for caller in chosen:
-        caller_kind, attach_type = links.program_type(caller, sections[caller.program])
-        if kind in (0, caller_kind) and not names_place:
+        caller_kind, attach_type = types[caller.program]
+        if kind in (0, caller_kind) and (kind == ProgramType.KPROBE or "/" not in section):
             opened.set_type(program, caller_kind, attach_type)
             if target := links.bound_to(caller):
                 opened.set_attach_target(program, target)
             return
+    if section.removeprefix("?").split("/")[0] in ("uprobe", "uretprobe"):
+        # Who jumps to it is another policy's, and was loaded as what is attached to functions of user space is.
+        opened.set_type(program, *links.program_type(plan_pb2.Attachment(uprobe=plan_pb2.Uprobe())))
 
 
 def _taken(

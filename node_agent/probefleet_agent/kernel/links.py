@@ -7,7 +7,7 @@ a new kind is a module with a table of its own, and one line here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from probefleet_wire.v1 import plan_pb2
@@ -27,6 +27,7 @@ from probefleet_agent.kernel.link import Kind
 from probefleet_agent.kernel.link import Link as Link
 from probefleet_agent.kernel.links_interval import KINDS as _INTERVAL
 from probefleet_agent.kernel.spread import Spread
+from probefleet_agent.kernel.uapi import AttachType, ProgramType
 
 KINDS: Mapping[str, Kind] = {
     **links_trace.KINDS,
@@ -51,6 +52,32 @@ def kind(attachment: plan_pb2.Attachment) -> str:
 def program_type(attachment: plan_pb2.Attachment, section: str = "") -> tuple[int, int]:
     """(program type, expected attach type) that the target needs; ``section`` decides for ``syscall``."""
     return KINDS[kind(attachment)].program_type(attachment, section)
+
+
+def program_types(
+    attachments: Iterable[plan_pb2.Attachment], sections: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """The same of each program, for all that it is attached to.
+
+    One that is attached to functions of user space and to something else cannot be uprobe.multi's: it is a plain kprobe
+    program, and each of its places a link.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for each in attachments:
+        mine = program_type(each, sections.get(each.program, ""))
+        before = found.get(each.program, mine)
+        kinds = {before[1], mine[1]}
+        plain = before[0] == mine[0] == ProgramType.KPROBE and len(kinds) > 1 and AttachType.TRACE_UPROBE_MULTI in kinds
+        found[each.program] = (int(ProgramType.KPROBE), int(AttachType.NONE)) if plain else mine
+    return found
+
+
+def together(attachments: Sequence[plan_pb2.Attachment]) -> list[list[int]]:
+    """Numbers of attachments that can be one link: uprobes of one program in one file. Others are by themselves."""
+    groups: dict[object, list[int]] = {}
+    for number, each in enumerate(attachments):
+        groups.setdefault(links_user.file_of(each) or number, []).append(number)
+    return list(groups.values())
 
 
 def bound_to(attachment: plan_pb2.Attachment) -> str:
@@ -83,6 +110,15 @@ def supported(
     except (NoSuchTarget, UnsupportedFeature) as error:
         return error
     return None
+
+
+def attach_together(
+    prog_fd: SupportsIndex, attachments: Sequence[plan_pb2.Attachment], *, root: str = ""
+) -> tuple[Link, list[str]] | None:
+    """Attach what ``together`` put together, each in words; None where it has to be done one by one."""
+    found = [KINDS["uprobe"].rooted(each, root) for each in attachments]
+    link = links_user.attach_many(prog_fd, found)
+    return (link, [links_user.way_of(each) for each in found]) if link else None
 
 
 def attach(

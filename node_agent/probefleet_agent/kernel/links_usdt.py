@@ -89,7 +89,8 @@ def _usdt(prog_fd: SupportsIndex, attachment: Attachment) -> Link:
         except KernelError as error:
             if error.errno == errno.ESRCH:
                 raise NoSuchTarget(f"process {wanted.pid} to probe") from error
-            raise
+            if error.errno != errno.EINVAL:  # the program is attached to something else as well
+                raise
     return _one_by_one(prog_fd, wanted.path, wanted.pid, places, cookies, way)
 
 
