@@ -16,8 +16,6 @@ from probefleet_wire import elf_strip
 from tests.fakes.damage import damaged
 from tests.unit.test_network_programs import COUNTS, DECIDES, compiled
 
-#: What coverage has to see, tests of whole objects show it; here it would take as long again.
-pytestmark = pytest.mark.no_cover
 ROUNDS = 150
 #: No object of 100 KB may hold the operator up for longer, however it is damaged; the machine may be busy.
 MOST_SECONDS = 5.0
