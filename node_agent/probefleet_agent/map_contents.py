@@ -18,6 +18,7 @@ from probefleet_wire.map_types import MapType
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent import jumping
+from probefleet_agent.decode import Layout
 from probefleet_agent.errors import KernelError, ObjectError, ProbefleetError
 from probefleet_agent.kernel import maps, syscall
 from probefleet_agent.loaded import Loaded, MapHandle
@@ -54,9 +55,30 @@ def write(
 def fill(loaded: Loaded) -> None:
     """Push what its queues, stacks and bloom filters hold when they are made; the first value first."""
     for content in loaded.instance.filled:
-        handle, size = _handle(loaded, content.map), len(content.values) // content.count
-        for at in range(0, len(content.values), size):
-            syscall.map_push(handle.fd, content.values[at : at + size])
+        handle = _handle(loaded, content.map)
+        for value in _pushed(content, handle):
+            syscall.map_push(handle.fd, value)
+
+
+def _pushed(content: plan_pb2.MapContent, handle: MapHandle) -> list[bytes]:
+    """The values to push; of a program that is compiled on the node as its types lay them out. Raises ObjectError."""
+    if not content.given:
+        size = len(content.values) // content.count
+        return [content.values[at : at + size] for at in range(0, len(content.values), size)]
+    kind, layout, listed = handle.info.type, handle.layout, json.loads(content.given)
+    if kind not in map_types.POPPED or layout is None:
+        name = map_types.name_of(kind)
+        raise ObjectError(f"maps: {content.map} takes no values without a key: it is of type {name}. Write key.")
+    if len(listed) > handle.info.max_entries:
+        raise ObjectError(f"maps: {len(listed)} values for {content.map}, which has room for {handle.info.max_entries}")
+    return [_value(layout, value, f"values[{index}] of {content.map}") for index, (_, value) in enumerate(listed)]
+
+
+def _value(layout: Layout, value: object, where: str) -> bytes:
+    try:
+        return encode.encode(layout.value, layout.value_bytes, value, whole=False, what="value")
+    except encode.EncodeError as error:
+        raise ObjectError(f"maps: {where} does not fit: {error}") from error
 
 
 def same(one: plan_pb2.Instance, other: plan_pb2.Instance) -> bool:
@@ -101,7 +123,7 @@ def _laid_out(content: plan_pb2.MapContent, handle: MapHandle) -> Entries:
     if kind not in {*map_types.HASHES, *map_types.ARRAYS, MapType.LPM_TRIE} or layout is None or not layout.key:
         raise ObjectError(
             f"maps: {content.map} takes no values: it is of type {map_types.name_of(kind)}; hashes, arrays and LPM "
-            "tries of types that BCC describes do, and in libbpf's C (program.c) queues, stacks and bloom filters"
+            "tries of types that BCC describes do; queues and stacks do without keys"
         )
     found: Entries = {}
     for index, (key, value) in enumerate(json.loads(content.given)):
@@ -109,9 +131,9 @@ def _laid_out(content: plan_pb2.MapContent, handle: MapHandle) -> Entries:
             raise ObjectError(f"maps: values[{index}] of {content.map} has no key: write one")
         try:
             raw = encode.encode(layout.key, layout.key_bytes, key, whole=True, what="key")
-            found[raw] = encode.encode(layout.value, layout.value_bytes, value, whole=False, what="value")
         except encode.EncodeError as error:
             raise ObjectError(f"maps: values[{index}] of {content.map} does not fit: {error}") from error
+        found[raw] = _value(layout, value, f"values[{index}] of {content.map}")
         if kind in map_types.ARRAYS and int.from_bytes(raw, "little") >= handle.info.max_entries:
             raise ObjectError(f"maps: {content.map} has no place {key}: it is an array of {handle.info.max_entries}")
     if len(found) > handle.info.max_entries:

@@ -296,13 +296,21 @@ def tail_calls(
 
 def bcc_contents(policy: values.ProbePolicy) -> list[plan_pb2.MapContent]:
     """Entries as they are written: the node, which compiles the program, lays them out."""
-    return [
-        plan_pb2.MapContent(
-            map=use.name, given=json.dumps([[each.key, each.value] for each in use.entries], separators=(",", ":"))
-        )
-        for use in policy.maps
-        if use.entries is not None
-    ]
+    return [_given(use) for use in policy.maps if use.entries is not None and not _is_pushed(use)]
+
+
+def bcc_filled(policy: values.ProbePolicy) -> list[plan_pb2.MapContent]:
+    """The same of what is pushed: values without a key."""
+    return [_given(use) for use in policy.maps if _is_pushed(use)]
+
+
+def _is_pushed(use: values.MapUse) -> bool:
+    return bool(use.entries) and all(each.key is None for each in use.entries or ())
+
+
+def _given(use: values.MapUse) -> plan_pb2.MapContent:
+    listed = [[each.key, each.value] for each in use.entries or ()]
+    return plan_pb2.MapContent(map=use.name, given=json.dumps(listed, separators=(",", ":")))
 
 
 def bcc_tail_calls(

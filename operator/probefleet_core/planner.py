@@ -305,6 +305,7 @@ def _written(
     if isinstance(policy.program, values.BccProgram):
         return _Written(
             contents=tuple(map_contents.bcc_contents(policy)),
+            filled=tuple(map_contents.bcc_filled(policy)),
             tail_calls=tuple(map_contents.bcc_tail_calls(policy, parts.source, sizes, problems)),
         )
     if parts.parsed is None:

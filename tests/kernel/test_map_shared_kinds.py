@@ -283,6 +283,21 @@ def test_programs_of_another_type_do_not_jump_through_a_shared_array() -> None:
         assert f"{words} {kinds[1]}, as the first was that used it" in said.message
 
 
+def test_what_is_detached_for_its_budget_leaves_its_slots() -> None:
+    made = probe_map("prog-array", maxEntries=8)
+    with policies.run(made, jumper(), filler()) as run:
+        installed = run.measured.engine._installed  # type: ignore[attr-defined]
+        (digest,) = [digest for digest, each in installed.loaded.items() if each.instance.title == "c/filler"]
+        loaded = installed.loaded[digest]
+        loaded.detached = "over its budget"
+        installed.detach(digest)
+        call_getppid(23)
+        assert dumped("both", "both") == [] and run.rows("calls", 0)[("0",)] == 23
+        assert installed.attach_again(loaded) is None
+        call_getppid(997)
+        assert (run.rows("calls", 1)[("1",)], run.rows("calls", 0)[("0",)]) == (997, 23)
+
+
 def test_an_agent_that_starts_again_finds_the_slots_as_they_were_and_clears_what_is_nobodys() -> None:
     made = probe_map("prog-array", maxEntries=8)
     with policies.run(made, jumper(), filler()) as run:

@@ -304,6 +304,45 @@ def test_values_of_a_queue_are_pushed_once_in_their_order(kind: str) -> None:
         assert run.rows("calls") == {("7",): 1, ("8",): 20, ("9",): 1100, ("999",): 26}
 
 
+def test_values_of_a_queue_of_bccs_are_pushed() -> None:
+    source = f"""
+struct step {{ u32 key; u16 weight; }};
+BPF_QUEUE(steps, struct step, 8);
+BPF_HASH(counts, u32, u64, 16);
+TRACEPOINT_PROBE(syscalls, sys_enter_getppid)
+{{
+	struct step step = {{}};
+	if (bpf_get_current_pid_tgid() >> 32 != {os.getpid()})
+		return 0;
+	if (steps.pop(&step)) {{
+		step.key = 999;
+		step.weight = 1;
+	}}
+	counts.increment(step.key, step.weight);
+	return 0;
+}}
+"""
+
+    def writing(name: str, *listed: dict[str, Any]) -> dict[str, Any]:
+        policy = policies.c_policy("", maps=[{"name": name, "values": list(listed)}], **COUNTS)
+        policy["spec"]["program"] = {"bcc": {"source": source}}
+        return policy
+
+    steps = [{"value": {"key": key, "weight": weight}} for key, weight in ((7, 1), (8, 10))]
+    with policies.run(writing("steps", *steps)) as run:
+        call_getppid(23)
+        assert run.rows("calls") == {("7",): 1, ("8",): 10, ("999",): 21}
+    for name, listed, says in (
+        ("steps", steps * 5, "10 values for steps, which has room for 8"),
+        ("steps", [{"value": {"weight": -1}}], r"values\[0\] of steps does not fit: weight: -1"),
+        ("counts", [{"value": 1}], "counts takes no values without a key: it is of type hash"),
+        ("steps", [{"key": 1, "value": {}}], "steps takes no values: it is of type queue"),
+    ):
+        with policies.run(writing(name, *listed), ready=False) as run:
+            (status,) = run.measured.statuses()
+            assert re.search(says, status.message), status.message
+
+
 def test_a_queue_that_is_filled_is_not_filled_again_by_the_next_agent() -> None:
     from probefleet_agent.engine import Engine
     from probefleet_cli import local_pods, preparation
