@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import SupportsIndex
@@ -72,19 +72,24 @@ def load(
                 if attachment.program not in loaded.programs:
                     function, kind = functions[attachment.program], types[attachment.program]
                     loaded.programs[function.name] = _program(function, attachment, kind, program, fds, btf)
-            for name in _jumped_to(instance, program) - loaded.programs.keys():
+            named = {name for each in instance.tail_calls for name in each.entries.values()}
+            for name in sorted(_jumped_to(instance, program, named) - loaded.programs.keys()):
                 caller = _caller(name, instance, functions, chosen)
-                loaded.sections[name] = _section(instance, caller)
-                loaded.programs[name] = _program(functions[name], caller, types[caller.program], program, fds, btf)
+                try:
+                    made = _program(functions[name], caller, types[caller.program], program, fds, btf)
+                except VerifierError:
+                    if name in named:
+                        raise
+                    continue  # of another type, it seems: nobody has asked for it
+                loaded.programs[name], loaded.sections[name] = made, _section(instance, caller)
         undo.pop_all()
     return loaded
 
 
-def _jumped_to(instance: plan_pb2.Instance, program: bcc.BccProgram) -> set[str]:
+def _jumped_to(instance: plan_pb2.Instance, program: bcc.BccProgram, named: Set[str]) -> Set[str]:
     """What ``tail_calls`` names, and the functions that an edit could name: those that take a context alone."""
     if not instance.tail_calls:
         return set()
-    named = {name for each in instance.tail_calls for name in each.entries.values()}
     there = {function.name for function in program.functions}
     return there & named | {each for each in there if bcc_source.takes_a_context(instance.bcc.source, each)}
 

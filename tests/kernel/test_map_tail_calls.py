@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import pytest
+import yaml
 from probefleet_agent.kernel import syscall
 from probefleet_cli import preparation
 from probefleet_cli.failures import BadInput
@@ -197,6 +198,21 @@ def test_programs_of_bcc_fill_the_slots_and_change_live() -> None:
         call_getppid(997)
         assert calls(run) == {"1": 997, "2": 28}, "empty slots fall through"
         assert [path.name for path in policies.folder().glob("probefleet/instances/*")] == before
+
+
+def test_a_function_of_bcc_that_is_of_another_type_keeps_none_from_running() -> None:
+    """It could be named by an edit, for it takes a context; but the one that jumps has another."""
+    wanted = by_bcc({GETPPID: "on_parent"})
+    wanted["spec"]["program"]["bcc"]["source"] += "int on_probe(struct pt_regs *ctx) { return PT_REGS_SP(ctx) == 0; }\n"
+    with policies.run(wanted) as run:
+        call_getppid(23)
+        assert calls(run) == {"1": 23}
+        named = yaml.safe_load(yaml.safe_dump(wanted))
+        named["spec"]["tailCalls"][0]["entries"][GET_PRIORITY_MAX] = "on_probe"
+        with pytest.raises(AssertionError, match=r"BadObject: .*on_probe"):
+            run.apply(named)
+        call_getppid(5)
+        assert calls(run) == {"1": 28}, "it goes on with the slots that it had"
 
 
 @pytest.mark.parametrize(
