@@ -373,6 +373,7 @@ _ARRAYS = (values.MapType.ARRAY, values.MapType.PERCPU_ARRAY)
 STORAGE = (values.MapType.TASK_STORAGE, values.MapType.CGRP_STORAGE, values.MapType.SK_STORAGE)
 CGROUP_STORAGE = (values.MapType.CGROUP_STORAGE, values.MapType.PERCPU_CGROUP_STORAGE)
 MAX_SLOTS = 65_536
+MAX_INNER_MAPS = 4096
 OF_MAPS = (values.MapType.ARRAY_OF_MAPS, values.MapType.HASH_OF_MAPS)
 #: A value there may say what a record is.
 _RECORDS = (values.MapType.RINGBUF, values.MapType.PERF_EVENT_ARRAY)
@@ -427,6 +428,9 @@ def _map_spec_rule(value: Mapping[str, object], path: str, problems: errors.Prob
     if kind is values.MapType.PROG_ARRAY and entries > MAX_SLOTS:
         why = f"a shared program array has at most {MAX_SLOTS:,} slots, for an agent that starts looks through them all"
         problems.add(join(path, "maxEntries"), f"{entries}", why=why, write=f"Write {MAX_SLOTS}, or less.")
+    if kind is values.MapType.ARRAY_OF_MAPS and entries > MAX_INNER_MAPS:
+        why = f"each place of an array of maps has an inner map, and at most {MAX_INNER_MAPS:,} are made"
+        problems.add(join(path, "maxEntries"), f"{entries}", why=why, write=f"Write {MAX_INNER_MAPS}, or less.")
     keys = inner.get("keys") if isinstance(inner, Mapping) else None
     if isinstance(keys, list) and len(keys) > entries:
         why = f"the map has room for {entries}"

@@ -380,6 +380,7 @@ def test_what_no_two_programs_can_share_is_refused_with_the_kernels_reason(kind:
         ({"type": "prog-array", "value": None}, "spec.key"),
         ({"type": "prog-array", "key": None, "value": None, "maxEntries": 65_537}, "spec.maxEntries"),
         ({"type": "cpu-set"}, "spec.type"),
+        ({"type": "array-of-maps", "key": None, "value": None, "maxEntries": 4097, "inner": INNER}, "spec.maxEntries"),
         ({"type": "hash", "maxEntries": None}, "spec.maxEntries"),
         ({"type": "hash", "inner": INNER}, "spec.inner"),
         ({"type": "task-storage", "key": None}, "spec.maxEntries"),
