@@ -166,12 +166,13 @@ def _store(table: _Table, kind: str, content: Any) -> None:
     grows = table.spec.kind in _GROWS
     # Nothing else falls but a sum of negative numbers, which is what it is.
     restarts = grows and table.spec.deletes
+    counted = 1 if table.spec.kind is Kind.STATS else 0  # an average may fall
     for key, number in rows.items():
         before = table.seen.get(key)
         if before == number:
             continue
         base = table.base.get(key, (0, 0, 0))
-        if restarts and before is not None and (number[0] < before[0] or number[1] < before[1]):
+        if restarts and before is not None and number[counted] < before[counted]:
             # It was deleted, and counted anew: what it held stays counted.
             base = (base[0] + before[0], base[1] + before[1], base[2] + before[2])
             table.base[key] = base

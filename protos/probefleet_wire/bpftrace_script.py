@@ -20,7 +20,10 @@ _CLEAR = re.compile(r"\b(?:clear|zero)\s*\(\s*@([A-Za-z_]?\w*)\s*\)")
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*[<\"][^>\"\n]*[>\"]", re.MULTILINE)
 _TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_MAP = re.compile(r"@([A-Za-z_]\w*)?\s*((?:\[[^][]*(?:\[[^][]*\][^][]*)*\])?)\s*(\+\+|--|\+=|-=|=(?!=))?\s*(\w+\s*\()?")
+_MAP = re.compile(
+    r"(?P<before>\+\+|--)?@(?P<name>[A-Za-z_]\w*)?\s*(?P<index>(?:\[[^][]*(?:\[[^][]*\][^][]*)*\])?)\s*"
+    r"(?P<after>\+\+|--|\+=|-=|=(?!=))?\s*(?P<call>\w+\s*\()?"
+)
 _CALLS = {
     "count(": "counter",
     "sum(": "counter",
@@ -85,9 +88,10 @@ def _written(script: str) -> tuple[Map, ...]:
     found: dict[str, Map] = {}
     texts: set[str] = set()
     deleted = set(_DELETE.findall(text))
-    falls = {match[1] or "" for match in _MAP.finditer(text) if match[3] in ("--", "-=")}
+    falls = {match["name"] or "" for match in _MAP.finditer(text) if {match["before"], match["after"]} & {"--", "-="}}
     for match in _MAP.finditer(text):
-        name, index, operator, call = match[1] or "", match[2], match[3], (match[4] or "").replace(" ", "")
+        name, index, operator = match["name"] or "", match["index"], match["before"] or match["after"]
+        call = (match["call"] or "").replace(" ", "")
         if not operator:
             continue
         if text.startswith('""', match.end()):

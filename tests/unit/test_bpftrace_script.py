@@ -56,6 +56,8 @@ def test_maps_of_text_and_those_that_a_script_deletes_from_are_its_own_memory() 
 def test_what_a_script_also_counts_down_is_no_counter() -> None:
     script = "kprobe:f { @open[pid]++; @room += arg1; @n++; } kretprobe:f { @open[pid]--; @room -= retval; }"
     assert [each.kind for each in bpftrace_script.maps(script)] == [Kind.LATEST, Kind.LATEST, Kind.COUNTER]
+    script = "kprobe:f { ++@calls[pid]; ++@open; } kretprobe:f { --@open; }"
+    assert bpftrace_script.maps(script) == (Map("calls", Kind.COUNTER, True), Map("open", Kind.LATEST, False))
 
 
 def test_every_map_is_printed_between_marks() -> None:

@@ -17,21 +17,23 @@ class Table:
     """A table of the agent's with room for so many keys, in place of the kernel's."""
 
     def __init__(self, spec: Map, monkeypatch: pytest.MonkeyPatch, *, room: int = 9) -> None:
-        self.content: dict[bytes, int] = {}
+        self.content: dict[bytes, tuple[int, ...]] = {}
         self._room = room
         self.table = bpftrace_programs._Table(spec, cast("MapHandle", self))
         monkeypatch.setattr(bpftrace_programs.syscall, "map_update", self._update)
         self.fd = 3
 
-    def printed(self, **content: int) -> dict[str, int]:
+    def printed(self, **content: int | dict[str, int]) -> dict[str, int]:
         """bpftrace printed this; what the table holds then, by key."""
-        bpftrace_programs._store(self.table, "map", content)
-        return {key[: key.index(0)].decode(): value for key, value in self.content.items()}
+        kind = "stats" if self.table.spec.kind is Kind.STATS else "map"
+        bpftrace_programs._store(self.table, kind, content)
+        at = 1 if kind == "stats" else 0  # how often, or what
+        return {key[: key.index(0)].decode(): value[at] for key, value in self.content.items()}
 
     def _update(self, _: Any, key: bytes, value: bytes) -> None:
         if key not in self.content and len(self.content) >= self._room:
             raise KernelError(errno.E2BIG, "set an entry")
-        self.content[key] = struct.unpack("<QQQ", value)[0]
+        self.content[key] = struct.unpack("<QQQ", value)
 
 
 COUNTS = Map("a", Kind.COUNTER, True)
@@ -66,3 +68,10 @@ def test_a_key_that_the_script_deletes_keeps_what_it_counted(monkeypatch: pytest
     assert table.printed(bash=7) == {"bash": 30}, "between two prints it went and came anew"
     table.printed()
     assert table.printed(bash=29) == {"bash": 59}
+
+
+def test_an_average_that_falls_began_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(Map("a", Kind.STATS, True, deletes=True), monkeypatch)
+    assert table.printed(bash={"average": 10, "count": 2, "total": 20}) == {"bash": 2}
+    assert table.printed(bash={"average": 5, "count": 4, "total": 20}) == {"bash": 4}
+    assert table.printed(bash={"average": 9, "count": 1, "total": 9}) == {"bash": 5}, "it was deleted, and came anew"
