@@ -1,14 +1,15 @@
 """Executables and libraries on this node: names in, file offsets out (uprobes); addresses in, names out (stacks).
 
-``targets`` resolves uprobes here, ``symbols`` stacks. Files belong to anybody, so every offset is checked against the
-file's length; symbol tables are read as NumPy arrays, never symbol by symbol. (``probefleet_wire.elf`` reads BPF
-objects, which are small and have no program headers.)
+``targets`` resolves uprobes here, ``symbols`` stacks. Files belong to anybody: every offset is checked against the
+file's length, no table is read that would fill the memory, nothing is mapped that its owner could cut off under our
+hands (SIGBUS), and what is no regular file is not opened. Symbol tables are read as NumPy arrays, never symbol by
+symbol. (``probefleet_wire.elf`` reads BPF objects, which are small and have no program headers.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from probefleet_agent.kernel import roots
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM = np.dtype(
@@ -35,6 +38,8 @@ _SYMTAB, _DYNSYM = 2, 11
 _FUNC, _IFUNC = 2, 10
 MAX_SYMBOLS = 4_000_000
 MAX_NAME_BYTES = 4096
+MAX_TABLE_BYTES = 128 << 20
+MAX_NOTES_BYTES = 1 << 20
 
 
 class NotElf(Exception):
@@ -63,15 +68,18 @@ class Functions:
 
 
 class ElfFile:
-    """One file, mapped. Use ``open_file``."""
+    """One open file. Use ``open_file``."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        if len(data) < _HEADER.size or data[:4] != b"\x7fELF":
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        header = os.pread(fd, _HEADER.size, 0)
+        if not header:
+            raise NotElf("it is empty")
+        if len(header) < _HEADER.size or header[:4] != b"\x7fELF":
             raise NotElf("it is not an ELF file")
-        if data[4] != 2 or data[5] != 1:
+        if header[4] != 2 or header[5] != 1:
             raise NotElf("it is not a 64-bit little-endian ELF file")
-        fields = _HEADER.unpack_from(data)
+        fields = _HEADER.unpack(header)
         self.machine: int = fields[2]
         #: Loaded where its addresses say (ET_EXEC), not where there is room.
         self.is_fixed: bool = fields[1] == _EXEC
@@ -87,13 +95,18 @@ class ElfFile:
         return self._array(dtype, offset, count * each)
 
     def _array(self, dtype: np.dtype[np.void], offset: int, size: int) -> npt.NDArray[np.void]:
-        """A copy, so that the mapping can be closed."""
         return np.frombuffer(self._bytes(offset, size // dtype.itemsize * dtype.itemsize), dtype)
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        if offset + size > len(self._data):
-            raise NotElf(f"it is cut short: {offset + size} bytes wanted, {len(self._data)} there")
-        return self._data[offset : offset + size]
+    def _bytes(self, offset: int, size: int, *, most: int = MAX_TABLE_BYTES) -> bytes:
+        there = os.fstat(self._fd).st_size
+        if offset + size > there:
+            raise NotElf(f"it is cut short: {offset + size} bytes wanted, {there} there")
+        if size > most:
+            raise NotElf(f"a part of it has {size:,} bytes; at most {most:,} are read")
+        found = os.pread(self._fd, size, offset)
+        if len(found) < size:
+            raise NotElf("it was cut short meanwhile")
+        return found
 
     def _symbol_tables(self) -> Iterator[tuple[npt.NDArray[np.void], bytes]]:
         """Defined functions and the strings with their names; .symtab before .dynsym."""
@@ -186,7 +199,7 @@ class ElfFile:
     def build_id(self) -> str:
         """The build id in hex; "" where there is none."""
         for note in self._programs[self._programs["type"] == _NOTE]:
-            data, at = self._bytes(int(note["offset"]), int(note["filesz"])), 0
+            data, at = self._bytes(int(note["offset"]), int(note["filesz"]), most=MAX_NOTES_BYTES), 0
             while at + 12 <= len(data):
                 name_size, size, kind = struct.unpack_from("<III", data, at)
                 body = at + 12 + (name_size + 3) // 4 * 4
@@ -198,11 +211,9 @@ class ElfFile:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[ElfFile]:
-    """Map a file for reading. FileNotFoundError, OSError, or NotElf."""
-    with path.open("rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except ValueError as error:
-            raise NotElf("it is empty") from error
-        with data:
-            yield ElfFile(data)
+    """Open a file for reading. FileNotFoundError, OSError, or NotElf."""
+    fd = roots.open_regular(path)
+    try:
+        yield ElfFile(fd)
+    finally:
+        os.close(fd)

@@ -6,6 +6,9 @@ file of the node. ``user_files`` and ``symbols`` resolve links here instead.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 from probefleet_agent.errors import NoSuchTarget
@@ -34,3 +37,16 @@ def in_root(path: str, root: str) -> str:
         at = "" if target.startswith("/") else at
         rest += target.split("/")[::-1]
     return f"{root}{at}" or "/"
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a regular file. OSError EINVAL for anything else: whoever owns the place may have put a FIFO
+    there, which nobody ever writes to, or a device, which does something when it is opened.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)

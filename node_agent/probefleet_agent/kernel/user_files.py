@@ -69,7 +69,7 @@ def _first(root: str, folder: str, wanted: str) -> str | None:
 def _cached(root: str) -> dict[str, str]:
     """Library → path, as the loader of that root has it; empty without a cache that can be read."""
     try:
-        with Path(roots.in_root("/etc/ld.so.cache", root)).open("rb") as file:
+        with os.fdopen(roots.open_regular(roots.in_root("/etc/ld.so.cache", root)), "rb") as file:
             data = file.read(MAX_CACHE_BYTES)
     except OSError:
         return {}
