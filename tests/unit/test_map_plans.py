@@ -24,6 +24,7 @@ MAP(LPM_TRIE, 8, __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, struct prefix
 nets SEC(".maps");
 MAP(PROG_ARRAY, 8, __uint(key_size, 4); __uint(value_size, 4);) ways SEC(".maps");
 MAP(QUEUE, 8, __type(value, u64);) line SEC(".maps");
+MAP(QUEUE, 8, __uint(value_size, 8);) mute SEC(".maps");
 MAP(HASH, 8, __uint(key_size, 20); __uint(value_size, 4);) untyped SEC(".maps");
 MAP(HASH, 8, __uint(map_flags, BPF_F_RDONLY); __type(key, u32); __type(value, u64);) fixed SEC(".maps");
 MAP(HASH, 8, __uint(map_flags, BPF_F_WRONLY_PROG); __type(key, u32); __type(value, u64);) blind SEC(".maps");
@@ -160,6 +161,7 @@ def test_what_no_output_reads_is_listed(elf: bytes) -> None:
 WRONG: list[tuple[Json, str, str]] = [
     ({"maps": [writing("ways", (0, 1))]}, "spec.maps[0].values", "ways is of type prog-array"),
     ({"maps": [writing("line", (0, 1))]}, "spec.maps[0].values[0].key", "line is a queue, whose values have none"),
+    ({"maps": [pushing("mute", 1)]}, "spec.maps[0].values", "mute does not say what it holds"),
     ({"maps": [pushing("line", *range(9))]}, "spec.maps[0].values", "line has room for 8"),
     ({"maps": [pushing("line", 1, -1)]}, "spec.maps[0].values[1].value", "-1 does not fit"),
     ({"maps": [pushing("rules", {"port": 7})]}, "spec.maps[0].values[0].key", "rules is a hash, whose values have one"),

@@ -709,6 +709,62 @@ def test_a_map_that_does_not_fit_is_refused_with_both_layouts(change: Json, says
     assert says in found[0].why
 
 
+KINDS = """#include <probefleet.h>
+#define MAP(kind, rest) struct { __uint(type, BPF_MAP_TYPE_##kind); __uint(max_entries, 4); rest }
+#define NESTED MAP(ARRAY_OF_MAPS, __type(key, u32); __array(values, struct inner);)
+struct inner { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 4); __type(key, u32); __type(value, u64); };
+struct inner one SEC(".maps");
+MAP(HASH, __type(key, u32); __type(value, u64);) counts SEC(".maps");
+NESTED nested SEC(".maps");
+NESTED full SEC(".maps") = { .values = { [1] = &one } };
+MAP(ARRAY_OF_MAPS, __uint(key_size, 4); __uint(value_size, 4);) bare SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_TASK_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, s32);
+	__type(value, u32); } stored SEC(".maps");
+SEC("raw_tp/x") int run(void *ctx) { return 0; }
+char LICENSE[] SEC("license") = "GPL";
+"""
+INNER_HASH = {"type": "hash", "maxEntries": 64, "key": "u32 pid", "value": "u64 n"}
+NESTED: Json = {"type": "array-of-maps", "key": None, "value": None, "inner": INNER_HASH}
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "says"),
+    [
+        ("nested", NESTED, ""),
+        (
+            "nested",
+            {**NESTED, "inner": {**INNER_HASH, "type": "lru-hash"}},
+            "inner maps it is of type hash, the ProbeMap",
+        ),
+        ("nested", {**NESTED, "inner": {**INNER_HASH, "value": "u32 n"}}, "of its inner maps its value is 8 bytes"),
+        ("full", NESTED, "its .values fill it"),
+        ("bare", NESTED, "it does not say what its inner maps are"),
+        ("stored", {"type": "task-storage", "key": None, "value": "u32 n", "maxEntries": None}, ""),
+        ("stored", {"type": "task-storage", "key": None, "value": "u64 n", "maxEntries": None}, "its value is 4 bytes"),
+    ],
+)
+def test_maps_of_maps_and_storage_fit_by_what_is_in_them(name: str, spec: Json, says: str) -> None:
+    wanted = own(maps=[{"name": name, "share": {"probeMap": "conns"}}], outputs=[output("counts", "counts")])
+    shared = {"conns": made_map(**spec)}
+    if not says:
+        assert plan(wanted, compiled(KINDS), probe_maps=shared).probe_maps
+        return
+    (problem,) = refused(wanted, compiled(KINDS), probe_maps=shared)
+    assert says in problem.why
+
+
+def test_values_of_bcc_are_laid_out_by_the_node() -> None:
+    values_ = [{"name": "counts", "values": [{"key": 1, "value": 2}]}, {"name": "steps", "values": [{"value": 7}]}]
+    source = "BPF_HASH(counts, u32);\nBPF_QUEUE(steps, u64, 8);"
+    one, two = (
+        plan(own("bcc", source, maps=maps), None).plan.instance
+        for maps in (values_, [values_[0], {"name": "steps", "values": [{"value": 8}]}])
+    )
+    assert [(each.map, each.given) for each in one.contents] == [("counts", "[[1,2]]")]
+    assert [(each.map, each.given) for each in one.filled] == [("steps", "[[null,7]]")]
+    assert one.digest != two.digest, "what is pushed is part of what runs"
+
+
 def test_maps_are_checked_by_name() -> None:
     elf = compiled(program("raw_tp/x"))
     found = refused(own(maps=[{"name": "count", "maxEntries": 4}]), elf)
