@@ -125,7 +125,7 @@ def add_events(
             told = (
                 counts,
                 [
-                    *_missed(instance, f"{uid} {reader.epoch}", _said_of(ring, handle, reader, counts)),
+                    *_missed(instance, f"{uid} {name}", _said_of(ring, handle, reader, counts)),
                     *instance.said(),
                 ],
             )

@@ -123,7 +123,7 @@ class Loaded:
     record_layouts: dict[str, Layout] = field(default_factory=dict)
     readings: dict[str, bytes] = field(default_factory=dict)  # of iterators, the last
     troubles: list[str] = field(default_factory=list)  # what could not be read in this interval
-    #: Policy uid and its ring's epoch, or its table → what nobody counted, in words.
+    #: Policy uid and output → what nobody counted, in words.
     missed: dict[str, list[str]] = field(default_factory=dict)
     forgotten: Mapping[str, Sequence[str]] = field(default_factory=dict)  # `missed` as an agent before this one left it
     full: list[str] = field(default_factory=list)  # maps that no output reads, and that were full when it was looked

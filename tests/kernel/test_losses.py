@@ -68,11 +68,19 @@ def test_records_that_find_no_room_and_that_nobody_counts_are_said() -> None:
         assert report_of(run) == (ROOM - 1 + ROOM + 23, "0+?", [FULL]), "what is missing stays missing"
 
 
-def test_what_is_missing_stays_missing_though_another_agent_takes_over() -> None:
-    made = policy(RING + PLAIN)
+QUEUE = """
+struct { __uint(type, BPF_MAP_TYPE_QUEUE); __uint(max_entries, 23); __type(value, u64); } notes SEC(".maps");
+ON_CALL { u64 one = 1; if (ours()) bpf_map_push_elem(&notes, &one, 0); return 0; }
+"""
+FULL_QUEUE = "notes was full, and nobody counts what finds no room"
+
+
+@pytest.mark.parametrize(("source", "room", "full"), [(RING + PLAIN, ROOM, FULL), (QUEUE, 23, FULL_QUEUE)])
+def test_what_is_missing_stays_missing_though_another_agent_takes_over(source: str, room: int, full: str) -> None:
+    made = policy(source)
     with policies.run(made) as run:
         call_getppid(997)
-        assert report_of(run) == (ROOM, "0+?", [FULL])
+        assert report_of(run) == (room, "0+?", [full])
         # As after `kill -9`, and long after the ring was full.
         with Engine.open(bpffs=policies.folder()) as again:
             push = preparation.push(policies.prepare(made), pods=local_pods.find(), namespace=None, version=9)
@@ -83,7 +91,7 @@ def test_what_is_missing_stays_missing_though_another_agent_takes_over() -> None
             batch = again.collect(time.time_ns(), force=True)
             assert batch is not None
             (chunk,) = batch.events
-            assert list(chunk.uncounted) == [FULL]
+            assert list(chunk.uncounted) == [full]
 
 
 def test_where_the_program_counts_them_the_number_is_enough() -> None:
@@ -134,15 +142,11 @@ TRACEPOINT_PROBE(syscalls, sys_enter_getppid)
 
 @pytest.mark.parametrize("kind", ["QUEUE", "STACK"])
 def test_a_queue_that_was_full_is_said(kind: str) -> None:
-    source = f"""
-struct {{ __uint(type, BPF_MAP_TYPE_{kind}); __uint(max_entries, 23); __type(value, u64); }} notes SEC(".maps");
-ON_CALL {{ u64 one = 1; if (ours()) bpf_map_push_elem(&notes, &one, 0); return 0; }}
-"""
-    with policies.run(policy(source)) as run:
+    with policies.run(policy(QUEUE.replace("TYPE_QUEUE", f"TYPE_{kind}"))) as run:
         call_getppid(22)
         assert report_of(run) == (22, "0", [])
         call_getppid(997)
-        assert report_of(run) == (45, "0+?", ["notes was full, and nobody counts what finds no room"])
+        assert report_of(run) == (45, "0+?", [FULL_QUEUE])
 
 
 HASH = """
