@@ -118,9 +118,7 @@ class PerfRing(KeptRing):
     def _fresh(self) -> Sequence[bytes]:
         fresh = self._reader.read()
         self.lost = fresh.lost
-        came = ", ".join(map(str, sorted(set(self._reader.came))))
-        self.said = [f"CPU {came} came online: what it recorded before its perf buffer was opened"] if came else []
-        self.said += [f"CPU {cpu} has no perf buffer: {error}" for cpu, error in self._reader.failed.items()]
+        self.said = self._reader.missing()
         return [fresh.bytes_at(index) for index in range(len(fresh))]
 
 

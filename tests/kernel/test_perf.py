@@ -137,6 +137,16 @@ def test_a_cpu_that_comes_online_is_read_from_then_on_and_told(monkeypatch: pyte
     assert ring.said == [f"CPU {here} came online: what it recorded before its perf buffer was opened"]
 
 
+def test_a_cpu_that_has_no_place_in_the_map_is_told() -> None:
+    source = SOURCE.replace("__uint(key_size, 4)", "__uint(max_entries, 1); __uint(key_size, 4)")
+    with Loaded(source) as loaded:
+        ring = perf_ring.PerfRing(loaded.maps["out"])
+        ring.producer_position()
+        beyond = ", ".join(map(str, maps.online_cpus()[1:]))
+        assert ring.said == ([f"out has 1 places: what CPU {beyond} records is lost"] if beyond else [])
+        ring.close()
+
+
 def test_a_cpu_whose_buffer_cannot_be_opened_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     here = maps.online_cpus()[0]
     online, allowed, opened = {here}, os.sched_getaffinity(0), perf._CpuRing._open

@@ -114,6 +114,7 @@ class PerfBufferReader:
         if pages <= 0 or pages & (pages - 1):
             raise ProbefleetError(f"{pages} pages: a perf buffer has a power of two of them")
         self._map, self._most, self._pages = map_fd, info.max_entries, pages
+        self._name = info.name
         self._rings: list[_CpuRing] = []
         self._gone: list[_CpuRing] = []  # of CPUs that came again, still to be read out
         self._online: set[int] = set()
@@ -181,6 +182,15 @@ class PerfBufferReader:
                 self._rings = [*(each for each in self._rings if each.cpu != cpu), ring]
                 self.came.append(cpu)
             self._online.add(cpu)
+
+    def missing(self) -> list[str]:
+        """What of online CPUs is not recorded, in words."""
+        words = []
+        if came := ", ".join(map(str, sorted(set(self.came)))):
+            words.append(f"CPU {came} came online: what it recorded before its perf buffer was opened")
+        if beyond := ", ".join(map(str, sorted(cpu for cpu in self._online if cpu >= self._most))):
+            words.append(f"{self._name} has {self._most} places: what CPU {beyond} records is lost")
+        return words + [f"CPU {cpu} has no perf buffer: {error}" for cpu, error in self.failed.items()]
 
     def _open(self, cpu: int) -> _CpuRing:
         ring = _CpuRing(cpu, self._pages)
