@@ -765,6 +765,33 @@ def test_values_of_bcc_are_laid_out_by_the_node() -> None:
     assert one.digest != two.digest, "what is pushed is part of what runs"
 
 
+JUMPS = "BPF_PROG_ARRAY(ways, 8);\nint leaf(void *ctx) { return 0; }\nBPF_HASH(counts, u32);"
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "says"),
+    [
+        ({"map": "way", "entries": {"1": "leaf"}}, "spec.tailCalls[0].map", "Did you mean ways?"),
+        ({"map": "ways", "entries": {"8": "leaf"}}, "spec.tailCalls[0].entries.8", "ways has 8 slots"),
+        ({"map": "ways", "entries": {"1": "leav"}}, "spec.tailCalls[0].entries.1", "no function of that name"),
+    ],
+)
+def test_jumps_of_bcc_are_checked_as_far_as_its_text_tells(given: Json, path: str, says: str) -> None:
+    (problem,) = refused(own("bcc", JUMPS, tailCalls=[given]), None)
+    assert problem.path == path and says in str(problem)
+
+
+def test_a_shared_array_has_the_slots_that_its_probe_map_says() -> None:
+    shared = {"conns": made_map(type="prog-array", key=None, value=None, maxEntries=4)}
+    share = [{"name": "ways", "share": {"probeMap": "conns"}}]
+    jumps = {"map": "ways", "entries": {"3": "leaf"}}
+    made = plan(own("bcc", JUMPS, maps=share, tailCalls=[jumps]), None, probe_maps=shared).plan.instance
+    assert [(each.map, dict(each.entries)) for each in made.tail_calls] == [("ways", {3: "leaf"})]
+    jumps["entries"] = {"4": "leaf"}
+    (problem,) = refused(own("bcc", JUMPS, maps=share, tailCalls=[jumps]), None, probe_maps=shared)
+    assert "ways has 4 slots" in str(problem)
+
+
 def test_maps_are_checked_by_name() -> None:
     elf = compiled(program("raw_tp/x"))
     found = refused(own(maps=[{"name": "count", "maxEntries": 4}]), elf)
