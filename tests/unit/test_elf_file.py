@@ -51,3 +51,14 @@ def test_a_file_of_holes_takes_no_memory(tmp_path: Path) -> None:
         for read in (elf.functions, elf.build_id):
             with pytest.raises(elf_file.NotElf, match="at most"):
                 read()
+
+
+def test_a_link_in_a_containers_root_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel does not show the mapped file itself: an agent with few capabilities."""
+    (tmp_path / "lib").symlink_to("/usr")
+    monkeypatch.setattr(symbols._Wanted, "root", lambda _: str(tmp_path))
+    for path, leads_to in (("/lib/bin", "/usr/bin"), ("/../../etc", "/etc")):
+        wanted = symbols._Wanted(os.getpid(), symbols.Mapping(1, 2, 0, 3, path), symbols.np.zeros(0, "i8"))
+        assert wanted.path() == Path(f"{tmp_path}{leads_to}")
+    (tmp_path / "circle").symlink_to("/circle")
+    assert symbols._Wanted(os.getpid(), symbols.Mapping(1, 2, 0, 3, "/circle"), wanted.at).key() is None

@@ -9,6 +9,7 @@ only the file is known), and counted.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import re
 import time
@@ -160,14 +161,19 @@ class _Wanted:
 
     def path(self) -> Path:
         """Where it is opened: map_files is the file itself, even deleted or hidden below a mount, but needs
-        CAP_CHECKPOINT_RESTORE.
+        CAP_CHECKPOINT_RESTORE. Raises OSError where links lead in a circle.
         """
         path = Path(f"/proc/{self.pid}/map_files/{self.mapping.start:x}-{self.mapping.end:x}")
         try:
             path.stat()
         except OSError:
-            return Path(f"/proc/{self.pid}/root{self.mapping.path}")
-        return path
+            pass
+        else:
+            return path
+        try:
+            return Path(roots.in_root(self.mapping.path, self.root()))
+        except NoSuchTarget as error:
+            raise OSError(errno.ELOOP, str(error)) from error
 
     def key(self) -> _FileKey | None:
         """Which file it is, whoever maps it and sees the same files; ``None`` where it cannot be found."""
@@ -258,7 +264,10 @@ class Symbolizer:
             if not mapping.path.startswith("/") or (key := file.key()) is None:
                 continue
             if key not in self._build_ids:
-                self._build_ids[key] = build_id(file.path())
+                try:
+                    self._build_ids[key] = build_id(file.path())
+                except OSError:  # it has gone just now
+                    continue
                 if len(self._build_ids) > MAX_BUILD_IDS:
                     self._build_ids.popitem(last=False)
             its_own = self._build_ids.get(key)
