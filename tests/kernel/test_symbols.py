@@ -91,7 +91,8 @@ def test_stacks_of_a_busy_program_name_its_functions_and_their_order(tmp_path: P
             process.kill()
     innermost = ["probefleet_innermost", "probefleet_middle", "main"]
     assert any(names[:3] == innermost for _, names in named), named
-    assert all("main" in names for _, names in named), named
+    # A sample of a function's first instructions, before its frame is there, leaves out who called it.
+    assert all("main" in names or names[0] == "probefleet_middle" for _, names in named), named
     assert symbolizer.resolved > 0
 
 
