@@ -242,14 +242,14 @@ class Executor:
                 return loaded
             if any(handle.info.type == MapType.PERF_EVENT_ARRAY for handle in loaded.maps.values()):
                 why = "perf buffers end with the agent's process, and the records that came meanwhile with them"
-                loaded.gaps.append((stopped_ns, time.time_ns(), why))
+                loaded.add_gap(stopped_ns, time.time_ns(), why)
                 self.root.write_manifest(digest, loaded.manifest())
             if loaded.detached:
                 self.root.detach(digest)  # an agent that was about to has ended
             elif not loaded.pinned_links:
                 self._attach(loaded, pinned={number // MAX_PLACES for number in pinned.numbered})
                 why = "this kernel (before 5.15) ends such attachments with the agent's process"
-                loaded.gaps.append((stopped_ns, time.time_ns(), why))
+                loaded.add_gap(stopped_ns, time.time_ns(), why)
                 self.root.write_manifest(digest, loaded.manifest())
             else:
                 self._begin_following(loaded)
@@ -277,7 +277,7 @@ class Executor:
                 uid: plan_pb2.Plan.FromString(base64.b64decode(text)) for uid, text in told["plans"].items()
             }
             loaded.gaps = [(start, end, why) for start, end, why in told["gaps"]]
-            loaded.gaps.append((stopped_ns, time.time_ns(), "bpftrace ends with the agent's process"))
+            loaded.add_gap(stopped_ns, time.time_ns(), "bpftrace ends with the agent's process")
             loaded.since_ns = told["since_ns"]
             loaded.asked_boot_ns = told.get("asked_boot_ns", clock.since_boot_ns())
             joining.begun_again(loaded, told.get("joined", {}))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from probefleet_agent import decode
+from probefleet_agent import decode, following
 from probefleet_agent.engine import Engine, StalePush
 from probefleet_agent.errors import KernelError
 from probefleet_agent.kernel import clock, maps
@@ -97,7 +97,10 @@ def test_a_probe_map_that_cannot_be_adopted_does_not_keep_the_agent_from_its_wor
         assert not broken.exists(), "no policy wants it"
 
 
-def test_what_a_perf_buffer_missed_between_two_agents_is_a_gap(folder: Path) -> None:
+def test_what_a_perf_buffer_missed_between_two_agents_is_a_gap_and_the_newest_are_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "MAX_GAPS", 2)
     data = compile_object("""
 struct { __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); __uint(key_size, 4); __uint(value_size, 4); } out SEC(".maps");
 SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
@@ -120,6 +123,10 @@ SEC("tp_btf/sched_process_exec") int on_exec(void *ctx)
     with Engine.open(bpffs=folder) as engine:
         (gap,) = collected(engine).tables[0].gaps
         assert gap.start_ns < gap.end_ns and gap.why.startswith("perf buffers end with the agent's process")
+    for _ in range(3):
+        with Engine.open(bpffs=folder) as engine:
+            gaps = collected(engine).tables[0].gaps
+    assert len(gaps) == 2 and gap.end_ns < gaps[0].start_ns < gaps[1].start_ns
 
 
 def test_a_push_that_is_not_newer_changes_nothing(folder: Path) -> None:
