@@ -1,6 +1,6 @@
 """What goes to the operator, and what of it is already there: rows, sequence numbers, acknowledgements. Pure.
 
-``collect`` reads a map and hands its keys and values to a ``Rows``, which knows every raw key it has seen: which
+``collect`` reads a map and hands its keys and values to a ``Rows``, which knows every raw key that the map has: which
 row of the output it adds to, or that it does not count. So only *new* keys are decoded and looped over; known ones
 are found by binary search and summed by NumPy. ``Stream`` numbers the batches of one session, keeps what is not
 acknowledged yet, and says which ring positions may be given back to the kernel.
