@@ -69,6 +69,21 @@ typedef char comm_t[16];
 
 #define PROBEFLEET_COMPAT (1U << 31)
 
+/* What programs on packets and sockets name, and BTF does not keep: macros of the kernel's user-space headers. */
+#ifndef AF_INET
+#define AF_INET 2
+#define AF_INET6 10
+#endif
+#ifndef ETH_P_IP
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86DD
+#endif
+#ifndef TC_ACT_OK
+#define TC_ACT_UNSPEC (-1)
+#define TC_ACT_OK 0
+#define TC_ACT_SHOT 2
+#endif
+
 /* -- What was lost ------------------------------------------------------------------------------------------------ */
 
 enum probefleet_count {

@@ -131,10 +131,19 @@ def test_a_pod_that_comes_is_probed_and_one_that_goes_is_let_go(image: Path) -> 
             one.work()
             assert loaded.hits() == COUNT
             assert spread.follow(groups(one), 3).gone == (0,), "no process of it is left"
-            assert spread.sentences() == ["pod uid-0 has no /marks now"]
+            assert spread.sentences() == [], "and nothing of it is missed"
         with pods(image) as (two,):
             two.work()
             assert loaded.hits() == COUNT, "detached"
+        spread.close()
+
+
+def test_a_pod_that_lacks_the_file_is_said(image: Path) -> None:
+    target = attachment("on_it", uprobe={"path": "/elsewhere", "symbol": "one", "pods": True})
+    with pods(image) as (one,), Loaded(ANY) as loaded:
+        spread = made(loaded, target)
+        spread.follow(groups(one), 1)
+        assert spread.sentences() == ["pod uid-0 has no /elsewhere now"]
         spread.close()
 
 
