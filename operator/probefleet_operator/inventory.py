@@ -49,14 +49,10 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
-    """What selections and names ask of a pod."""
+class Pod(placement.Pod):
+    """What selections ask of a pod (one object for both: there are many), and names. No node: not scheduled yet."""
 
-    uid: str
     name: str
-    namespace: str
-    node: str  # empty until scheduled
-    labels: Mapping[str, str]
     owner: Owner | None
     containers: Mapping[str, str]  # container id (hex, without its scheme) → container name
     finished: bool  # Succeeded or Failed: its containers are gone, its counts are not
@@ -134,10 +130,10 @@ def trim_pod(raw: api.Json) -> Pod:
     # A static pod's cgroup is named by its config hash; the kubelet tells it in this annotation of the mirror pod.
     static_uid = (metadata.get("annotations") or {}).get("kubernetes.io/config.mirror")
     return Pod(
-        uid=static_uid or metadata["uid"],
+        uid=values.PodUid(static_uid or metadata["uid"]),
         name=metadata["name"],
         namespace=sys.intern(metadata["namespace"]),
-        node=sys.intern(spec.get("nodeName", "")),
+        node=values.NodeName(sys.intern(spec.get("nodeName", ""))),
         labels=_shared.labels(metadata.get("labels") or {}),
         owner=_shared.owner(metadata),
         containers=containers or _NO_CONTAINERS,
@@ -178,9 +174,10 @@ class Inventory:
         )
         self.endpoints = endpoints.Endpoints()
         self._node_by_name: dict[str, Node] = {}
-        self._pods_by_node: dict[str, dict[str, placement.Pod]] = {}  # tombstones included
+        self._pods_by_node: dict[str, dict[str, Pod]] = {}  # tombstones included
         self._tombstones: OrderedDict[str, tuple[float, Pod]] = OrderedDict()
-        # All containers that were seen of a pod, by its uid: a status tells of the last two only.
+        # All containers that were seen of a pod, by its uid, where its status does not have them all: it tells of the
+        # last two only.
         self._containers: dict[str, Mapping[str, str]] = {}
         # Owners outlive their pods' counts only through the names already given.
         self._workload_names: dict[str, Owner] = {}
@@ -265,21 +262,20 @@ class Inventory:
 
     def _pod_changed(self, pod: Pod, gone: bool) -> None:
         if pod.node:
-            placed = placement.Pod(
-                uid=values.PodUid(pod.uid), namespace=pod.namespace, labels=pod.labels, node=values.NodeName(pod.node)
-            )
-            self._pods_by_node.setdefault(pod.node, {})[pod.uid] = placed
-            self._remember_containers(pod)
+            here = self._pods_by_node.setdefault(pod.node, {})
+            self._remember_containers(pod, before=here.get(pod.uid))
+            here[pod.uid] = pod
             self.workload(pod)  # learns the owner's name while the owner lives
         self.endpoints.put(pod.uid, () if gone or pod.finished or pod.mirror else pod.addresses)
         if gone:
             self._bury(pod)
         self._on_pod(pod, gone)
 
-    def _remember_containers(self, pod: Pod) -> None:
-        earlier = self._containers.get(pod.uid, {})
-        if earlier.keys() <= pod.containers.keys():
-            self._containers[pod.uid] = pod.containers
+    def _remember_containers(self, pod: Pod, *, before: Pod | None) -> None:
+        earlier = self._containers.get(pod.uid, before.containers if before else {})
+        # Of a static pod's uid several nodes may have containers.
+        if earlier.keys() <= pod.containers.keys() and not pod.mirror:
+            self._containers.pop(pod.uid, None)
         else:
             both = {**earlier, **pod.containers}
             self._containers[pod.uid] = dict(list(both.items())[-MAX_CONTAINERS:])

@@ -180,7 +180,7 @@ async def test_a_pods_coming_is_told_to_its_node_alone() -> None:
 
 
 def agent_pod(uid: str, node: str) -> inventory.Pod:
-    return inventory.Pod(uid, uid, "probefleet", node, {}, None, {}, False)
+    return inventory.Pod(values.PodUid(uid), "probefleet", {}, values.NodeName(node), uid, None, {}, False)
 
 
 async def test_an_agent_whose_pod_is_deleted_loses_its_stream() -> None:
@@ -262,7 +262,7 @@ async def test_a_pods_address_reaches_the_nodes_that_share_endpoints_and_no_othe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(controller, "ENDPOINTS_SECONDS", 0.001)
-    web = inventory.Pod("u-web", "web", "shop", "b", {}, None, {}, False, ("10.0.0.1",))
+    web = inventory.Pod(values.PodUid("u-web"), "shop", {}, values.NodeName("b"), "web", None, {}, False, ("10.0.0.1",))
     for shares in (endpoints.UID, ""):
         async with running(Setup()) as setup:
             setup.inventory.add("a", "b")

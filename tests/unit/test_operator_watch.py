@@ -120,11 +120,14 @@ async def test_tombstones_are_let_go_after_their_time(monkeypatch: pytest.Monkey
     fake.put("/api/v1/namespaces/shop/pods/old", pod("old"))
     fake.put("/api/v1/namespaces/shop/pods/new", pod("new"))
     async with known(fake) as (kept, told):
+        anew = {"containerStatuses": [{"name": "main", "containerID": "containerd://c-anew"}]}
+        fake.put("/api/v1/namespaces/shop/pods/old", {**pod("old"), "status": anew})
+        await until(lambda: list(kept._containers) == ["u-old"])
         monkeypatch.setattr(inventory, "TOMBSTONE_SECONDS", -1.0)
         fake.delete("/api/v1/namespaces/shop/pods/old")
         await until(lambda: ("old", True) in told)
         assert kept.pod("u-old") is None
-        assert list(kept._containers) == ["u-new"]
+        assert not kept._containers
         assert [each.uid for each in kept.pods_of("node1")] == ["u-new"]
 
 
@@ -230,6 +233,18 @@ async def test_a_pods_node_may_speak_for_it_also_when_it_is_gone_and_a_static_po
         await until(lambda: ("web", True) in told)
         found = {uid: kept.pod(uid) for uid in ("u-web", "abc")}
         assert {uid: each and kept.nodes_of(each) for uid, each in found.items()} == {"u-web": ("node1",), "abc": ()}
+
+
+async def test_containers_of_a_static_pods_uid_have_names_on_all_nodes_that_have_it() -> None:
+    fake = FakeApiServer()
+    mirror = {"kubernetes.io/config.mirror": "abc"}
+    async with known(fake) as (kept, told):
+        for name in ("proxy-1", "proxy-2"):
+            fake.put(f"/api/v1/namespaces/shop/pods/{name}", pod(name, f"node-of-{name}", annotations=mirror))
+            await until(lambda name=name: (name, False) in told)
+        found = kept.pod("abc")
+        assert found is not None
+        assert dict(kept.containers(found)) == {"c-proxy-1": "main", "c-proxy-2": "main"}
 
 
 # Policies and ProbeMaps: whatever order events and lists come in.
