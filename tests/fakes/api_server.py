@@ -132,6 +132,8 @@ class FakeApiServer:
             await response.prepare(request)
             while (event := await queue.get()) is not None:
                 await response.write(json.dumps(event).encode() + b"\n")
+        except ConnectionResetError:
+            pass  # who watched has gone: no error of a server
         finally:
             self._watches.remove(entry)
         return response
