@@ -77,6 +77,12 @@ lock: ## lock the versions of all Python packages (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --group dev --generate-hashes -q pyproject.toml \
 		-o requirements.lock
 
+.PHONY: plugin
+plugin: setup ## a wheel of `kubectl probefleet` for other machines, in build/plugin
+	@rm -rf build/plugin
+	@$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/plugin .
+	@ls build/plugin/*.whl
+
 .PHONY: demo
 demo: setup ## measure this machine: a histogram, an inline BCC program, and events
 	@examples/demo

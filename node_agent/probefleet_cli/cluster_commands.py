@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ def connection(command: Command) -> Command:
 @click.option("-l", "--selector", metavar="LABELS", help="Only pods with these labels, as kubectl's -l.")
 @click.option("--cluster-scope", is_flag=True, help="All namespaces and the host; needs its own RBAC verb.")
 @options.settings
+@options.by("pod, and workload with --cluster-scope")
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time. Without: Ctrl-C, at most 10m.")
 @click.option("--interval", metavar="TIME", default="1s", show_default=True, help="How often nodes send values.")
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
@@ -66,6 +67,7 @@ def run(
     selector: str | None,
     cluster_scope: bool,
     settings: tuple[str, ...],
+    by: str | None,
     duration: float | None,
     interval: str,
     output: str,
@@ -75,7 +77,7 @@ def run(
 
     \b
       kubectl probefleet run runqlat -n shop --for 1m
-      kubectl probefleet run syscount -n shop -l app=web --set syscalls=openat,read
+      kubectl probefleet run syscount -n shop -l app=web --set syscalls=openat,read --by workload
     """
     cluster = cluster_api.Cluster.connect(kubeconfig=kubeconfig, context=context, system_namespace=system_namespace)
     manifest = policy_manifest(
@@ -84,6 +86,7 @@ def run(
         selector=selector,
         cluster_scope=cluster_scope,
         settings=sources.parse_settings(settings),
+        by=sources.parse_fields(by),
         interval=interval,
         ttl_seconds=DEFAULT_TTL_SECONDS if duration is None else int(duration) + TTL_MARGIN_SECONDS,
     )
@@ -106,10 +109,14 @@ def policy_manifest(
     selector: str | None,
     cluster_scope: bool,
     settings: dict[str, str],
+    by: Sequence[str] = (),
     interval: str,
     ttl_seconds: int,
 ) -> Json:
-    """The ProbePolicy that ``run`` creates. Whether the probe exists is the operator's to say: its catalog counts."""
+    """The ProbePolicy that ``run`` creates. Whether the probe exists is the operator's to say: its catalog counts.
+
+    Who looks into one namespace wants to know which pod it is; a standing policy tells workloads apart.
+    """
     program: Json = {"name": name, **({"parameters": settings} if settings else {})}
     spec: Json = {
         "scope": "Cluster" if cluster_scope else "Namespace",
@@ -119,12 +126,15 @@ def policy_manifest(
     }
     if selector:
         spec["pods"] = {"selector": selectors.parse(selector)}
-    return {
+    manifest: Json = {
         "apiVersion": "probefleet.io/v1alpha1",
         "kind": "ProbePolicy",
         "metadata": {"name": name, "namespace": namespace},
         "spec": spec,
     }
+    with contextlib.suppress(*(() if by else (Failure,))):  # who has only the plugin may have no catalog
+        sources.group(manifest, sources.load_catalog(), by or (() if cluster_scope else ("pod",)))
+    return manifest
 
 
 @contextlib.contextmanager

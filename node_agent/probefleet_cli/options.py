@@ -95,6 +95,16 @@ def settings(command: Command) -> Command:
     )(command)
 
 
+def by(default: str) -> Callable[[Command], Command]:
+    """``--by``; in words, what is told apart without it."""
+    return click.option(
+        "--by",
+        metavar="FIELD[,FIELD]",
+        help="Whose numbers are told apart: node, namespace, workload, pod, container, or a field that "
+        f"`probefleet catalog NAME` lists. Without: {default}.",
+    )
+
+
 def wide(command: Command) -> Command:
     """``--wide``."""
     return click.option("--wide", is_flag=True, help="On a terminal, show records and keys whole, as in a pipe.")(

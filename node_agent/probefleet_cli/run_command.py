@@ -54,6 +54,7 @@ TICK_SECONDS = 0.1
 @click.option("--for", "duration", type=options.Duration(), help="Stop after this time (30s, 5m). Without: Ctrl-C.")
 @click.option("--interval", metavar="TIME", help="How often values are read (1s to 1h). Probes by name: 1s.")
 @options.settings
+@options.by("as the probe has it")
 @click.option("-o", "--output", type=click.Choice(options.FORMATS), default="table", show_default=True)
 @options.wide
 @options.machine
@@ -67,6 +68,7 @@ def run(
     duration: float | None,
     interval: str | None,
     settings: tuple[str, ...],
+    by: str | None,
     output: str,
     wide: bool,
     bpffs: Path,
@@ -90,6 +92,7 @@ def run(
         catalog=catalog,
         settings=sources.parse_settings(settings),
         interval=interval,
+        by=sources.parse_fields(by),
         default_interval=interval or "1s",
     )
     screen.progress("preparing …")

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import yaml
 from probefleet_core import catalog as catalog_module
 from probefleet_core import errors as core_errors
-from probefleet_core import policy
+from probefleet_core import policy, values
 
 from probefleet_cli.failures import BadInput, Failure
 
@@ -52,13 +52,15 @@ def read(
     catalog: catalog_module.Catalog,
     settings: Mapping[str, str],
     interval: str | None,
+    by: Sequence[str] = (),
     default_interval: str = "1s",
     scope: str = "Cluster",
     stdin: Iterable[str] | None = None,
 ) -> list[Source]:
-    """Every object that the words name. ``settings`` go to every catalog program, ``interval`` to every policy.
+    """Every object that the words name.
 
-    ``scope`` is what a catalog name gets; files say it themselves.
+    ``settings`` and ``by`` go to every catalog program, ``interval`` to every policy. ``scope`` is what a catalog name
+    gets; files say it themselves.
     """
     found: list[Source] = []
     for word in words:
@@ -69,10 +71,15 @@ def read(
     for source in found:
         if source.kind == "ProbePolicy":
             _override(source.manifest, settings, interval)
-    if settings and not any(_catalog_program(source.manifest) is not None for source in found):
+    probes = [source.manifest for source in found if _catalog_program(source.manifest) is not None]
+    if settings and not probes:
         raise BadInput(
             "--set gives parameters of catalog probes, and there is none here: write its name, as in syscount"
         )
+    if by and not probes:
+        raise BadInput("--by groups what catalog probes count, and there is none here: write groupBy into the outputs")
+    for manifest in probes:
+        group(manifest, catalog, by)
     return _named_once(found)
 
 
@@ -94,6 +101,53 @@ def of_catalog(
         "metadata": {"name": name, **({"namespace": namespace} if namespace else {})},
         "spec": {"scope": scope, "program": {"catalog": {"name": name}}, "interval": interval},
     }
+
+
+def group(manifest: Manifest, catalog: catalog_module.Catalog, by: Sequence[str]) -> None:
+    """``--by``: write a catalog policy's outputs into it, told apart by these fields in place of the probe's own pod,
+    workload or node; fields of the key stay. An output that cannot be, and one that is in the manifest, stays as it is.
+    """
+    program = _catalog_program(manifest)
+    probe = catalog.get(str(program.get("name"))) if program else None
+    if not by or probe is None or manifest["spec"].get("outputs"):
+        return
+    possible = {name for each in probe.outputs for name in ("node", *each.allowed_group_by)}
+    if unknown := [name for name in by if name not in possible]:
+        raise BadInput(
+            f"--by {','.join(by)}: what {probe.name} counts cannot be told apart by {unknown[0]}. It can be by "
+            f"{', '.join(sorted(possible))}"
+        )
+    manifest["spec"]["outputs"] = [_grouped(each, by) for each in probe.outputs]
+    if fill := {each.name: "true" for each in probe.parameters if each.fills in by}:
+        assert program is not None
+        program["parameters"] = {**fill, **(program.get("parameters") or {})}
+
+
+def parse_fields(text: str | None) -> tuple[str, ...]:
+    """``--by pod,key.process``."""
+    fields = tuple(dict.fromkeys(field.strip() for field in (text or "").split(",")))
+    if text is not None and not all(fields):
+        raise BadInput(f"--by {text}: a field is missing there. Write for example --by pod")
+    return fields if text is not None else ()
+
+
+def _grouped(each: catalog_module.Output, by: Sequence[str]) -> Manifest:
+    """An output as a manifest has it."""
+    output = each.output
+    fields = tuple(output.group_by or ())
+    if output.kind is not values.Kind.EVENTS and set(by) <= {"node", *each.allowed_group_by}:
+        fields = tuple(dict.fromkeys((*by, *(field for field in fields if field.startswith("key")))))
+    kind: Manifest = {}
+    if output.kind is values.Kind.GAUGE:
+        kind["merge"] = output.merge.value
+    elif output.histogram is not None:
+        kind = {"scale": output.histogram.scale.value}
+        kind |= {name: found for name in ("step", "slots") if (found := getattr(output.histogram, name))}
+    source = {"map": output.map, **({"value": output.value} if output.value else {})}
+    manifest: Manifest = {"name": output.name, "from": source, output.kind.value: kind, "limit": output.limit}
+    if output.unit:
+        manifest["unit"] = output.unit
+    return manifest if output.kind is values.Kind.EVENTS else {**manifest, "groupBy": list(fields)}
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:

@@ -112,6 +112,13 @@ class Probe:
         encoded = {each: each.encode(settings[each.name], machine=machine) for each in self.parameters if each.variable}
         return {parameter.variable: value for parameter, value in encoded.items()}
 
+    def unfilled(self, given: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """Fields of keys that are 0 with these parameters, and the parameter that fills each. ParameterError."""
+        settings = self.settings(given)
+        return {
+            each.fills: each.name for each in self.parameters if each.fills and not each.number(settings[each.name])
+        }
+
     def attachments(self, given: Sequence[tuple[str, str]] = ()) -> tuple[Attachment, ...]:
         """Where the programs go, with these parameters. ParameterError."""
         if not self.frequency_parameter:
@@ -158,9 +165,12 @@ EMPTY = Catalog(MappingProxyType({}))
 
 
 def folder() -> Path:
-    """Where the catalog lies: ``PROBEFLEET_CATALOG``, else ``bpf/`` beside the packages."""
-    named = os.environ.get(ENVIRONMENT)
-    return Path(named) if named else Path(__file__).resolve().parents[2] / "bpf"
+    """Where the catalog lies: ``PROBEFLEET_CATALOG``, else ``bpf/`` beside the packages, else in ours (a wheel)."""
+    if named := os.environ.get(ENVIRONMENT):
+        return Path(named)
+    here = Path(__file__).resolve()
+    beside = here.parents[2] / "bpf"
+    return beside if beside.is_dir() else here.parent / "bpf"
 
 
 def objects_folder(catalog: Path) -> Path:
@@ -310,6 +320,7 @@ def _parameter(fields: _Fields, variables: Mapping[str, Variable]) -> Parameter:
         choices=fields.texts("choices"),
         variable=variable,
         size_bytes=variables[variable].size_bytes if variable else 8,
+        fills=fields.text("fills", ""),
     )
     fields.end()
     try:
@@ -416,6 +427,12 @@ def _check_fields(where: str, output: values.Output, allowed: Sequence[str], com
 
 
 def _check_whole(where: str, probe: Probe, compiled: BpfObject) -> None:
+    groups = {name for each in probe.outputs for name in each.allowed_group_by}
+    for each in probe.parameters:
+        if each.fills and (each.type is not ParameterType.BOOLEAN or each.fills not in groups):
+            raise CatalogError(
+                f"{where}: {each.name} fills {each.fills!r}, which no output is grouped by, or is no boolean"
+            )
     described = {each.name for each in probe.maps} | {"probefleet_lost", "probefleet_filter"}
     undescribed = {each.name for each in compiled.maps if not each.name.startswith(".")} - described
     if undescribed:

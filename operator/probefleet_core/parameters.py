@@ -48,6 +48,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     variable: str = ""
     size_bytes: int = 0
+    fills: str = ""  #: a field of the key that is 0 unless this boolean is true
 
     def number(self, text: str) -> int:
         """The value as a number (durations: nanoseconds; booleans: 0 or 1; choices: the index). ParameterError."""

@@ -102,6 +102,15 @@ def of_catalog(request: Request, program: values.CatalogProgram, problems: error
             good.append((name, text))
         except ParameterError as error:
             problems.add(f"{path}.parameters.{name}", f'"{error.what}"', why=error.why, write=error.write)
+    for field, parameter in probe.unfilled(good).items():
+        for index, output in enumerate(request.policy.outputs):
+            if field in (output.group_by or ()):
+                problems.add(
+                    f"spec.outputs[{index}].groupBy",
+                    f'"{field}"',
+                    why="the probe leaves it at 0 unless it is told to fill it",
+                    write=f'Write {path}.parameters: {{{parameter}: "true"}}.',
+                )
     parsed = BpfObject.parse(probe.elf)
     defaults = tuple(each.output for each in probe.outputs)
     asked = tuple(_with_catalog_groups(output, defaults) for output in request.policy.outputs)

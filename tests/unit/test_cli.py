@@ -76,7 +76,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_the_help_of_run_names_every_option() -> None:
     said = CliRunner().invoke(main.machine, ["run", "--help"]).output
     shown = set(re.findall(r"^\s+(?:-\w, )?(--[a-z-]+)", said, re.MULTILINE))
-    whose = {"--namespace", "--selector", "--runtime-endpoint", "--pid", "--bpffs", "--cgroup-root"}
+    whose = {"--namespace", "--selector", "--runtime-endpoint", "--pid", "--by", "--bpffs", "--cgroup-root"}
     assert shown == whose | {"--for", "--interval", "--set", "--output", "--wide", "--help"}
 
 

@@ -148,6 +148,7 @@ def test_a_run_creates_follows_prints_and_deletes(
     line = ("run", "syscount", "-l", "app=web", "--set", "syscalls=read", "--for", "1s", "-o", "json")
     assert call(kubeconfig, *line) == 0
     (body,) = created
+    assert [each["groupBy"] for each in body["spec"].pop("outputs")] == [["pod", "key.syscall"]] * 2
     assert body["spec"] == {
         "scope": "Namespace",
         "program": {"catalog": {"name": "syscount", "parameters": {"syscalls": "read"}}},
@@ -321,6 +322,15 @@ def test_without_a_server_it_says_which_one(tmp_path: Path, capsys: pytest.Captu
         pass
     assert call(kubeconfig, "nodes", "slow") == 1
     assert "the API server http://127.0.0.1:" in capsys.readouterr().err
+
+
+def test_who_looks_into_a_namespace_is_told_the_pod() -> None:
+    made = {"selector": None, "settings": {}, "interval": "1s", "ttl_seconds": 600, "namespace": "shop"}
+    (output,) = cluster_commands.policy_manifest("runqlat", cluster_scope=False, **made)["spec"]["outputs"]
+    assert output["groupBy"] == ["pod"]
+    by = ("workload",)
+    (output,) = cluster_commands.policy_manifest("runqlat", cluster_scope=False, by=by, **made)["spec"]["outputs"]
+    assert output["groupBy"] == ["workload"]
 
 
 def test_cluster_scope_is_asked_for_by_name() -> None:
