@@ -18,7 +18,7 @@ from typing import Final
 from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import costs, events, tables
+from probefleet_core import costs, departed, events, tables
 from probefleet_core.result import Coverage, Names, NodeGap, OutputResult, PodName, PolicyFacts, Result
 from probefleet_core.tables import ResyncNeeded
 
@@ -28,7 +28,6 @@ STALE_INTERVALS: Final = 3
 #: A window that is longer than this is no interval any more.
 LATE_INTERVALS: Final = 1.5
 MAX_NODES_NAMED: Final = 20
-MAX_GAPS: Final = 20
 #: Records in a result; a report shows fewer.
 RESULT_RECORDS: Final = 50
 
@@ -107,11 +106,23 @@ class Aggregate:
     def forget(self, node: str) -> None:
         """The node has left the cluster: its counts stay in the totals; its cost, its sample and its gauges do not.
 
-        Should it come back in the same epoch, its rows take the place of those that it left.
+        Should it come back in the same epoch before it is folded, its rows take the place of those that it left.
         """
         self._seen.pop(node, None)
         for state in self._tables.values():
             state.forget(node)
+
+    def fold(self, node: str) -> None:
+        """The node was forgotten and has no stream: nothing but its counts is kept. No result is another for it.
+
+        Should it come back in the same epoch, its first sample is where its counts go on from, and a gap says so;
+        records, losses and skipped runs are cumulative numbers, which go on without one.
+        """
+        self.forget(node)
+        self._sessions.pop(node, None)
+        self._costs.fold(node)
+        for _, state in self._states():
+            state.fold(node)
 
     def events_since(self, output: str, cursor: int, *, names: Names, limit: int = events.MOST_KEPT) -> events.Page:
         """Records of an events output from ``cursor`` on (0: all that are kept). Raises KeyError for another output."""
@@ -211,10 +222,5 @@ class Aggregate:
 
     def _gaps(self) -> tuple[NodeGap, ...]:
         # One that has not ended yet ends, for each output, when that was read last.
-        ends: dict[tuple[str, int, str], int] = {}
-        for _, states in self._states():
-            for node, gaps in states.gaps():
-                for start_ns, end_ns, why in gaps:
-                    ends[node, start_ns, why] = max(end_ns, ends.get((node, start_ns, why), 0))
-        found = [NodeGap(node, start_ns, end_ns, why) for (node, start_ns, why), end_ns in ends.items()]
-        return tuple(sorted(found, key=lambda gap: (gap.start_ns, gap.node))[-MAX_GAPS:])
+        told = ((node, gap) for _, states in self._states() for node, gaps in states.gaps() for gap in gaps)
+        return tuple(NodeGap(node, *gap) for node, gap in departed.newest_gaps(told))

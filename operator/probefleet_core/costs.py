@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from probefleet_wire.v1 import stream_pb2
 
+from probefleet_core import departed
 from probefleet_core.result import Cost
 
 
@@ -35,17 +36,19 @@ class NodeCost:
     map_bytes: int = 0
     missed: int = 0
     missed_in: tuple[str, int] = ("", 0)  # the epoch, and what was missed in it before the policy joined
+    missed_told: int = 0  # of ``missed``, before the node had left and came back: retired
     shared_by: int = 1
 
 
 class Costs:
     """Costs of one policy, by node."""
 
-    __slots__ = ("_nodes", "_retired_missed")
+    __slots__ = ("_missed_before", "_nodes", "_retired_missed")
 
     def __init__(self) -> None:
         self._nodes: dict[str, NodeCost] = {}
         self._retired_missed = 0
+        self._missed_before: departed.Remembered[int] = departed.Remembered()  # by epoch and when the policy joined
 
     def apply(self, node: str, policy_uid: str, stat: stream_pb2.InstanceStat, batch: stream_pb2.Batch) -> None:
         """Take in a node's statistics, for this policy."""
@@ -57,8 +60,9 @@ class Costs:
             state.digest = stat.digest
         before = stat.misses_before.get(policy_uid, 0)
         if state.missed_in != (stat.epoch, before):
-            self._retired_missed += state.missed
-            state.missed, state.missed_in = 0, (stat.epoch, before)
+            self._retired_missed += state.missed - state.missed_told
+            state.missed_in = (stat.epoch, before)
+            state.missed = state.missed_told = self._missed_before.get(node, f"{stat.epoch} {before}") or 0
         state.missed = max(stat.recursion_misses - before, state.missed)
         on_ns = stat.stats_time_ns - state.stats_time_ns
         if on_ns > 0:
@@ -81,7 +85,14 @@ class Costs:
     @property
     def missed(self) -> int:
         """Runs that the kernel skipped, because the program was already running there."""
-        return self._retired_missed + sum(state.missed for state in self._nodes.values())
+        return self._retired_missed + sum(state.missed - state.missed_told for state in self._nodes.values())
+
+    def fold(self, node: str) -> None:
+        """The node has left for good: of its cost only the runs that were skipped are kept."""
+        state = self._nodes.pop(node, None)
+        if state is not None and state.missed:
+            self._retired_missed += state.missed - state.missed_told
+            self._missed_before.keep(node, f"{state.missed_in[0]} {state.missed_in[1]}", state.missed)
 
     def result(self, fresh: Iterable[str]) -> Cost:
         """The whole fleet's cost, of nodes with a fresh sample."""

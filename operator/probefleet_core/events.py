@@ -19,7 +19,7 @@ import numpy as np
 from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import keys, result, tables, windows
+from probefleet_core import departed, keys, result, tables, windows
 from probefleet_core.result import Names, Record
 
 KEEP: Final = 1_000
@@ -28,6 +28,7 @@ MOST_KEPT: Final = 2 * KEEP
 KEEP_BYTES: Final = 4 << 20
 MAX_CHUNK: Final = 1 << 20
 MAX_COLUMNS: Final = 64
+MAX_FOREIGN: Final = 1_000
 #: The columns that become names, and what they become.
 _IDENTITIES: Final = ("pod_uid", "container_id")
 
@@ -84,12 +85,16 @@ class EventState:
     """One output's records of all nodes."""
 
     __slots__ = (
+        "_departed",
         "_foreign",
         "_interval_ms",
         "_kept",
         "_kept_bytes",
         "_kept_count",
         "_output",
+        "_programs_before",
+        "_rings_before",
+        "_told",
         "base",
         "nodes",
         "received",
@@ -101,8 +106,13 @@ class EventState:
         self._interval_ms = interval_ms
         self._kept: deque[Kept] = deque()
         self._kept_count = self._kept_bytes = 0
-        self._foreign: set[str] = set()  # nodes that were found to speak for pods of others
+        self._foreign: set[str] = set()  # nodes that were found to speak for pods of others: MAX_FOREIGN
         self.nodes: dict[str, NodeRing] = {}
+        self._departed = NodeRing()  # what all of them counted, as of epochs that ended
+        self._told = departed.Departed()
+        # Position, and counters of the ring: none for an epoch that had ended; counters of the program.
+        self._rings_before: departed.Remembered[tuple[int, ...]] = departed.Remembered()
+        self._programs_before: departed.Remembered[tuple[int, int, int]] = departed.Remembered()
         self.received = 0
         #: The number of the first record. Later states begin with larger ones, so that a cursor says whose it is.
         self.base = 1
@@ -111,7 +121,8 @@ class EventState:
     def apply(self, node: str, session: int, chunk: stream_pb2.EventChunk, *, time_ns: int, received_ns: int) -> None:
         """Take in a chunk of the node's newest stream. Raises ColumnsError, then nothing changed."""
         state = self.nodes.get(node) or NodeRing()
-        if chunk.epoch in state.ended:
+        ring = self._rings_before.get(node, chunk.epoch)
+        if chunk.epoch in state.ended or (ring is not None and (state.epoch or not ring)):
             return
         fresh_epoch = chunk.epoch != state.epoch
         positions = (
@@ -125,11 +136,11 @@ class EventState:
         if counted_before is not None and counted_before > chunk.start_position:
             what = f"{counted_before} records before position {chunk.start_position}"
             raise columns.ColumnsError(f"events {self._output.name!r}: {what}, which is too little room for them")
-        known = 0 if fresh_epoch else state.end_position
+        known = ring[0] if ring else 0 if fresh_epoch else state.end_position
         start = int(np.searchsorted(positions, np.uint64(known)))
         kept = self._decode(node, chunk, start, len(positions))
         # From here on nothing can fail.
-        if node not in self.nodes and chunk.start_position and counted_before is None:
+        if node not in self.nodes and not ring and chunk.start_position and counted_before is None:
             why = "records of before were delivered to an earlier operator, and are not in this total"
             state.before = ((chunk.since_ns, time_ns, why),)
         self.nodes[node] = state
@@ -137,10 +148,16 @@ class EventState:
         if program_epoch != state.program_epoch:
             self._end_program(state)
             state.program_epoch = program_epoch
+            if program := self._programs_before.get(node, program_epoch):
+                self._go_on_with_program(state, *program)
+                self._programs_before.drop(node, program_epoch)
         if fresh_epoch:
             self._end_epoch(state)
             state.epoch = chunk.epoch
-            state.window.restart(time_ns, chunk.since_ns, interval_ms=self._interval_ms)
+            if ring:
+                self._go_on_with_ring(state, *ring[1:])
+                self._rings_before.drop(node, chunk.epoch)
+            state.window.restart(time_ns, 0 if ring else chunk.since_ns, interval_ms=self._interval_ms)
         else:
             state.window.sample(time_ns)
         state.session = session
@@ -175,6 +192,31 @@ class EventState:
         state.received_ns = max(state.received_ns, received_ns)
         state.window.quiet(time_ns, interval_ms=self._interval_ms)
 
+    def fold(self, node: str) -> None:
+        """The node has left for good: its numbers go to those of the others that left."""
+        state = self.nodes.pop(node, None)
+        if state is None:
+            return
+        for epoch in state.ended:
+            self._rings_before.keep(node, epoch, ())
+        self._rings_before.keep(node, state.epoch, (state.end_position, state.counted, state.lost, state.dropped))
+        program = (state.submitted, state.lost_by_program, state.lost_before_ring)
+        if any(program):
+            self._programs_before.keep(node, state.program_epoch, program)
+        self._told.add(node, state.gaps, state.uncounted)
+        self._end_program(state)
+        self._end_epoch(state)
+        self._departed.ended_counted += state.ended_counted
+        self._departed.ended_submitted += state.ended_submitted
+        self._departed.ended_lost += state.ended_lost
+        self._departed.ended_lost_by_program += state.ended_lost_by_program
+        self._departed.ended_lost_before_ring += state.ended_lost_before_ring
+        self._departed.ended_dropped += state.ended_dropped
+
+    @property
+    def _all(self) -> tuple[NodeRing, ...]:
+        return (*self.nodes.values(), self._departed)
+
     @property
     def lost(self) -> int:
         """Records that found no room in the ring, or came to none, and those that agents could not keep."""
@@ -183,17 +225,17 @@ class EventState:
     @property
     def lost_by_ring(self) -> int:
         """Of ``lost``, what this ring lost, or its reader dropped: only other outputs of the ring have the same."""
-        return sum(n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self.nodes.values())
+        return sum(n.lost + n.ended_lost + n.dropped + n.ended_dropped for n in self._all)
 
     @property
     def lost_by_program(self) -> int:
         """Of ``lost``, what the program counted for all of its rings together: other outputs have the same."""
-        return sum(n.lost_by_program + n.ended_lost_by_program for n in self.nodes.values())
+        return sum(n.lost_by_program + n.ended_lost_by_program for n in self._all)
 
     @property
     def lost_before_ring(self) -> int:
         """What the program could not record at all: tables and other outputs have the same."""
-        return sum(n.lost_before_ring + n.ended_lost_before_ring for n in self.nodes.values())
+        return sum(n.lost_before_ring + n.ended_lost_before_ring for n in self._all)
 
     @property
     def map(self) -> str:
@@ -202,7 +244,8 @@ class EventState:
 
     def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
         """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
-        return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+        yield from ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+        yield from ((node, (gap,)) for node, gap in self._told.gaps)
 
     @property
     def foreign(self) -> int:
@@ -213,7 +256,7 @@ class EventState:
     def uncounted(self) -> tuple[str, ...]:
         """Losses that nobody counts, in words."""
         words = {text for state in self.nodes.values() for text in state.uncounted}
-        words |= set(tables.foreign_words(self._foreign))
+        words |= {*self._told.uncounted, *tables.foreign_words(self._foreign)}
         return tuple(sorted(words)[: tables.MAX_UNCOUNTED])
 
     def since(self, cursor: int, names: Names, *, limit: int = MOST_KEPT) -> Page:
@@ -230,7 +273,7 @@ class EventState:
             if low < high:
                 joiner.node, joiner.foreign = kept.node, False
                 records += _records(kept, low - kept.first, high - kept.first, joiner)
-                if joiner.foreign:
+                if joiner.foreign and len(self._foreign) < MAX_FOREIGN:
                     self._foreign.add(kept.node)
         return Page(tuple(records), begin + len(records), begin - cursor if cursor else 0)
 
@@ -241,7 +284,7 @@ class EventState:
         window = sum(sum(each.changes) for each in timed)
         rate = sum(sum(each.changes) / each.seconds for each in timed)
         newest = self.since(self.base + max(self.received - records, 0), names, limit=records).records
-        nodes = self.nodes.values()
+        nodes = self._all
         total = sum(node.counted + node.ended_counted for node in nodes)
         counts = result.Events(
             records=tuple(sorted(newest, key=lambda record: record.get("time_ns", 0))),
@@ -301,6 +344,22 @@ class EventState:
         state.ended_lost += state.lost
         state.ended_dropped += state.dropped
         state.counted = state.lost = state.dropped = 0
+
+    # A folded node is back in the same epoch: what it said before it left is among the departed, and goes on.
+
+    @staticmethod
+    def _go_on_with_ring(state: NodeRing, counted: int, lost: int, dropped: int) -> None:
+        state.counted, state.lost, state.dropped = counted, lost, dropped
+        state.ended_counted -= counted
+        state.ended_lost -= lost
+        state.ended_dropped -= dropped
+
+    @staticmethod
+    def _go_on_with_program(state: NodeRing, submitted: int, by_program: int, before_ring: int) -> None:
+        state.submitted, state.lost_by_program, state.lost_before_ring = submitted, by_program, before_ring
+        state.ended_submitted -= submitted
+        state.ended_lost_by_program -= by_program
+        state.ended_lost_before_ring -= before_ring
 
     @staticmethod
     def _end_program(state: NodeRing) -> None:

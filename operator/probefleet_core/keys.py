@@ -113,6 +113,10 @@ class Keys:
         ids = self._ids
         return np.fromiter((ids.get(key) or self._add(node, key) for key in rows), np.int64, count)
 
+    def fold(self, node: str) -> None:
+        """The node has left for good: its keys stay, and count against the limit of all."""
+        self._of_node.pop(node, None)
+
     def _add(self, node: str, key: Labels) -> int:
         key_bytes = sum(len(part) for part in key if isinstance(part, str)) + 64
         node_keys, node_bytes = self._of_node.get(node, (0, 0))

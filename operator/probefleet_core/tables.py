@@ -3,8 +3,9 @@
 ``aggregate`` hands every ``Table`` of this output here. A row is a number after its first appearance, so
 taking in a table is a few NumPy calls: the difference of new and old values is added to the sum of all nodes.
 That makes everything else simple: a repeat adds nothing, a new stream takes the node's old rows out of the
-sum and puts the new ones in, and an epoch that ended (a reboot) just stays in the sum. Gauges are not summed
-over time: they are merged from the nodes' rows when asked.
+sum and puts the new ones in, and an epoch that ended (a reboot) just stays in the sum; so does what a node counted
+that has left for good, whose rows go (``fold``). Gauges are not summed over time: they are merged from the nodes'
+rows when asked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from probefleet_wire import columns, merge
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import keys, result, windows
+from probefleet_core import departed, keys, result, windows
 from probefleet_core.result import Names, Rows
 
 Counts = npt.NDArray[Any]
@@ -29,10 +30,11 @@ MAX_WIDTH: Final = 1024
 #: Values of one output that one node may have, and all keys together (8 bytes each).
 MAX_NODE_CELLS: Final = 1 << 20
 MAX_CELLS: Final = 1 << 24
-MAX_UNCOUNTED: Final = 10
+MAX_UNCOUNTED: Final = departed.MAX_UNCOUNTED
 MAX_TEXT: Final = 200
 MAX_GAPS: Final = 16
 MAX_ENDED: Final = 64
+RETURNED: Final = "the node had left the cluster and came back: what it counted meanwhile is in no total"
 
 
 class ResyncNeeded(Exception):
@@ -64,12 +66,30 @@ class NodeRows:
     ended: list[str] = field(default_factory=list)  # epochs
     program_epoch: str = ""  # in which ``lost`` is cumulative
     ended_lost: int = 0  # what earlier programs lost
+    #: The time of the sample that tells where a node that came back goes on from; 0: that was all said.
+    baseline_ns: int = 0
+    away: tuple[departed.Gap, ...] = ()  # while it had left
 
 
 class TableState:
     """One output's rows of all nodes."""
 
-    __slots__ = ("_cumulative", "_interval_ms", "_keys", "_output", "_signed", "_sum", "_width", "nodes", "since_ns")
+    __slots__ = (
+        "_counted",
+        "_cumulative",
+        "_departed",
+        "_departed_lost",
+        "_interval_ms",
+        "_keys",
+        "_lost_before",
+        "_output",
+        "_returned",
+        "_signed",
+        "_sum",
+        "_width",
+        "nodes",
+        "since_ns",
+    )
 
     def __init__(self, output: plan_pb2.Output, *, interval_ms: int) -> None:
         self._output = output
@@ -78,14 +98,20 @@ class TableState:
         self._keys = keys.Keys(result.group_by(output))
         self._width = 1
         self._signed = False
-        self._sum = np.zeros((1, 1), np.uint64)  # by key; retired epochs are in it
+        self._sum = np.zeros((1, 1), np.uint64)  # by key; retired epochs and departed nodes are in it
+        self._departed = departed.Departed()
+        self._departed_lost = 0
+        self._counted: departed.Remembered[int] = departed.Remembered()  # by epoch: when last heard of; 0: it had ended
+        self._lost_before: departed.Remembered[int] = departed.Remembered()  # by a program's epoch
+        self._returned = False
         self.nodes: dict[str, NodeRows] = {}
         self.since_ns = 0
 
     def apply(self, node: str, session: int, table: stream_pb2.Table, *, time_ns: int, received_ns: int) -> None:
         """Take in a table of the node's newest stream. Raises ColumnsError and ResyncNeeded, then nothing changed."""
         state = self.nodes.get(node) or NodeRows()
-        if table.epoch in state.ended:
+        left_ns = self._counted.get(node, table.epoch)
+        if table.epoch in state.ended or (left_ns is not None and (state.epoch or not left_ns)):
             return
         fresh_epoch = table.epoch != state.epoch
         restarted = session != state.session or fresh_epoch
@@ -104,7 +130,14 @@ class TableState:
         if restarted:
             self._restart(state, session, table, fresh_epoch=fresh_epoch)
             state.first_row = first_row
-        if fresh_epoch:
+        if left_ns or (restarted and not fresh_epoch and state.baseline_ns):
+            self._return(state, left_ns or state.away[0][0], time_ns=time_ns, received_ns=received_ns)
+            self._counted.drop(node, table.epoch)
+        elif fresh_epoch or time_ns != state.baseline_ns:
+            state.baseline_ns = 0
+        if state.baseline_ns:
+            state.window.restart(time_ns, 0, interval_ms=self._interval_ms)
+        elif fresh_epoch:
             state.window.restart(time_ns, table.since_ns, interval_ms=self._interval_ms)
         elif state.window.sample(time_ns) and not restarted:
             state.before = None
@@ -117,11 +150,12 @@ class TableState:
         # Of a ProbeMap the epoch goes on when its program is loaded anew, and the program counts from zero.
         program_epoch = table.program_epoch or table.epoch
         if program_epoch != state.program_epoch:
-            state.ended_lost += state.lost
+            state.ended_lost += state.lost - (self._lost_before.get(node, program_epoch) or 0)
+            self._lost_before.drop(node, program_epoch)
             state.program_epoch = program_epoch
         state.since_ns, state.lost = table.since_ns, table.lost
         state.entries, state.max_entries = table.entries, table.max_entries
-        state.uncounted, state.gaps = bounded_texts(table.uncounted), bounded_gaps(table.gaps)
+        state.uncounted, state.gaps = bounded_texts(table.uncounted), state.away + bounded_gaps(table.gaps)
         if table.since_ns > 0:
             self.since_ns = min(self.since_ns or table.since_ns, table.since_ns)
 
@@ -131,6 +165,8 @@ class TableState:
         if state is None:
             return
         state.received_ns = max(state.received_ns, received_ns)
+        if time_ns != state.baseline_ns:
+            state.baseline_ns = 0
         state.window.quiet(time_ns, interval_ms=self._interval_ms)
 
     def forget(self, node: str) -> None:
@@ -138,14 +174,29 @@ class TableState:
         if not self._cumulative:
             self.nodes.pop(node, None)
 
+    def fold(self, node: str) -> None:
+        """The node has left for good: its counts are in the sum, and what else is told of it goes to that of others."""
+        state = self.nodes.pop(node, None)
+        self._keys.fold(node)
+        if state is None:
+            return
+        self._departed.add(node, state.gaps, state.uncounted)
+        self._departed_lost += state.lost + state.ended_lost
+        for epoch in state.ended:
+            self._counted.keep(node, epoch, 0)
+        self._counted.keep(node, state.epoch, max(state.received_ns, 1))
+        if state.lost:
+            self._lost_before.keep(node, state.program_epoch, state.lost)
+
     @property
     def lost(self) -> int:
-        """All that programs could not count, ended epochs included."""
-        return sum(state.lost + state.ended_lost for state in self.nodes.values())
+        """All that programs could not count, ended epochs and departed nodes included."""
+        return self._departed_lost + sum(state.lost + state.ended_lost for state in self.nodes.values())
 
     def gaps(self) -> Iterable[tuple[str, tuple[tuple[int, int, str], ...]]]:
         """The gaps of each node that has any: ``(start_ns, end_ns, why)``."""
-        return ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+        yield from ((node, state.gaps) for node, state in self.nodes.items() if state.gaps)
+        yield from ((node, (gap,)) for node, gap in self._departed.gaps)
 
     def fullest(self, fresh: Iterable[str]) -> result.MapFill | None:
         """Where the map has least room left; ``None`` where it cannot fill up."""
@@ -159,7 +210,7 @@ class TableState:
     def uncounted(self) -> tuple[str, ...]:
         """Losses that nobody counts, in words."""
         words = {text for state in self.nodes.values() for text in state.uncounted}
-        words |= set(foreign_words(self._keys.foreign))
+        words |= {*self._departed.uncounted, *foreign_words(self._keys.foreign)}
         if self._keys.overflowed:
             words.add(f"keys beyond {keys.MAX_KEYS} are counted under {result.OTHER}")
         return tuple(sorted(words)[:MAX_UNCOUNTED])
@@ -178,6 +229,10 @@ class TableState:
         if self._cumulative:
             # `_sum` has room for keys to come.
             total = merge.sum_by(row_of, self._sum[: len(row_of)], len(labels))
+            if self._returned:
+                # Of a node that came back, what it counted meanwhile is taken off where it was told first. Counts of
+                # "whose is it?" may have moved to a pod since.
+                total[total.view(np.int64) < 0] = 0
             # A row of zero is one that has moved to another name.
             used &= total.any(axis=1)
             window, rates = self._window(here, row_of, len(labels))
@@ -252,7 +307,7 @@ class TableState:
                 state.ended = [*state.ended[1 - MAX_ENDED :], state.epoch]
             state.before = None  # its counts stay in the sum
         else:
-            if self._cumulative:
+            if self._cumulative and not state.baseline_ns:
                 self._add(state.keys, np.negative(state.values), distinct=state.distinct)
             # A window goes on over a change of streams: it is the difference to what the older one said.
             found, place = np.unique(state.keys, return_inverse=True)
@@ -261,6 +316,12 @@ class TableState:
         state.keys, state.values = np.zeros(0, np.int64), np.zeros((0, self._width), np.uint64)
         state.there = np.zeros(0, bool)
         state.distinct = True
+
+    def _return(self, state: NodeRows, left_ns: int, *, time_ns: int, received_ns: int) -> None:
+        """A folded node is back in the same epoch, or in its next stream before it has told all of where it goes on."""
+        self._returned = True
+        state.baseline_ns = time_ns
+        state.away = ((left_ns, received_ns, RETURNED),)
 
     def _add_rows(self, state: NodeRows, new_keys: Indices) -> None:
         state.values = _widen(state.values, self._width)
@@ -288,7 +349,7 @@ class TableState:
         else:
             at, change = state.keys[rows], values - state.values[rows]
             state.values[rows] = values
-        if self._cumulative:
+        if self._cumulative and not state.baseline_ns:
             self._add(at, change, distinct=state.distinct)
             state.window.add((at, self._since_before(state, at, change)))
 
@@ -358,7 +419,7 @@ def bounded_texts(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(text[:MAX_TEXT] for text, _ in zip(texts, range(MAX_UNCOUNTED), strict=False))
 
 
-def bounded_gaps(gaps: Iterable[stream_pb2.Gap]) -> tuple[tuple[int, int, str], ...]:
+def bounded_gaps(gaps: Iterable[stream_pb2.Gap]) -> tuple[departed.Gap, ...]:
     """The newest ones: ``(start_ns, end_ns, why)``."""
     return tuple((gap.start_ns, gap.end_ns, gap.why[:MAX_TEXT]) for gap in list(gaps)[-MAX_GAPS:])
 

@@ -198,7 +198,9 @@ class Controller:
         pushed = sum(self._tell(node, state) for node, state in decided.nodes.items())
         for gone in [node for node in self._previous if self._inventory.node(node) is None]:
             del self._previous[gone]
-            self._hellos.pop(gone, None)
+        # Not only of nodes that were told anything: an agent may say Hello once more when its Node object is gone.
+        for gone in [node for node in self._hellos if self._inventory.node(node) is None]:
+            del self._hellos[gone]
         if pushed:
             log.info(
                 "decided",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import structlog
 from probefleet_core import aggregate, endpoints, values
@@ -18,6 +18,10 @@ from probefleet_wire.v1 import stream_pb2
 from probefleet_operator import controller, errors, inventory, kube, metrics, planning, session, status
 
 log = structlog.get_logger(__name__)
+
+#: A node that is gone keeps its rows for so long after its last stream: one that was taken out of the cluster while it
+#: was cut off registers again, and goes on without a gap. An agent tries at least every half minute.
+FOLD_SECONDS = 300.0
 
 
 class Results:
@@ -33,6 +37,7 @@ class Results:
         self._control, self._plans, self._names, self._recorder = control, plans, names, recorder
         self._aggregates: dict[values.PolicyUid, aggregate.Aggregate] = {}
         self._known_nodes: set[values.NodeName] = set()
+        self._left: dict[values.NodeName, float] = {}  # nodes that are gone → since when without a stream (monotonic)
         self._compiled: dict[values.NodeName, tuple[int, int]] = {}  # hits and misses of the agents that are connected
         self._news = asyncio.Event()
         # Set by documents.py: a policy's samples, or what nodes say of it, have changed.
@@ -126,7 +131,22 @@ class Results:
         for left in self._known_nodes - nodes:
             for merged in self._aggregates.values():
                 merged.forget(left)
+        self._fold(self._known_nodes - nodes, nodes)
         self._known_nodes = nodes
+
+    def _fold(self, leaving: Set[values.NodeName], nodes: Set[values.NodeName]) -> None:
+        """Nodes that are gone from a whole list and silent for long are kept as sums only."""
+        now, streams = time.monotonic(), self._control.sessions()
+        self._left |= dict.fromkeys(leaving, now)
+        for node, since in list(self._left.items()):
+            if node in nodes:
+                del self._left[node]
+            elif node in streams:
+                self._left[node] = now
+            elif now - since >= FOLD_SECONDS:
+                del self._left[node]
+                for merged in self._aggregates.values():
+                    merged.fold(node)
 
     def _count_compiled(self) -> None:
         for index, result in enumerate(("hit", "miss")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from probefleet_core import aggregate
+from probefleet_core import aggregate, events
 from probefleet_core.result import PodName, Result
 from probefleet_wire.v1 import plan_pb2
 
@@ -96,8 +96,19 @@ def test_records_of_others_pods_have_no_names() -> None:
         batch.events.append(chunk([48]))
         merged.apply(node, 1, batch, START + 10 * SECOND)
     result = asked(merged, AT_A)
-    events = result.outputs[0].events
-    assert events is not None
-    found = {record["node"]: (record["namespace"], record["pod"], record["container"]) for record in events.records}
+    kept = result.outputs[0].events
+    assert kept is not None
+    found = {record["node"]: (record["namespace"], record["pod"], record["container"]) for record in kept.records}
     assert found == {"a": ("shop", "web-1", "nginx"), "b": ("(unknown)", "(unknown)", "(unknown)")}
     assert result.outputs[0].uncounted == (WORDS,)
+
+
+def test_of_nodes_whose_records_were_judged_a_bounded_number_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_FOREIGN", 2)
+    merged = aggregate.Aggregate(facts(counter(name="execs", kind=plan_pb2.Output.EVENTS)))
+    for node in ("b", "c", "d"):
+        batch = FakeNode(node).batch(10, empty=True)
+        batch.events.append(chunk([0]))
+        merged.apply(node, 1, batch, START + 10 * SECOND)
+    asked(merged, AT_A)
+    assert merged.foreign == 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from probefleet_core import values
+from probefleet_core import aggregate, values
 from probefleet_operator import controller, errors, inventory, kube, planning, results
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -23,12 +23,14 @@ class Parts:
 
     def __init__(self) -> None:
         self.entry, self.nodes = SimpleNamespace(planned=None), {"a"}
-        control = SimpleNamespace(desired=lambda: {POLICY: frozenset(self.nodes)})
+        self.streams: set[str] = set()
+        self.inventory = FakeInventory()
+        control = SimpleNamespace(desired=lambda: {POLICY: frozenset(self.nodes)}, sessions=lambda: self.streams)
         plans, unasked = SimpleNamespace(entries={POLICY: self.entry}), cast("Any", None)
         self.results = results.Results(
             cast("controller.Controller", control),
             cast("planning.Planning", plans),
-            cast("inventory.Inventory", FakeInventory()),
+            cast("inventory.Inventory", self.inventory),
             cast("kube.Recorder", unasked),
         )
 
@@ -66,3 +68,30 @@ async def test_what_was_said_before_it_could_be_taken_in_is_said_again(why: str)
         parts.results.batch_received(first, quiet, 0)
     parts.results.batch_received(open_session("a", number=2), batch(1, said), 0)
     assert parts.total() == 2
+
+
+async def test_a_node_is_folded_when_it_is_gone_and_has_had_no_stream_for_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts, now, folded = Parts(), [1000.0], list[str]()
+    monkeypatch.setattr(results.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(aggregate.Aggregate, "fold", lambda _, node: folded.append(node))
+
+    def later(seconds: float) -> list[str]:
+        now[0] += seconds
+        parts.results.refresh()
+        return folded
+
+    parts.inventory.add("gone", "back", "talks", "away")
+    parts.plan()
+    parts.streams = {"talks"}
+    for name in ("gone", "back", "talks"):
+        del parts.inventory.found[name]
+    assert later(1) == later(results.FOLD_SECONDS - 1) == []
+    parts.inventory.add("back")
+    assert later(2) == ["gone"]
+    parts.streams = set()
+    assert later(results.FOLD_SECONDS - 1) == ["gone"], "it had a stream until now"
+    assert later(2) == ["gone", "talks"]
+    assert later(10 * results.FOLD_SECONDS) == ["gone", "talks"], "a node without a stream is none that has left"
+    assert not parts.results._left
