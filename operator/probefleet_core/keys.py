@@ -2,7 +2,8 @@
 
 ``tables`` interns the keys of new rows here (the only loop over rows, once a key), so that from then on a row
 is a number and merging is NumPy. ``group`` puts names to identities and finds which keys are one row of the
-report. Key 0 stands for all that no longer found room: a node that invents keys cannot fill the memory.
+report. Key 0 stands for all that no longer found room: a node that invents keys cannot fill the memory. Of nodes that
+have left for good, the keys that are one row of the report become one (``fold``), so that those to come find room.
 
 A node is believed only about its own pods: a key with a pod's uid also says (after its columns) which node sent it,
 and where that pod is known to be on another one the row is nobody's. What the node sent is counted, under no name.
@@ -10,6 +11,7 @@ and where that pod is known to be on another one the row is nobody's. What the n
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -65,7 +67,12 @@ class Keys:
     _of_node: dict[str, tuple[int, int]] = field(default_factory=dict)
     _rows: dict[Labels, int] = field(default_factory=dict)
     _row_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _new: list[int] = field(default_factory=list)  # that `group` has not looked at
     _unresolved: list[int] = field(default_factory=list)
+    #: The keys that only this node speaks of, because they say which node sent them; not where each row is a node's.
+    _own: dict[str, array[int]] = field(default_factory=dict)
+    _heirs: dict[int, int] = field(default_factory=dict)  # row → the key that stands for those of departed nodes
+    _free: list[int] = field(default_factory=list)  # numbers without a key
     #: Node → how many of its keys are of pods that are on another one.
     foreign: dict[str, int] = field(default_factory=dict)
 
@@ -113,15 +120,30 @@ class Keys:
         ids = self._ids
         return np.fromiter((ids.get(key) or self._add(node, key) for key in rows), np.int64, count)
 
-    def fold(self, node: str) -> None:
-        """The node has left for good: its keys stay, and count against the limit of all."""
+    def fold(self, node: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The node has left for good: the keys that are free from now on, and for each the one that has its counts.
+
+        What has no final name yet keeps its key.
+        """
         self._of_node.pop(node, None)
+        unnamed = {*self._new, *self._unresolved}
+        named = [number for number in self._own.pop(node, ()) if number not in unnamed]
+        heirs = [self._heirs.setdefault(int(self._row_of[number]), number) for number in named]
+        gone = [(number, heir) for number, heir in zip(named, heirs, strict=True) if number != heir]
+        for number, _ in gone:
+            key = self._keys[number]
+            del self._ids[key]
+            self._bytes -= _size(key)
+            self._keys[number], self._row_of[number] = (), 0
+            self._free.append(number)
+        pairs = np.array(gone, np.int64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
     def _add(self, node: str, key: Labels) -> int:
-        key_bytes = sum(len(part) for part in key if isinstance(part, str)) + 64
+        key_bytes = _size(key)
         node_keys, node_bytes = self._of_node.get(node, (0, 0))
         if (
-            len(self._keys) > self.limit
+            (len(self._keys) > self.limit and not self._free)
             or self._bytes + key_bytes > MAX_KEY_BYTES
             or node_keys >= MAX_NODE_KEYS
             or node_bytes + key_bytes > MAX_NODE_KEY_BYTES
@@ -130,8 +152,16 @@ class Keys:
             return OTHER_KEY
         self._of_node[node] = (node_keys + 1, node_bytes + key_bytes)
         self._bytes += key_bytes
-        number = self._ids[key] = len(self._keys)
-        self._keys.append(key)
+        if self._free:
+            number = self._free.pop()
+            self._keys[number] = key
+        else:
+            number = len(self._keys)
+            self._keys.append(key)
+        self._ids[key] = number
+        self._new.append(number)
+        if NODE not in self.names and POD_UID in self.names and key[-1] == node:
+            self._own.setdefault(node, array("q")).append(number)
         return number
 
     def group(self, names: Names, *, qualified: bool) -> tuple[npt.NDArray[np.int64], list[Labels]]:
@@ -139,7 +169,7 @@ class Keys:
 
         ``qualified``: pods of many namespaces come together, so a pod's label is ``namespace/name``. What a
         key is called is remembered; only new keys, and those whose pod nobody knew, are looked at. Labels
-        that no key has any more (a uid that has a name by now) stay in the list, with no key.
+        that no key has any more (a uid that has a name by now) stay in the list for a while, with no key.
         """
         joiner = Joiner(names, qualified=qualified and "namespace" not in self.group_by)
         joins = [
@@ -147,10 +177,9 @@ class Keys:
             for group in self.group_by
         ]
         rows, says_who = self._rows, POD_UID in self.names
-        known = len(self._row_of)
-        self._row_of = np.concatenate([self._row_of, np.zeros(len(self._keys) - known, np.int64)])
+        self._row_of = np.concatenate([self._row_of, np.zeros(len(self._keys) - len(self._row_of), np.int64)])
         unresolved = []
-        for number in (*self._unresolved, *range(max(known, 1), len(self._keys))):
+        for number in (*self._unresolved, *self._new):
             key = self._keys[number]
             joiner.resolved, joiner.foreign = True, False
             joiner.node = str(key[-1]) if says_who else ""
@@ -160,8 +189,24 @@ class Keys:
                 unresolved.append(number)
             elif joiner.foreign:
                 self.foreign[joiner.node] = self.foreign.get(joiner.node, 0) + 1
-        self._unresolved = unresolved
-        return self._row_of, [tuple(result.OTHER for _ in self.group_by), *rows]
+        self._unresolved, self._new = unresolved, []
+        if len(rows) > 2 * len(self._keys):
+            self._forget_labels()
+        return self._row_of, [tuple(result.OTHER for _ in self.group_by), *self._rows]
+
+    def _forget_labels(self) -> None:
+        """Those that no key has any more go, and the others' rows are numbered anew, in order."""
+        used = np.unique(np.append(self._row_of, 0))
+        place = np.zeros(len(self._rows) + 1, np.int64)
+        place[used] = np.arange(len(used))
+        labels = list(self._rows)
+        self._rows = {labels[row - 1]: number for number, row in enumerate(used.tolist()) if row}
+        self._row_of = place[self._row_of]
+        self._heirs = {int(place[row]): key for row, key in self._heirs.items()}
+
+
+def _size(key: Labels) -> int:
+    return sum(len(part) for part in key if isinstance(part, str)) + 64
 
 
 class Joiner:

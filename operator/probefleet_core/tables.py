@@ -177,7 +177,10 @@ class TableState:
     def fold(self, node: str) -> None:
         """The node has left for good: its counts are in the sum, and what else is told of it goes to that of others."""
         state = self.nodes.pop(node, None)
-        self._keys.fold(node)
+        gone, heirs = self._keys.fold(node)
+        if self._cumulative:
+            np.add.at(self._sum, heirs, self._sum[gone])
+            self._sum[gone] = 0
         if state is None:
             return
         self._departed.add(node, state.gaps, state.uncounted)

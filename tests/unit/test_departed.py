@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probefleet_core import departed, result, tables
+from probefleet_core import departed, keys, result, tables
 from probefleet_core.aggregate import Aggregate, Result
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
@@ -292,3 +292,69 @@ def test_ten_thousand_nodes_that_came_and_went_take_no_room(monkeypatch: pytest.
     assert len(aggregate._tables["calls"]._counted) == len(aggregate._events["execs"]._rings_before) == 1_000
     assert len(said.gaps) == departed.MAX_GAPS
     assert not aggregate._sessions and not aggregate._seen and not aggregate._costs._nodes
+
+
+def test_keys_of_departed_nodes_make_room_for_those_that_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "MAX_KEYS", 30)
+    policy = facts(counter("workload"), counter("workload", name="held", kind=O.GAUGE), counter("pod", name="by_pod"))
+    aggregate = Aggregate(policy)
+    pods = {f"pod-{n}-{p}": result.PodName("shop", f"w{p}-{n}", "Job", f"w{p}") for n in range(50) for p in range(5)}
+    stays = FakeNode("stays")
+    names = {**pods, "pod-stays": result.PodName("shop", "w0-stays", "Job", "w0")}
+
+    def ask_all() -> Result:
+        return aggregate.result(START + 10 * SECOND, selected_nodes=frozenset(), names=names.get)
+
+    for number in range(50):
+        node = FakeNode(f"node-{number}", epoch=f"boot-{number}:7")
+        for pod in range(5):
+            node.add(f"pod-{number}-{pod}", count=pod + 1)
+        stays.add("pod-stays", count=1)
+        for each in (node, stays):
+            batch = each.batch(10 + number)
+            for output in policy.outputs[1:]:
+                other = batch.tables.add()
+                other.CopyFrom(batch.tables[0])
+                other.output = output.name
+            aggregate.apply(each.name, 1, batch, batch.time_ns)
+        ask_all()
+        aggregate.fold(node.name)
+    by_workload, held, by_pod = ask_all().outputs
+    expected: dict[result.Labels, int] = {(f"w{pod}",): 50 * (pod + 1) + 50 * (pod == 0) for pod in range(5)}
+    assert dict(zip(by_workload.total.labels, by_workload.total.weights.tolist(), strict=True)) == expected
+    assert by_workload.uncounted == held.uncounted == ()
+    assert (held.total.labels, held.total.whole) == ((("w0",),), 50)
+    # Each pod is a row of its own: of those that find no room the counts are one.
+    assert by_pod.total.whole == 800
+    assert by_pod.uncounted == ("keys beyond 30 are counted under (other)",)
+    # One that comes back goes on in its rows, whatever number its keys have now.
+    node.restart_stream(2)
+    for at in (600, 610):
+        node.add("pod-49-2", count=23)
+        send(aggregate, node, at)
+    expected[("w2",)] += 23
+    by_workload = ask_all().outputs[0]
+    assert dict(zip(by_workload.total.labels, by_workload.total.weights.tolist(), strict=True)) == expected
+
+
+def test_what_pods_were_called_before_they_had_a_name_is_forgotten() -> None:
+    aggregate, names = Aggregate(facts(counter("pod"))), dict[str, result.PodName]()
+
+    def total() -> dict[result.Labels, int]:
+        rows = aggregate.result(START, selected_nodes=frozenset(), names=names.get).outputs[0].total
+        return dict(zip(rows.labels, rows.weights.tolist(), strict=True))
+
+    for number in range(1, 201):
+        node = FakeNode(f"node-{number}", epoch=f"boot-{number}:7")
+        node.add(f"uid-{number}", count=1)
+        node.add("", count=2)
+        send(aggregate, node, 10)
+        assert total()[(f"uid-{number}",)] == 1
+        names[f"uid-{number}"] = result.PodName("shop", f"web-{number % 2}")
+        assert total() == {("(host)",): 2 * number, ("web-1",): (number + 1) // 2} | (
+            {("web-0",): number // 2} if number > 1 else {}
+        )
+        aggregate.fold(node.name)
+    kept = aggregate._tables["calls"]._keys
+    assert len(kept) <= 6
+    assert len(kept._rows) <= 2 * len(kept)
