@@ -16,8 +16,8 @@ hypothesis.settings.load_profile("unit")
 #: The tests of the pure modules whose branches are to be covered (``PURE`` in the Makefile). What others do in passing
 #: would count as covered as well, and they take half as long again while it is watched.
 WATCHED = {
-    *("aggregate", "baseline", "collect", "columns", "decode", "map_plans", "merge", "placement", "planner", "pods"),
-    *("policy", "prints", "reconcile", "report", "samples"),
+    *("aggregate", "baseline", "collect", "columns", "decode", "departed", "foreign_pods", "map_plans", "merge"),
+    *("placement", "planner", "pods", "policy", "prints", "reconcile", "report", "samples"),
 }
 
 
