@@ -259,6 +259,7 @@ def _without_node(before: Result) -> dict[str, Any]:
     return {"outputs": plain((nothing,)), "rate_per_second": 0.0}
 
 
+@pytest.mark.no_cover  # others show its branches, and it takes three times as long while they are watched
 def test_ten_thousand_nodes_that_came_and_went_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(departed, "MAX_REMEMBERED", 1_000)
     aggregate = Aggregate(facts(counter("workload"), counter(name="execs", kind=O.EVENTS)))
