@@ -9,7 +9,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class Catalog(BuildHookInterface):  # type: ignore[type-arg]
+class Catalog(BuildHookInterface):  # type: ignore[type-arg]  # of its configuration, which this one has none of
     """Puts each probe's folder and object into ``probefleet_core/bpf``."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -132,8 +132,13 @@ def policy_manifest(
         "metadata": {"name": name, "namespace": namespace},
         "spec": spec,
     }
-    with contextlib.suppress(*(() if by else (Failure,))):  # who has only the plugin may have no catalog
-        sources.group(manifest, sources.load_catalog(), by or (() if cluster_scope else ("pod",)))
+    try:
+        catalog = sources.load_catalog()
+    except Failure:
+        if by:
+            raise
+        return manifest  # who has only the plugin may have no catalog: then the probe's own groups have to do
+    sources.group(manifest, catalog, by or (() if cluster_scope else ("pod",)))
     return manifest
 
 

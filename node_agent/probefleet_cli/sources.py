@@ -111,11 +111,11 @@ def group(manifest: Manifest, catalog: catalog_module.Catalog, by: Sequence[str]
     probe = catalog.get(str(program.get("name"))) if program else None
     if not by or probe is None or manifest["spec"].get("outputs"):
         return
-    possible = {name for each in probe.outputs for name in ("node", *each.allowed_group_by)}
-    if unknown := [name for name in by if name not in possible]:
+    if not any(_fits(each, by) for each in probe.outputs):
+        possible = (f"{each.output.name}: node, {', '.join(each.allowed_group_by)}" for each in _countable(probe))
         raise BadInput(
-            f"--by {','.join(by)}: what {probe.name} counts cannot be told apart by {unknown[0]}. It can be by "
-            f"{', '.join(sorted(possible))}"
+            f"--by {','.join(by)}: no output of {probe.name} can be told apart by {' and '.join(by)}. "
+            f"They can be by: {'; '.join(possible) or 'nothing, for it has events alone'}"
         )
     manifest["spec"]["outputs"] = [_grouped(each, by) for each in probe.outputs]
     if fill := {each.name: "true" for each in probe.parameters if each.fills in by}:
@@ -131,11 +131,19 @@ def parse_fields(text: str | None) -> tuple[str, ...]:
     return fields if text is not None else ()
 
 
+def _countable(probe: catalog_module.Probe) -> list[catalog_module.Output]:
+    return [each for each in probe.outputs if each.output.kind is not values.Kind.EVENTS]
+
+
+def _fits(each: catalog_module.Output, by: Sequence[str]) -> bool:
+    return each.output.kind is not values.Kind.EVENTS and set(by) <= {"node", *each.allowed_group_by}
+
+
 def _grouped(each: catalog_module.Output, by: Sequence[str]) -> Manifest:
     """An output as a manifest has it."""
     output = each.output
     fields = tuple(output.group_by or ())
-    if output.kind is not values.Kind.EVENTS and set(by) <= {"node", *each.allowed_group_by}:
+    if _fits(each, by):
         fields = tuple(dict.fromkeys((*by, *(field for field in fields if field.startswith("key")))))
     kind: Manifest = {}
     if output.kind is values.Kind.GAUGE:

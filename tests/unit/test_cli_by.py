@@ -63,7 +63,12 @@ def test_a_field_that_a_parameter_fills_is_filled_for_by_and_refused_without_it(
 @pytest.mark.parametrize(
     ("by", "what", "words"),
     [
-        ("key.colour", "runqlat", "what runqlat counts cannot be told apart by key.colour. It can be by container, "),
+        (
+            "key.colour",
+            "runqlat",
+            "no output of runqlat can be told apart by key.colour. They can be by: latency: ",
+        ),
+        ("pod,key.error,key.colour", "tcpconnlat", "told apart by pod and key.error and key.colour"),
         ("pod,", "runqlat", "a field is missing there"),
         ("", "runqlat", "a field is missing there"),
     ],

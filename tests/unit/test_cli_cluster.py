@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from probefleet_cli import cluster_commands, main
+from probefleet_cli.failures import Failure
 
 Json = dict[str, Any]
 POLICIES = "/apis/probefleet.io/v1alpha1/namespaces/shop/probepolicies"
@@ -331,6 +332,17 @@ def test_who_looks_into_a_namespace_is_told_the_pod() -> None:
     by = ("workload",)
     (output,) = cluster_commands.policy_manifest("runqlat", cluster_scope=False, by=by, **made)["spec"]["outputs"]
     assert output["groupBy"] == ["workload"]
+
+
+def test_who_has_no_catalog_is_told_what_the_probe_has_unless_he_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> None:
+        raise Failure("the catalog cannot be read")
+
+    monkeypatch.setattr(cluster_commands.sources, "load_catalog", nothing)
+    made = {"selector": None, "settings": {}, "interval": "1s", "ttl_seconds": 600, "namespace": "shop"}
+    assert "outputs" not in cluster_commands.policy_manifest("runqlat", cluster_scope=False, **made)["spec"]
+    with pytest.raises(Failure, match="the catalog cannot be read"):
+        cluster_commands.policy_manifest("runqlat", cluster_scope=False, by=("pod",), **made)
 
 
 def test_cluster_scope_is_asked_for_by_name() -> None:
