@@ -2,7 +2,8 @@
 
 A kernel's types take clang ten times as long as a test's own thirty lines: 0.3 s of a CPU, for each of 160 sources. So
 they are read once and kept in ``build/`` as clang's precompiled header. Objects come out the same, BTF and all; clang
-refuses a kept header whose vmlinux.h has changed, and its name has what it was made of.
+refuses a kept header whose vmlinux.h has changed, and its name has what it was made of. The objects are kept as well,
+for other runs and other clones (``tests.kept``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from probefleet_wire import clang
 
+from tests import kept
+
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = ROOT / "bpf/include"
 KEPT = ROOT / "build/tests"
@@ -27,7 +30,13 @@ _WANTS_TYPES = re.compile(r"""#include [<"](?:vmlinux|probefleet\w*)\.h[>"]""")
 @functools.cache
 def compiled(source: str, *, cpu: str = "v3", btf: bool = True) -> bytes:
     """The object of a source, with what it may want of ``bpf/include``."""
-    flags = ("-g" if btf else "-g0", "-O2", "-target", "bpf", f"-mcpu={cpu}", "-D__TARGET_ARCH_x86", f"-I{INCLUDE}")
+    flags = ("-g" if btf else "-g0", "-O2", "-target", "bpf", f"-mcpu={cpu}", "-D__TARGET_ARCH_x86")
+    called_by = (Path(each).read_bytes() for each in (__file__, clang.__file__))
+    depends_on = (source.encode(), " ".join(flags).encode(), *called_by, kept.contents(INCLUDE), kept.compilers())
+    return kept.answer(depends_on, lambda: _object(source, (*flags, f"-I{INCLUDE}")))
+
+
+def _object(source: str, flags: Sequence[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         text, made = Path(folder, "x.bpf.c"), Path(folder, "x.bpf.o")
         # As compile_core gives it to a program that prints.

@@ -1,10 +1,11 @@
-"""In a guest of `vm`, clang and BCC run on the host: what takes 15 s on an emulated CPU takes one, for the same bytes.
+"""Who compiles in kernel tests. In a guest of `vm`, the host: what takes 15 s on an emulated CPU takes one there, for
+the same bytes; and what it compiled before it keeps (`tests.kept`), as it does for the objects of its own tests.
 
-In the guest `install()` puts questions to the host in the compilers' place: `clang.compile_core`, and the step of
-`bcc.compile` that starts BCC's child. They ask for a whole compilation, and get what the compiler printed and made.
-All around it (the text that is given to BCC, the reading of its answer, loading, attaching) happens in the guest.
+`install()` puts questions in the compilers' place: `clang.compile_core`, the step of `bcc.compile` that starts BCC's
+child, and `support.clang_object`. They ask for a whole compilation, and get what the compiler printed and made. All
+around it (the text that is given to BCC, the reading of its answer, loading, attaching) happens where the test runs.
 `Compilers` answers on the host: clang's objects are the same for every kernel; BCC compiles against the guest's BTF,
-which lies in its $VM_OUT as `vmlinux`. Answers are kept in `build/compiled` by question and compiler.
+which lies in its $VM_OUT as `vmlinux`.
 
 Why it proves the same: a compiler sees text and types, not the kernel that it runs under. `test_compilers_here.py`
 compiles in the guest as well and compares the bytes.
@@ -16,36 +17,41 @@ import functools
 import hashlib
 import os
 import pickle
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from probefleet_agent.kernel import bcc, bcc_headers
 from probefleet_wire import btf_c, clang, sandbox
 
+from tests import kept
 from tests.kernel import support, vm_questions
 
 ROOT = Path(__file__).parents[2]
 VMLINUX = "vmlinux"
-_here = (clang.compile_core, bcc._run, bcc_headers.tree, support.clang_object)
+REAL = SimpleNamespace(
+    core=clang.compile_core, bcc=bcc._run, bcc_tree=bcc_headers.tree, clang_object=support.clang_object
+)
 
 
 def install() -> None:
-    """In a guest with somebody to ask: from now on this process's compilers are the host's."""
+    """From now on this process's compilers are the host's, in a guest; on the host, objects of tests are kept."""
+    support.clang_object = _clang_object
     if vm_questions.there():
         clang.compile_core = _compile_core
         bcc._run, bcc_headers.tree = _run_bcc, _no_tree
-        support.clang_object = _clang_object
 
 
 def uninstall() -> None:
     """The compilers of this machine again: for tests of how they run here."""
-    clang.compile_core, bcc._run, bcc_headers.tree, support.clang_object = _here
+    clang.compile_core, support.clang_object = REAL.core, REAL.clang_object
+    bcc._run, bcc_headers.tree = REAL.bcc, REAL.bcc_tree
 
 
 def _ask(what: str, **words: Any) -> Any:
-    answer = pickle.loads(vm_questions.ask(pickle.dumps((what, words))))
+    question = pickle.dumps((what, words))
+    answer = pickle.loads(vm_questions.ask(question) if vm_questions.there() else _this_machines()(question))
     if isinstance(answer, list):  # CompileError does not survive pickling: its diagnostics do
         raise clang.CompileError(answer)
     if isinstance(answer, Exception):
@@ -77,57 +83,47 @@ def _run_bcc(
 
 
 class Compilers:
-    """The host's side: a question's bytes in, the answer's out. `out` is the guest's $VM_OUT."""
+    """The host's side: a question's bytes in, the answer's out. `types` is the BTF that BCC compiles against."""
 
-    def __init__(self, out: Path, *, kept: Path = ROOT / "build" / "compiled") -> None:
-        self.out, self.kept = out, kept
+    def __init__(self, types: Path, *, folder: Path = kept.FOLDER) -> None:
+        self.types, self.folder = types, folder
         self.asked = self.compiled = 0
-        kept.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, question: bytes) -> bytes:
-        """The answer, from the folder of answers if it is there."""
+        """The answer, as it was kept if it was."""
         self.asked += 1
         what, words = pickle.loads(question)
-        known = [question, _toolchain()]
+        depends_on = [question, _toolchain()]
         if what == "bcc":
-            known.append((self.out / VMLINUX).read_bytes())
-        path = self.kept / hashlib.sha256(b"\0".join(known)).hexdigest()
-        if path.exists():
-            return path.read_bytes()
-        self.compiled += 1
-        found = self._answer(what, words)
-        answer = pickle.dumps(found)
-        if isinstance(found, Exception):
-            return answer  # of this machine, not of the source: the next one may do better
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(answer)
-        new.rename(path)
-        return answer
+            depends_on.append(self.types.read_bytes())
+        try:
+            return kept.answer(depends_on, lambda: pickle.dumps(self._answer(what, words)), folder=self.folder)
+        except Exception as error:  # of this machine, not of the source: the next time may do better
+            return pickle.dumps(RuntimeError(f"the host cannot compile it: {type(error).__name__}: {error}"))
 
     def _answer(self, what: str, words: dict[str, Any]) -> object:
-        ways: dict[str, Callable[..., object]] = {"core": clang.compile_core, "object": support.clang_object}
-        ways["bcc"] = self._bcc
+        self.compiled += 1
+        ways: dict[str, Callable[..., object]] = {"core": REAL.core, "object": REAL.clang_object, "bcc": self._bcc}
         try:
             return ways[what](**words)
         except clang.CompileError as error:
             return list(error.diagnostics)
-        except Exception as error:
-            return RuntimeError(f"the host cannot compile it: {type(error).__name__}: {error}")
 
     def _bcc(self, *, release: str, text: str, source: str, flags: list[str], formats: list[str]) -> sandbox.Finished:
-        types = (self.out / VMLINUX).read_bytes()
-        tree = bcc_headers.tree(types, root=self.kept / "headers", release=release)
-        return bcc._run(text, source, flags, tree, formats, bcc.LIMITS)
+        types = self.types.read_bytes()
+        tree = REAL.bcc_tree(types, root=self.folder / "headers", release=release)
+        answer: sandbox.Finished = REAL.bcc(text, source, flags, tree, formats, bcc.LIMITS)
+        return answer
+
+
+@functools.cache
+def _this_machines() -> Compilers:
+    return Compilers(Path("/sys/kernel/btf/vmlinux"))
 
 
 @functools.cache
 def _toolchain() -> bytes:
     """Changes whenever an answer might: the headers, and the compilers and what calls them."""
-    found = hashlib.sha256()
-    own = [*(ROOT / "bpf/include").rglob("*"), *Path(bcc_headers.__file__).parent.iterdir(), bcc.CHILD]
-    own += [Path(module.__file__ or "") for module in (clang, bcc, btf_c, sandbox, support)]
-    for path in sorted(path for path in own if path.is_file()):
-        found.update(path.read_bytes())
-    for command in (["clang", "--version"], ["dpkg-query", "-W", "-f", "${Version} ", "libbpfcc", "libbpf-dev"]):
-        found.update(subprocess.run(command, capture_output=True, check=False).stdout)
-    return found.digest()
+    own = [Path(module.__file__ or "") for module in (clang, bcc, btf_c, sandbox, support)]
+    called_by = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in (*own, bcc.CHILD))
+    return kept.contents(ROOT / "bpf/include", Path(bcc_headers.__file__).parent) + called_by + kept.compilers()

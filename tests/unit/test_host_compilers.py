@@ -8,7 +8,7 @@ import pytest
 from probefleet_agent.kernel import bcc
 from probefleet_wire import clang, sandbox
 
-from tests.kernel import host_compilers, support, vm_questions
+from tests.kernel import host_compilers, vm_questions
 
 MADE = clang.Compiled(b"object", "digest", (), 0.5)
 PRINTED = sandbox.Finished(0, b"{}", b"", "", 0.5, 1)
@@ -37,12 +37,11 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         found.append((types, release))
         return root / "tree"
 
-    monkeypatch.setattr(clang, "compile_core", core)
-    monkeypatch.setattr(support, "clang_object", plain)
-    monkeypatch.setattr(bcc, "_run", run_bcc)
-    monkeypatch.setattr(bcc.bcc_headers, "tree", tree)
+    for name, stand_in in (("core", core), ("clang_object", plain), ("bcc", run_bcc), ("bcc_tree", tree)):
+        monkeypatch.setattr(host_compilers.REAL, name, stand_in)
     (tmp_path / "vmlinux").write_bytes(b"types")
-    compilers = host_compilers.Compilers(tmp_path, kept=tmp_path / "kept")
+    compilers = host_compilers.Compilers(tmp_path / "vmlinux", folder=tmp_path / "kept")
+    monkeypatch.setattr(vm_questions, "there", lambda: True)
     monkeypatch.setattr(vm_questions, "ask", compilers)
     return found
 
@@ -66,13 +65,13 @@ def test_bcc_compiles_against_the_guests_types(asked: list[object]) -> None:
 
 
 def test_what_the_host_cannot_do_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    working = support.clang_object
+    working = host_compilers.REAL.clang_object
 
     def broken(text: str) -> bytes:
         raise OSError("no clang")
 
-    monkeypatch.setattr(support, "clang_object", broken)
+    monkeypatch.setattr(host_compilers.REAL, "clang_object", broken)
     with pytest.raises(RuntimeError, match="the host cannot compile it: OSError: no clang"):
         host_compilers._clang_object("int y;")
-    monkeypatch.setattr(support, "clang_object", working)
+    monkeypatch.setattr(host_compilers.REAL, "clang_object", working)
     assert host_compilers._clang_object("int y;") == b"plain"

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import kept
 from tests.kernel import host_compilers, vm, vm_kernels
 from tests.kernel.matrix import cells, results, table, turn
 
@@ -59,6 +60,7 @@ def run(where: str, *, only: str, rest: bool, seconds: float) -> int:
     out = BUILD / f"{where}-out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    kept.forget_unused()
     release = os.uname().release
     if where != HERE:
         release = vm_kernels.fetch(where, say=lambda line: print(f"vm: {line}", file=sys.stderr)).release
@@ -68,7 +70,7 @@ def run(where: str, *, only: str, rest: bool, seconds: float) -> int:
     if where == HERE:
         status = on_host("shows", out, options)
     else:
-        compilers = host_compilers.Compilers(out)
+        compilers = host_compilers.Compilers(out / host_compilers.VMLINUX)
         status = in_guest(where, out, options, seconds=seconds, compilers=compilers)
         words = f", {compilers.asked} compilations asked of the host, {compilers.compiled} made"
     if not (out / RESULT).exists():
@@ -80,7 +82,7 @@ def run(where: str, *, only: str, rest: bool, seconds: float) -> int:
         if (out / "of_types" / RESULT).exists():
             found = found.with_tests_of(results.read_run(out / "of_types" / RESULT))
     whole = not only and not rest
-    result = kept(found, earlier, whole).result()
+    result = with_earlier(found, earlier, whole).result()
     yes = sum(word == "yes" for word in result.cells.values())
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = f"{time.monotonic() - started:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of CPU so far)"
@@ -124,7 +126,7 @@ def in_guest(
         return 1
 
 
-def kept(found: results.Run, file: Path, whole: bool) -> results.Run:
+def with_earlier(found: results.Run, file: Path, whole: bool) -> results.Run:
     """Into build/, with what an earlier run showed where this one was no whole one."""
     if not whole and file.exists():
         found = found.after(results.read_run(file))
