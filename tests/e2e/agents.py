@@ -41,9 +41,7 @@ PYTHON = "/opt/probefleet/venv/bin/python"
 
 def pods() -> dict[str, str]:
     """The agents' pods by node."""
-    items = json.loads(
-        kube.kubectl("get", "pods", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=agent", "-o", "json")
-    )["items"]
+    items = kube.pods(kube.SYSTEM, "app.kubernetes.io/component=agent")
     return {
         item["spec"]["nodeName"]: item["metadata"]["name"]
         for item in items
@@ -66,6 +64,11 @@ def pins(node: str) -> list[str]:
     """Everything pinned on the node by Probefleet."""
     found: list[str] = json.loads(ask(node, _PINS))
     return found
+
+
+def pinned_programs(node: str) -> list[str]:
+    """Paths of the programs that instances have pinned on the node."""
+    return [path for path in pins(node) if "/instances/" in path and path.rpartition("/")[2].startswith("prog_")]
 
 
 def kill(node: str) -> None:

@@ -65,7 +65,7 @@ def test_an_object_of_a_config_map_counts_exactly_and_another_is_refused(namespa
     kube.eventually(counted, "1,009 calls of one process")
 
     words = (f"its bytes have sha256 {digest}, the policy asks for {other}", "spec.program.object.sha256")
-    said = kube.eventually(lambda: accepted(kube.get("ppol", "another", namespace)).get("message"), "an answer")
+    said = kube.eventually(lambda: accepted(kube.get("probepolicy", "another", namespace)).get("message"), "an answer")
     for word in words:
         assert word in said
     check_event("another", namespace, words[0])

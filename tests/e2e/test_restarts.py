@@ -1,197 +1,101 @@
-"""End-to-end test 5: counting goes on, exactly, while agents and the operator are killed.
+"""End-to-end test 5: counting goes on, exactly, while an agent and then the operator is killed.
 
-Each is killed once, while everything is measured that has to survive it: counts of two nodes in one namespace, records
-of a ring in another one, and, for an agent, a script that the kernel ends with it.
+Each is killed once, while everything is measured that has to survive it (`surviving`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import time
+import uuid
 from collections.abc import Iterator
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.e2e import agents, kube
+from tests.e2e import surviving as s
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(300)]
-
-SYSCOUNT = {
-    "scope": "Namespace",
-    "program": {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max"}}},
-    "interval": "1s",
-    "outputs": [{"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["pod"]}],
-}
-#: 997 calls, 15 ms apart: 15 s in which things can be killed.
-SLOWLY = ["calls", "rare", "997", "--pause", "15000"]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(400)]
 
 
-def start_counting(namespace: str) -> None:
-    kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
-    kube.wait_programmed("syscount", namespace)
-    kube.apply(kube.pod("web", namespace, SLOWLY, node="node1"), kube.pod("cart", namespace, SLOWLY, node="node2"))
-    kube.eventually(
-        lambda: len(kube.totals(kube.report("syscount", namespace), "calls")) == 2, "first counts of both pods"
-    )
+@pytest.fixture
+def scripts_namespace(installed: str) -> Iterator[str]:
+    """Whose pods are neither counted nor recorded."""
+    name = f"scripts-{uuid.uuid4().hex[:6]}"
+    kube.kubectl("create", "namespace", name)
+    yield name
+    kube.kubectl("delete", "probepolicy", "--all", "-n", name, "--wait=true", seconds=60)
+    kube.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def finish_counting(namespace: str) -> None:
-    for name in ("web", "cart"):
-        kube.kubectl(
-            "wait", f"pod/{name}", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s"
-        )
-
-    def complete() -> bool:
-        status = kube.report("syscount", namespace)
-        whole = status.get("columns", {}).get("coverage") == "3/3"
-        return whole and kube.totals(status, "calls") == {("web",): 997, ("cart",): 997}
-
-    try:
-        kube.eventually(complete, "997 calls of each pod, of 3/3 nodes", seconds=90)
-    except AssertionError as error:
-        raise AssertionError("\n".join([str(error), *kube.report("syscount", namespace)["summary"]])) from None
-    # And it stays so: nothing is counted twice by what comes late.
-    status = kube.report("syscount", namespace)
-    assert kube.totals(status, "calls") == {("web",): 997, ("cart",): 997}
-    assert status["columns"]["lost"] == "0"
-
-
-# Events: records of a ring, each with a number of its own.
+def start_shared(namespace: str) -> tuple[set[str], dict[str, str]]:
+    """The second policy has joined the first, on its program: paths of what is pinned, and since when each counts."""
+    before = set(agents.pinned_programs(s.NODE))
+    kube.apply(kube.policy("one", namespace, s.SHARED))
+    kube.wait_programmed("one", namespace)
+    first = set(agents.pinned_programs(s.NODE)) - before
+    assert first
+    s.call_shared("early", namespace, 997)
+    s.expect_shared(namespace, "997 calls in the first one's report", one={"early": 997})
+    kube.apply(kube.policy("two", namespace, {**s.SHARED, "interval": "2s"}))
+    kube.wait_programmed("two", namespace)
+    (digest,) = {path.rsplit("/", 2)[1] for path in first}
+    assert {path for path in agents.pinned_programs(s.NODE) if path.rsplit("/", 2)[1] == digest} == first
+    s.call_shared("late", namespace, 23)
+    what = "1,020 calls for the first, 23 for the one that joined"
+    s.expect_shared(namespace, what, one={"early": 997, "late": 23}, two={"late": 23})
+    since = {name: kube.report(name, namespace)["since"] for name in ("one", "two")}
+    assert since["one"] < since["two"]
+    return first, since
 
 
-def received(namespace: str) -> int:
-    return int(kube.events_of(kube.report("execs", namespace)).get("received", 0))
+def finish_shared(namespace: str, programs: set[str], since: dict[str, str]) -> None:
+    """Both count on, each from its own beginning; the program goes with the last of them."""
+    s.call_shared("later", namespace, 5)
+    what = "five more for both"
+    s.expect_shared(namespace, what, one={"early": 997, "late": 23, "later": 5}, two={"late": 23, "later": 5})
+    assert {name: kube.report(name, namespace)["since"] for name in ("one", "two")} == since
+    # Who looks in for a moment sees that moment, and not what the others have counted.
+    arguments = ("--set", f"syscalls={s.SHARED_CALL[0]}", "--for", "4s", "-o", "json", "-n", namespace)
+    looked = json.loads(kube.kubectl("probefleet", "run", "syscount", *arguments))["status"]
+    assert looked["cost"]["sharedBy"] == 3
+    assert {each["name"]: each["total"]["value"] for each in looked["outputs"]}["calls"] == 0
+
+    kube.kubectl("delete", "ppol", "one", "-n", namespace)
+    kube.eventually(lambda: not kube.report("one", namespace), "the first one's report is gone")
+    kube.wait_programmed("two", namespace)
+    assert set(agents.pinned_programs(s.NODE)) >= programs
+    kube.kubectl("delete", "ppol", "two", "-n", namespace)
+    gone = "the program is gone with its last policy"
+    kube.eventually(lambda: not programs & set(agents.pinned_programs(s.NODE)), gone, seconds=30)
 
 
-@contextlib.contextmanager
-def recording(namespace: str, *, seconds: int = 25) -> Iterator[subprocess.Popen[str]]:
-    """23 programs have been started on node2, and 997 are being started on node1: the one who starts those."""
-    kube.apply(
-        kube.pod("busy", namespace, ["execs", "997", "--hold", "--pause", str(seconds * 1000)], node="node1"),
-        kube.pod("quiet", namespace, ["execs", "23", "--hold"], node="node2"),
-    )
-    kube.kubectl("wait", "pod/busy", "pod/quiet", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
-    # The pods wait before the policy comes: neither their own start nor the sandboxes' is to be recorded.
-    kube.apply(kube.policy("execs", namespace, {"program": {"catalog": {"name": "execsnoop"}}, "interval": "1s"}))
-    kube.wait_programmed("execs", namespace)
-    kube.kubectl("attach", "-i", "quiet", "-n", namespace, stdin="go")
-    kube.eventually(lambda: received(namespace) == 23, "23 records")
-    command = ["kubectl", "attach", "-i", "busy", "-n", namespace]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as attached:
-        try:
-            assert attached.stdin is not None
-            attached.stdin.write("g")
-            attached.stdin.flush()
-            kube.eventually(lambda: received(namespace) > 100, "the first records of node1")
-            yield attached
-        finally:
-            attached.kill()
+def test_kill_9_of_an_agent_and_then_of_the_operator_loses_and_doubles_nothing(
+    namespace: str, other_namespace: str, scripts_namespace: str, plugin: Path
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        # In this order: what one pins first is not what the other is about to pin.
+        programs, since = start_shared(scripts_namespace)
+        script = pool.submit(s.start_script, scripts_namespace)
+        with s.recording(other_namespace, seconds=45) as attached:
+            script.result()
+            s.start_counting(namespace, seconds=35)
+            killed, before = time.time(), s.received(other_namespace)
+            agents.kill(s.NODE)
+            kube.eventually(lambda: s.received(other_namespace) > before + 100, "records of the agent that came after")
+            # The operator has heard of all so far, and can list it: not one is missing, and not one is there twice.
+            listed = s.listed(other_namespace)
+            assert listed == list(range(len(listed)))
+            assert len(listed) + 23 > before
 
-
-def finish_recording(namespace: str, attached: subprocess.Popen[str]) -> list[int]:
-    """All 1,020 are in the total, and nothing was lost; the numbers of node1's that can be listed, oldest first."""
-    assert received(namespace) < 1020, "it was over before anything was killed"
-    attached.communicate("o", timeout=60)  # another byte lets it end
-    kube.kubectl("wait", "pod/busy", "-n", namespace, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
-
-    def complete() -> bool:
-        status = kube.report("execs", namespace)
-        return status.get("columns", {}).get("coverage") == "3/3" and received(namespace) >= 1020
-
-    try:
-        kube.eventually(complete, "1,020 records, of 3/3 nodes", seconds=90)
-    except AssertionError as error:
-        raise AssertionError("\n".join([str(error), *kube.report("execs", namespace)["summary"]])) from None
-    status = kube.report("execs", namespace)
-    events = kube.events_of(status)
-    assert {name: int(events[name]) for name in ("received", "lost", "dropped")} == {
-        "received": 1020, "lost": 0, "dropped": 0,
-    }  # fmt: skip
-    assert status["gaps"] == []
-    lines = kube.kubectl("probefleet", "events", "execs", "-n", namespace, "-o", "json").splitlines()
-    records = [json.loads(line) for line in lines]
-    # Each started program is told which one it is: "execs exit 7".
-    return [int(record["arguments"].split()[2]) for record in records if record["pod"] == "busy"]
-
-
-# What the kernel ends with the agent's process.
-
-SCRIPT = """
-tracepoint:syscalls:sys_enter_sched_get_priority_max
-/comm == "calls"/
-{
-    @calls[pid] = count();
-}
-"""
-
-
-def scripted(namespace: str) -> list[int]:
-    """Calls by process, and every process is a pod's; those of other tests' on this machine count as many, too."""
-    return list(kube.totals(kube.report("script", namespace), "calls").values())
-
-
-def start_script(namespace: str) -> None:
-    """A bpftrace script on node1 has counted 211 calls of a pod."""
-    spec = {
-        "scope": "Cluster",
-        "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": "node1"}}},
-        "program": {"bpftrace": {"script": SCRIPT}},
-        "interval": "1s",
-    }
-    kube.apply(kube.policy("script", namespace, spec))
-    kube.wait_programmed("script", namespace)
-    kube.apply(kube.pod("before", namespace, ["calls", "rare", "211"], node="node1"))
-    kube.eventually(lambda: scripted(namespace).count(211) == 1, "211 calls of the first pod")
-    assert kube.report("script", namespace)["gaps"] == []
-
-
-def finish_script(namespace: str, killed: float) -> None:
-    """The report shows the gap since the agent was killed; what was counted before stays, and counting goes on."""
-
-    def gap() -> dict[str, str] | None:
-        return next(iter(kube.report("script", namespace)["gaps"]), None)
-
-    # The kubelet lets a container that ended often wait longer each time: 10 s, 20 s, 40 s, …
-    shown = kube.eventually(gap, "a gap in the report", seconds=150)
-    assert (shown["node"], shown["why"]) == ("node1", "bpftrace ends with the agent's process")
-    start, end = (datetime.fromisoformat(shown[each]).timestamp() for each in ("start", "end"))
-    # The agent notes each second that it lives; by then the next one has begun.
-    assert killed - 5 < start < end < time.time()
-    assert any(line.startswith("gap on node1: ") for line in kube.report("script", namespace)["summary"])
-    kube.apply(kube.pod("after", namespace, ["calls", "rare", "307"], node="node1"))
-    kube.eventually(lambda: scripted(namespace).count(307) == 1, "307 calls of the second pod")
-    assert scripted(namespace).count(211) == 1, "what was counted before stays"
-
-
-# Each is killed.
-
-
-def test_kill_9_of_an_agent_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
-    start_script(namespace)
-    with recording(other_namespace) as attached:
-        start_counting(namespace)
-        killed = time.time()
-        agents.kill("node1")
-        listed = finish_recording(other_namespace, attached)
-        finish_counting(namespace)
-    missing = sorted(set(range(997)) - set(listed))
-    assert (missing, len(listed)) == ([], 997)
-    finish_script(namespace, killed)
-
-
-def test_kill_9_of_the_operator_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
-    with recording(other_namespace) as attached:
-        start_counting(namespace)
-        kube.kubectl(
-            "delete", "pod", "-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0",
-            "--force",
-        )  # fmt: skip
-        listed = finish_recording(other_namespace, attached)
-        finish_counting(namespace)
-    # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
-    assert listed == list(range(997 - len(listed), 997))
-    assert listed
+            operator = ("-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+            kube.kubectl("delete", "pod", *operator)
+            listed = s.finish_recording(other_namespace, attached)
+            s.finish_counting(namespace)
+        # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
+        assert listed == list(range(997 - len(listed), 997))
+        assert listed
+        s.finish_script(scripts_namespace, killed)
+        finish_shared(scripts_namespace, programs, since)

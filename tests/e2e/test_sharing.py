@@ -1,5 +1,4 @@
-"""One map in the kernel, two policies: BCC writes, CO-RE reads; and two policies of one program share that program, and
-each counts from its own beginning.
+"""One map in the kernel, two policies: BCC writes, CO-RE reads. (Two policies of one program: `test_restarts`.)
 
 What is pinned is asked of the agent's own pod on the node, whose bpffs it is.
 """
@@ -7,8 +6,6 @@ What is pinned is asked of the agent's own pod on the node, whose bpffs it is.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,14 +83,7 @@ print(json.dumps({"maps": maps, "programs": dict(users(root / "instances"))}))
 
 def agent() -> str:
     """The name of the node's agent pod."""
-    listed = json.loads(kube.kubectl("-n", kube.SYSTEM, "get", "pods", "-o", "json"))["items"]
-    return next(
-        str(each["metadata"]["name"])
-        for each in listed
-        if each["metadata"]["name"].startswith("probefleet-agent-")
-        and each["spec"].get("nodeName") == NODE
-        and "deletionTimestamp" not in each["metadata"]
-    )
+    return agents.pods()[NODE]
 
 
 def pins() -> dict[str, Any]:
@@ -183,7 +173,8 @@ def test_bcc_writes_what_core_reads_and_the_map_lives_as_long_as_it_has_a_user(n
     narrow = WRITER.replace("u32, u64, 1024", "u32, u32, 1024")
     kube.apply(kube.policy("fourth", namespace, {**writer, "program": {"bcc": {"source": narrow}}}))
     failure = kube.eventually(
-        lambda: kube.get("ppol", "fourth", namespace).get("status", {}).get("failures"), "the fourth policy's failure"
+        lambda: kube.get("probepolicy", "fourth", namespace).get("status", {}).get("failures"),
+        "the fourth policy's failure",
     )[0]
     assert (failure["reason"], failure["example"]) == ("LayoutMismatch", NODE)
     assert "4 bytes" in failure["message"]
@@ -283,72 +274,5 @@ def dumped(policy: str, name: str) -> str:
 
 def accepted(name: str, namespace: str) -> dict[str, str] | None:
     """The condition Accepted, once it is decided."""
-    conditions = kube.get("ppol", name, namespace).get("status", {}).get("conditions", [])
+    conditions = kube.get("probepolicy", name, namespace).get("status", {}).get("conditions", [])
     return next((each for each in conditions if each["type"] == "Accepted" and each["status"] != "Unknown"), None)
-
-
-@pytest.mark.alone
-def test_two_policies_of_one_program_share_it_and_each_counts_from_when_it_came(namespace: str, plugin: Path) -> None:
-    # A parameter that no other test uses, so that the program is this test's.
-    call, number = "sched_get_priority_min", {"x86_64": 147, "aarch64": 126}[os.uname().machine]
-    spec = {
-        "nodes": ON_NODE,
-        "program": {"catalog": {"name": "syscount", "parameters": {"syscalls": call}}},
-        "interval": "1s",
-        "outputs": [{"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["pod"]}],
-    }
-
-    def calls(policy: str) -> dict[str, int]:
-        status = kube.report(policy, namespace)
-        covered = status.get("columns", {}).get("coverage") == "1/1"
-        return {key[0]: value for key, value in kube.totals(status, "calls").items()} if covered else {}
-
-    def make(pod: str, count: int) -> None:
-        kube.apply(kube.pod(pod, namespace, ["calls", str(number), str(count)], node=NODE))
-        done = "--for=jsonpath={.status.phase}=Succeeded"
-        kube.kubectl("wait", f"pod/{pod}", "-n", namespace, done, "--timeout=60s")
-
-    before = set(pins()["programs"])
-    kube.apply(kube.policy("one", namespace, spec))
-    kube.wait_programmed("one", namespace)
-    first = set(pins()["programs"]) - before
-    assert first
-    make("early", 997)
-    kube.eventually(lambda: calls("one") == {"early": 997}, "997 calls in the first one's report")
-    kube.apply(kube.policy("two", namespace, {**spec, "interval": "2s"}))
-    kube.wait_programmed("two", namespace)
-    assert set(pins()["programs"]) >= first
-    digest = {path.rsplit("/", 2)[1] for path in first}
-    assert len(digest) == 1
-    same = [path for path in pins()["programs"] if path.rsplit("/", 2)[1] in digest]
-    assert sorted(same) == sorted(first)
-
-    make("late", 23)
-    everything = {"one": {"early": 997, "late": 23}, "two": {"late": 23}}
-
-    def exact() -> bool:
-        return {name: calls(name) for name in everything} == everything
-
-    kube.eventually(exact, "1,020 calls for the first, 23 for the one that joined")
-    status = {name: kube.report(name, namespace) for name in everything}
-    assert status["one"]["since"] < status["two"]["since"]
-    agents.kill(NODE)
-    kube.kubectl("rollout", "restart", "-n", kube.SYSTEM, "deployment")
-    kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "deployment", "--timeout=120s", seconds=130)
-    make("later", 5)
-    for rows in everything.values():
-        rows["later"] = 5
-    kube.eventually(exact, "five more for both, after kill -9 and with a new operator", seconds=90)
-    assert kube.report("two", namespace)["since"] == status["two"]["since"]
-    # Who looks in for a moment sees that moment, and not what the others have counted.
-    arguments = ("--set", f"syscalls={call}", "--for", "4s", "-o", "json", "-n", namespace)
-    looked = json.loads(kube.kubectl("probefleet", "run", "syscount", *arguments))["status"]
-    assert looked["cost"]["sharedBy"] == 3
-    assert {each["name"]: each["total"]["value"] for each in looked["outputs"]}["calls"] == 0
-
-    kube.kubectl("delete", "ppol", "one", "-n", namespace)
-    kube.eventually(lambda: not kube.report("one", namespace), "the first one's report is gone")
-    kube.wait_programmed("two", namespace)
-    assert set(pins()["programs"]) >= first
-    kube.kubectl("delete", "ppol", "two", "-n", namespace)
-    kube.eventually(lambda: not first & set(pins()["programs"]), "the program is gone with its last policy", seconds=30)

@@ -80,7 +80,7 @@ def accepted(policy: dict[str, Any]) -> dict[str, str]:
 def check_healthy(namespace: str) -> None:
     """The neighbour does not notice."""
     conditions = {
-        each["type"]: each["status"] for each in kube.get("ppol", "healthy", namespace)["status"]["conditions"]
+        each["type"]: each["status"] for each in kube.get("probepolicy", "healthy", namespace)["status"]["conditions"]
     }
     assert conditions["Accepted"] == conditions["Programmed"] == "True"
 
@@ -102,7 +102,7 @@ def refused_in_status(name: str, namespace: str, spec: dict[str, Any], *words: s
     kube.apply(kube.policy(name, namespace, spec))
 
     def answered() -> dict[str, Any] | None:
-        policy = kube.get("ppol", name, namespace)
+        policy = kube.get("probepolicy", name, namespace)
         return policy if accepted(policy)["status"] != "Unknown" else None
 
     found = kube.eventually(answered, f"an answer to {name}")
@@ -122,7 +122,7 @@ def failed_on_nodes(name: str, namespace: str, spec: dict[str, Any], reason: str
     kube.apply(kube.policy(name, namespace, spec))
 
     def failures() -> list[dict[str, Any]]:
-        policy = kube.get("ppol", name, namespace)
+        policy = kube.get("probepolicy", name, namespace)
         assert accepted(policy)["status"] != "False", accepted(policy)
         found: list[dict[str, Any]] = policy.get("status", {}).get("failures", [])
         return found

@@ -1,8 +1,9 @@
 """End-to-end test 5, second half, and 4 for the whole release: what happens to the cluster itself.
 
-An upgrade, two operators, an API server that is gone, agents without privilege, a node that comes and one that dies,
-the end of the release. These disturb every other policy of the cluster, so the file's name makes them the last; the
-release is installed again when they are through.
+An upgrade to agents without privilege, two operators, a certificate of one's own, an API server that is gone, a node
+that comes and dies, the end of the release. These disturb every other policy of the cluster, so the file's name makes
+them the last; the release is installed again when they are through. Each says which values it wants (`having`), and
+those that want the same follow each other: replacing all pods takes 20 s.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import yaml
 
 from tests.cluster.kubebox import settings
 from tests.e2e import agents, kube
+from tests.e2e.surviving import SYSCOUNT, finish_counting, finish_recording, recording, start_counting
 from tests.e2e.test_lifecycle import PROGRAM
-from tests.e2e.test_restarts import SYSCOUNT, finish_counting, finish_recording, recording, start_counting
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(420)]
 
@@ -80,12 +81,28 @@ def cluster(*words: str, seconds: float = 240) -> str:
     return kube.run(str(kube.ROOT / "tests/cluster/cluster"), *words, seconds=seconds).stdout
 
 
-def upgrade(*values: str) -> None:
+#: Values, as `helm get values` shows them.
+WITHOUT_PRIVILEGE = {"agent": {"privileged": False, "capabilities": CAPABILITIES}}
+TWO_OPERATORS = {"operator": {"replicas": 2}}
+OWN_CERTIFICATE = {"operator": {"tlsSecret": "own-certificate"}}
+
+
+def having(*more: dict[str, Any]) -> None:
+    """The release with these values besides the tests' own, everything of it ready. Nothing is done where it is so."""
+    wanted: dict[str, Any] = yaml.safe_load(kube.VALUES.read_text())
+    for values in more:
+        for part, each in values.items():
+            wanted[part] = {**wanted.get(part, {}), **each}
+    has = kube.run("helm", "get", "values", "probefleet", "-n", kube.SYSTEM, "-o", "json", check=False).stdout
+    if not has or json.loads(has) != wanted:
+        upgrade(wanted)
+
+
+def upgrade(values: dict[str, Any]) -> None:
     """helm upgrade --install, until everything of the new revision is ready."""
-    settings = [word for value in values for word in ("--set", value)]
     kube.run(
         "helm", "upgrade", "--install", "probefleet", str(kube.ROOT / "charts/probefleet"), "--namespace", kube.SYSTEM,
-        "--create-namespace", "--values", str(kube.VALUES), *settings, "--wait", "--timeout", "3m", seconds=200,
+        "--create-namespace", "--values", "-", "--wait", "--timeout", "3m", stdin=yaml.safe_dump(values), seconds=200,
     )  # fmt: skip
     kube.kubectl("rollout", "status", "-n", kube.SYSTEM, "daemonset/probefleet-agent", "--timeout=120s", seconds=130)
 
@@ -146,18 +163,48 @@ def count_static(namespace: str, number: int) -> str:
     return name
 
 
-# An upgrade.
+# An upgrade, to agents without privilege.
 
 
 def test_helm_upgrade_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
+    having()
     with recording(other_namespace, seconds=40) as attached:
         start_counting(namespace)
         before = agents.pods()
-        upgrade(f"agent.podAnnotations.revision=r{uuid.uuid4().hex[:6]}")
+        having(WITHOUT_PRIVILEGE)
         assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
         listed = finish_recording(other_namespace, attached)
+        # What was pinned with privilege is read without.
         finish_counting(namespace)
     assert sorted(listed) == list(range(997))
+
+
+def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
+    having(WITHOUT_PRIVILEGE)
+    contexts = json.loads(kube.kubectl("get", "daemonset/probefleet-agent", "-n", kube.SYSTEM, "-o", "json"))
+    context = contexts["spec"]["template"]["spec"]["containers"][0]["securityContext"]
+    assert context["privileged"] is False
+    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
+    fresh: dict[str, Any] = {**SYSCOUNT}
+    fresh["program"] = {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max,getpgid"}}}
+    kube.apply(kube.policy("fresh", namespace, fresh), kube.policy("inline", namespace, INLINE))
+    kube.wait_programmed("fresh", namespace)
+    # Compiled by the agent itself, which then may not become another user and so drops what it has instead.
+    kube.wait_programmed("inline", namespace)
+    kube.apply(kube.pod("third", namespace, ["calls", "rare", str(INLINE_CALLS)], node="node3"))
+
+    def counted() -> bool:
+        fresh, inline = kube.report("fresh", namespace), kube.report("inline", namespace)
+        pods, processes = kube.totals(fresh, "calls"), kube.totals(inline, "calls")
+        return pods == {("third",): INLINE_CALLS} and list(processes.values()).count(INLINE_CALLS) == 1
+
+    kube.eventually(counted, f"{INLINE_CALLS} calls in both policies' reports")
+
+    def unknown() -> bool:
+        cost = kube.report("fresh", namespace).get("cost", {})
+        return (cost.get("overhead"), cost.get("nodesKnown"), cost.get("nodesUnknown")) == ("unknown", 0, 3)
+
+    kube.eventually(unknown, "a cost that says `unknown`")
 
 
 def test_helm_test_passes(installed: str) -> None:
@@ -169,21 +216,13 @@ def test_helm_test_passes(installed: str) -> None:
 # Two operators.
 
 
-@pytest.fixture
-def values_again(installed: str) -> Iterator[None]:
-    """The release is as before, whatever the test did."""
-    yield
-    upgrade()
-
-
 def leader() -> str:
     """The pod that holds the Lease."""
     return str(kube.get("lease", "probefleet-operator", kube.SYSTEM)["spec"]["holderIdentity"]).partition("_")[0]
 
 
-@pytest.mark.usefixtures("values_again")
 def test_the_other_replica_takes_over_and_loses_and_doubles_no_count(namespace: str) -> None:
-    upgrade("operator.replicas=2")
+    having(WITHOUT_PRIVILEGE, TWO_OPERATORS)
     kube.eventually(lambda: "pod" if kube.get("pod", leader(), kube.SYSTEM) else "", "one of the two leads")
     start_counting(namespace)
     killed = leader()
@@ -206,7 +245,6 @@ def make_certificate(folder: Path) -> None:
     kube.run(*new, "-subj", "/CN=operator", *signed, "-addext", "basicConstraints=critical,CA:FALSE", *files)
 
 
-@pytest.mark.usefixtures("values_again")
 def test_a_certificate_of_ones_own_and_back_lose_and_double_no_count(namespace: str, tmp_path: Path) -> None:
     make_certificate(tmp_path)
     files = [f"--from-file={name}={tmp_path / name}" for name in ("ca.crt", "tls.crt", "tls.key")]
@@ -217,10 +255,10 @@ def test_a_certificate_of_ones_own_and_back_lose_and_double_no_count(namespace: 
         count_once("before", namespace, "node1")
         own = kube.get("configmap", "probefleet-ca", kube.SYSTEM)["data"]["ca.crt"]
         for name, values, authority in (
-            ("own", ["operator.tlsSecret=own-certificate"], (tmp_path / "ca.crt").read_text()),
+            ("own", [OWN_CERTIFICATE], (tmp_path / "ca.crt").read_text()),
             ("after", [], own),
         ):
-            upgrade(*values)
+            having(*values)
             kube.eventually(
                 lambda authority=authority: (
                     kube.get("configmap", "probefleet-ca", kube.SYSTEM)["data"]["ca.crt"].strip() == authority.strip()
@@ -276,6 +314,7 @@ def wait_controllers() -> None:
 
 @pytest.mark.usefixtures("api_server")
 def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(namespace: str) -> None:
+    having()
     kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
     kube.wait_programmed("syscount", namespace)
     slowly = ["calls", "rare", "997", "--pause", "30000"]  # 30 s: longer than the outage
@@ -302,47 +341,6 @@ def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(
     assert {number: pinned_programs(number) for number in NODES} == programs
 
 
-# Without privilege.
-
-
-@pytest.mark.usefixtures("values_again")
-def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
-    kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
-    kube.wait_programmed("syscount", namespace)
-    count_once("before", namespace, "node1")
-    upgrade("agent.privileged=false", f"agent.capabilities={{{','.join(CAPABILITIES)}}}")
-    contexts = json.loads(kube.kubectl("get", "daemonset/probefleet-agent", "-n", kube.SYSTEM, "-o", "json"))
-    context = contexts["spec"]["template"]["spec"]["containers"][0]["securityContext"]
-    assert context["privileged"] is False
-    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
-    covered(namespace, 3, 3)
-    # What was pinned with privilege is counted on without; …
-    count_once("after", namespace, "node2")
-    assert kube.totals(kube.report("syscount", namespace), "calls") == {("before",): 997, ("after",): 997}
-
-    # … and what is new is loaded, attached and counted.
-    fresh: dict[str, Any] = {**SYSCOUNT}
-    fresh["program"] = {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max,getpgid"}}}
-    kube.apply(kube.policy("fresh", namespace, fresh), kube.policy("inline", namespace, INLINE))
-    kube.wait_programmed("fresh", namespace)
-    # Compiled by the agent itself, which then may not become another user and so drops what it has instead.
-    kube.wait_programmed("inline", namespace)
-    count_once("third", namespace, "node3", calls=INLINE_CALLS)
-
-    def counted() -> bool:
-        fresh, inline = kube.report("fresh", namespace), kube.report("inline", namespace)
-        pods, processes = kube.totals(fresh, "calls"), kube.totals(inline, "calls")
-        return pods.get(("third",)) == INLINE_CALLS and list(processes.values()).count(INLINE_CALLS) == 1
-
-    kube.eventually(counted, f"{INLINE_CALLS} calls in both new policies' reports")
-
-    def unknown() -> bool:
-        cost = kube.report("fresh", namespace).get("cost", {})
-        return (cost.get("overhead"), cost.get("nodesKnown"), cost.get("nodesUnknown")) == ("unknown", 0, 3)
-
-    kube.eventually(unknown, "a cost that says `unknown`")
-
-
 # A node comes, and dies.
 
 
@@ -357,6 +355,7 @@ def fourth_node() -> Iterator[str]:
 
 
 def test_a_node_joins_and_dies(namespace: str, fourth_node: str) -> None:
+    having()
     only_here = {**SYSCOUNT, "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": fourth_node}}}}
     elsewhere = {**SYSCOUNT, "nodes": {"selector": {"matchLabels": {"kubernetes.io/hostname": "node2"}}}}
     of_all: dict[str, Any] = {
@@ -422,6 +421,7 @@ def objects() -> set[str]:
 
 
 def test_uninstalling_leaves_nothing_and_it_can_be_installed_again(namespace: str) -> None:
+    having()
     name = f"on_{uuid.uuid4().hex[:8]}"
     kube.apply(
         kube.policy("syscount", namespace, SYSCOUNT),
@@ -447,7 +447,7 @@ def test_uninstalling_leaves_nothing_and_it_can_be_installed_again(namespace: st
         except AssertionError as error:
             raise AssertionError(f"{error}: left are {sorted(objects())}") from None
     finally:
-        upgrade()
+        having()
     kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
     kube.wait_programmed("syscount", namespace)
     count_once("again", namespace, "node3")
