@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -137,6 +138,14 @@ def call_getppid(times: int) -> None:
     """A system call that nothing else makes in this process. Python caches no answer."""
     for _ in range(times):
         os.getppid()
+
+
+@contextlib.contextmanager
+def nobody_else_calls(syscall: str) -> Iterator[None]:
+    """Other workers' tests of this call wait: the examples that count it count the whole machine's."""
+    with Path(tempfile.gettempdir(), f"probefleet-test-{syscall}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def wait_until(true: Callable[[], bool], *, spins: int = 2_000) -> None:

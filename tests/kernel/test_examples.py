@@ -10,6 +10,7 @@ import hashlib
 import os
 import pwd
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,14 @@ def by_task(records: Sequence[Mapping[str, str]], task: str, field: str) -> list
     return [each for each in records if each[field] == task]
 
 
+@pytest.fixture
+def execs(tmp_path: Path) -> Path:
+    """The workload under a name of its own: pods of other tests start programs by the usual one."""
+    path = tmp_path / f"execs-{os.getpid()}"
+    shutil.copy(workloads.binary("execs"), path)
+    return path
+
+
 def as_user(*command: object) -> None:
     subprocess.run(
         ["setpriv", f"--reuid={USER}", "--clear-groups", *map(str, command)], check=True, capture_output=True
@@ -47,11 +56,11 @@ def as_user(*command: object) -> None:
 
 
 @pytest.mark.shows("example/hello-execve")
-def test_hello_world_says_so_23_times() -> None:
-    with examples_runner.running("hello-execve.yaml", links=1) as run, workloads.start("execs", 23) as workload:
+def test_hello_world_says_so_23_times(execs: Path) -> None:
+    with examples_runner.running("hello-execve.yaml", links=1) as run, workloads.start(str(execs), 23) as workload:
         workload.go()
         assert workload.done()["execs"] == 23
-    lines = by_task(run.records("hello-execve", "lines"), "execs", "task")
+    lines = by_task(run.records("hello-execve", "lines"), execs.name, "task")
     assert [each["message"] for each in lines] == ["Hello World!"] * 23
     assert len({each["pid"] for each in lines}) == 23
 
@@ -66,13 +75,13 @@ def test_execs_are_counted_by_user() -> None:
 
 
 @pytest.mark.shows("example/exec-records")
-def test_records_of_both_kinds_of_ring_say_pid_user_command_and_message() -> None:
-    with examples_runner.running("exec-records.yaml", links=2) as run, workloads.start("execs", 23) as workload:
+def test_records_of_both_kinds_of_ring_say_pid_user_command_and_message(execs: Path) -> None:
+    with examples_runner.running("exec-records.yaml", links=2) as run, workloads.start(str(execs), 23) as workload:
         workload.go()
         workload.done()
     user = pwd.getpwuid(os.getuid()).pw_name
     for policy in ("exec-perf-records", "exec-ring-records"):
-        records = by_task(run.records(policy, "execs"), "execs", "command")
+        records = by_task(run.records(policy, "execs"), execs.name, "command")
         assert [(each["uid"], each["message"]) for each in records] == [(user, "Hello World")] * 23
         assert len({each["pid"] for each in records}) == 23
         counts = run.counts(policy, "execs")

@@ -20,11 +20,12 @@ from probefleet_core import catalog
 from probefleet_wire import bpftrace_script, columns
 from probefleet_wire.v1 import stream_pb2
 
-from tests.kernel import examples_runner, policies
+from tests.kernel import examples_runner, policies, support
 from tests.workloads import run as workloads
 
-CALLS = {"x86_64": 147, "aarch64": 126}[os.uname().machine]  # sched_get_priority_min
-TRACEPOINT = "tracepoint:syscalls:sys_enter_sched_get_priority_min"
+NAME = "sched_get_priority_min"
+CALLS = {"x86_64": 147, "aarch64": 126}[os.uname().machine]
+TRACEPOINT = f"tracepoint:syscalls:sys_enter_{NAME}"
 
 
 def policy(script: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 
 
 def make_calls(count: int, argument: int) -> None:
-    with workloads.start("calls", CALLS, count, argument) as workload:
+    with support.nobody_else_calls(NAME), workloads.start("calls", CALLS, count, argument) as workload:
         workload.go()
         assert workload.done()["calls"] == count
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from probefleet_agent.kernel import mounts
 
-from tests.kernel import examples_runner
+from tests.kernel import examples_runner, support
 from tests.workloads import run as workloads
 
-# sched_get_priority_min: nothing on the machine calls it, nor does any other test.
+# sched_get_priority_min: nothing on the machine calls it; other tests that do wait.
 RARER = {"x86_64": 147, "aarch64": 126}[os.uname().machine]
 POLICIES = """
 apiVersion: probefleet.io/v1alpha1
@@ -36,6 +37,12 @@ spec:
         char LICENSE[] SEC("license") = "GPL";
   interval: 1h
 """
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else() -> Iterator[None]:
+    with support.nobody_else_calls("sched_get_priority_min"):
+        yield
 
 
 def shared_trace() -> str:

@@ -234,7 +234,7 @@ class Workload:
 
 
 def start(name: str, *arguments: object, cgroup: Path | None = None) -> Workload:
-    """Start a workload, held, in `cgroup`."""
+    """Start a workload, held, in `cgroup`. `name` may be the path of a copy, for a command name of its own."""
     return Workload(name, *arguments, cgroup=cgroup)
 
 
