@@ -6,6 +6,7 @@ Who waits reads an object several times a second, and that without kubectl: it t
 from __future__ import annotations
 
 import functools
+import http
 import json
 import os
 import subprocess
@@ -70,12 +71,15 @@ def _client() -> kubernetes.client.ApiClient:
 
 
 def raw(path: str) -> str:
-    """What `kubectl get --raw` prints; ApiException where the API server refuses it."""
-    response = _client().call_api(
-        path, "GET", auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
-        _request_timeout=60,
-    )  # fmt: skip
-    return str(response.data.decode())
+    """What `kubectl get --raw` prints; "" where there is no such thing."""
+    client = _client()
+    request = client.param_serialize("GET", path, auth_settings=["BearerToken"])
+    response = client.call_api(*request, _request_timeout=60)
+    text = str(response.read().decode())
+    if response.status == http.HTTPStatus.NOT_FOUND:
+        return ""
+    assert response.status == http.HTTPStatus.OK, f"{path}: {response.status} {text}"
+    return text
 
 
 def get(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
@@ -84,12 +88,7 @@ def get(kind: str, name: str, namespace: str = "") -> dict[str, Any]:
         return {}
     group, plural = _RESOURCES[kind]
     place = f"{group}/namespaces/{namespace}" if namespace else group
-    try:
-        found: dict[str, Any] = json.loads(raw(f"{place}/{plural}/{name}"))
-    except kubernetes.client.ApiException as error:
-        if error.status != 404:
-            raise
-        return {}
+    found: dict[str, Any] = json.loads(raw(f"{place}/{plural}/{name}") or "{}")
     return found
 
 
