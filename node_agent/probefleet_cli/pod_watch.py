@@ -12,9 +12,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from probefleet_cli import container_runtime, local_pods
 from probefleet_cli.failures import BadInput
+
+if TYPE_CHECKING:
+    from probefleet_cli import cri_client
 
 LOOK_SECONDS = 1.0
 
@@ -24,7 +28,7 @@ class Watch:
 
     def __init__(
         self,
-        runtime: container_runtime.Runtime | None,
+        runtime: cri_client.Runtime | None,
         *,
         without: container_runtime.NoRuntime | None = None,
         folders: Callable[[], local_pods.LocalPods] = local_pods.find,

@@ -18,9 +18,11 @@ from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_cli import (
     interruption,
+    local_choice,
     measurement,
     one_process,
     options,
+    pod_watch,
     preparation,
     screen,
     selectors,
@@ -104,8 +106,6 @@ def run(
             f"--output {output} is for outputs of kind stacks, and there is none. Try: probefleet run profile"
         )
     screen.progress("loading …")
-    from probefleet_cli import local_choice, pod_watch  # here: who has only the plugin has no gRPC
-
     with interruption.Interruption() as stop, pod_watch.following(runtime_endpoint) as watch:
         if nobody := local_choice.check(prepared, watch, choice):
             _warn(nobody)
