@@ -75,20 +75,23 @@ def finish_shared(namespace: str, programs: set[str], since: dict[str, str]) -> 
 def test_kill_9_of_an_agent_and_then_of_the_operator_loses_and_doubles_nothing(
     namespace: str, other_namespace: str, scripts_namespace: str, plugin: Path
 ) -> None:
+    # At first alone: what is pinned meanwhile is its program.
+    programs, since = start_shared(scripts_namespace)
     with ThreadPoolExecutor() as pool:
-        # In this order: what one pins first is not what the other is about to pin.
-        programs, since = start_shared(scripts_namespace)
         script = pool.submit(s.start_script, scripts_namespace)
-        with s.recording(other_namespace, seconds=45) as attached:
+        with s.recording(other_namespace, seconds=50) as attached:
             script.result()
-            s.start_counting(namespace, seconds=35)
+            s.start_counting(namespace, seconds=40)
             killed, before = time.time(), s.received(other_namespace)
             agents.kill(s.NODE)
+            # What the script had counted until then the operator knows, and no other.
+            script = pool.submit(s.finish_script, scripts_namespace, killed)
             kube.eventually(lambda: s.received(other_namespace) > before + 100, "records of the agent that came after")
             # The operator has heard of all so far, and can list it: not one is missing, and not one is there twice.
             listed = s.listed(other_namespace)
             assert listed == list(range(len(listed)))
             assert len(listed) + 23 > before
+            script.result()
 
             operator = ("-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
             kube.kubectl("delete", "pod", *operator)
@@ -97,5 +100,4 @@ def test_kill_9_of_an_agent_and_then_of_the_operator_loses_and_doubles_nothing(
         # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
         assert listed == list(range(997 - len(listed), 997))
         assert listed
-        s.finish_script(scripts_namespace, killed)
         finish_shared(scripts_namespace, programs, since)
