@@ -129,7 +129,7 @@ record: setup test-packages ## take the recorded frames of tests/recordings anew
 	@$(CLUSTER) build
 	@$(PYTHON) -m tests.recordings.record
 test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
-	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -n 3 --dist loadfile -m "not alone and not vm" tests/e2e)
+	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -n 4 --dist loadfile -m "not alone and not vm" tests/e2e)
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -m alone tests/e2e)
 
 .PHONY: test-kernels record-kernels test-all
@@ -149,12 +149,11 @@ test-foreign-tenth: setup test-packages ## a tenth of them, another one for ever
 	@tests/kernel/vm fetch bookworm-backports
 	@$(PYTHON) -m tests.foreign.run --tenth
 
-.PHONY: cluster-up cluster-images cluster-demo cluster-down
-cluster-up: test-packages mounts
+.PHONY: cluster-images cluster-demo cluster-down
+cluster-images: test-packages mounts bpf
 	@$(CLUSTER) build
-	@$(CLUSTER) up 3
-cluster-images: cluster-up bpf
-	@images/build --load
+	@images/build
+	@$(CLUSTER) up 3 --images build/images/operator.tar build/images/agent.tar build/images/test.tar
 cluster-demo: setup cluster-images ## a real cluster on this machine, with Probefleet installed and examples applied
 	@examples/cluster-demo
 cluster-down: ## stop the cluster of cluster-demo; nothing of it is left

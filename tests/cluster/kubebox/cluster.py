@@ -28,8 +28,9 @@ def say(text: str) -> None:
     print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
-def up(layout: Layout, node_count: int) -> None:
-    """Have a control plane and the nodes 1 to `node_count` running and ready."""
+def up(layout: Layout, node_count: int, archives: Sequence[Path] = ()) -> None:
+    """Have a control plane and the nodes 1 to `node_count` running and ready, with these images."""
+    archives = _archives(archives)
     wanted = [layout.node(NodeNumber(number)) for number in range(1, node_count + 1)]
     if _alive(layout):
         absent = [one for one in wanted if not node.running(one)]
@@ -38,6 +39,8 @@ def up(layout: Layout, node_count: int) -> None:
         if absent:
             _start_nodes(layout, absent, {})
         _wait(layout, "condition=Ready", [f"node/{one.name}" for one in wanted], {})
+        if archives:
+            load(layout, archives)
         say(f"up, with {len(_running(layout))} nodes; `cluster status` shows them")
         return
     if processes.groups() or network.all_namespaces() or layout.root.exists():
@@ -49,6 +52,7 @@ def up(layout: Layout, node_count: int) -> None:
     if missing:
         raise ClusterError(f"{layout.binaries} has no {', '.join(missing)}: run `tests/cluster/cluster build` first")
     layout.root.mkdir(parents=True)
+    _remember(layout, archives)
     settings.POINTER.unlink(missing_ok=True)
     settings.POINTER.symlink_to(layout.root)
     say("starting the control plane")
@@ -146,19 +150,28 @@ def _clear_node(layout: Layout, one: NodeLayout) -> None:
 def load(layout: Layout, archives: Sequence[Path]) -> None:
     """Bring image archives into every node's containerd, and remember them for nodes that join."""
     _require(layout)
-    archives = [archive.absolute() for archive in archives]
-    for archive in archives:
-        if not archive.is_file():
-            raise ClusterError(f"{archive}: no such image archive")
+    archives = _archives(archives)
     nodes = _running(layout)
     with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
         jobs = [pool.submit(node.load, one, archive) for archive in archives for one in nodes]
         for job in jobs:
             job.result()
+    _remember(layout, archives)
+    say(f"{', '.join(archive.name for archive in archives)} on {', '.join(one.name for one in nodes)}")
+
+
+def _archives(paths: Sequence[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_file():
+            raise ClusterError(f"{path}: no such image archive")
+    return [path.absolute() for path in paths]
+
+
+def _remember(layout: Layout, archives: Sequence[Path]) -> None:
+    """Nodes that start later get these images, too."""
     known = layout.loaded_archives.read_text().splitlines() if layout.loaded_archives.exists() else []
     lines = dict.fromkeys([*known, *map(str, archives)])
     layout.loaded_archives.write_text("".join(f"{line}\n" for line in lines))
-    say(f"{', '.join(archive.name for archive in archives)} on {', '.join(one.name for one in nodes)}")
 
 
 def stop_api_server(layout: Layout) -> None:

@@ -7,11 +7,10 @@ parent of all its pods. What it shares with the machine is the kernel. Called by
 
 import hashlib
 import json
-import socket
 import subprocess
 from pathlib import Path
 
-from . import network, pki, processes, settings, waiting
+from . import image_store, network, pki, processes, settings, waiting
 from .errors import ClusterError
 from .pki import Identity
 from .settings import Layout, NodeLayout
@@ -68,6 +67,13 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     pki.kubeconfig(layout, identity)
     _write_configuration(layout, node)
 
+    archives = layout.loaded_archives.read_text().splitlines() if layout.loaded_archives.exists() else []
+    # One that was deleted since can be missed only by a pod, whose event then names the image.
+    present = [layout.binaries / "pause.tar", *(path for path in map(Path, archives) if path.exists())]
+    image_store.fill(node.directory / "containerd", present)
+    for archive in present:
+        _note(node, archive)
+
     watched: dict[Path, subprocess.Popen[bytes]] = {}
     namespaces = [*network.inside(node.group), "unshare", "--mount", "--propagation", "slave"]
     containerd = ["containerd", "-c", str(node.directory / "containerd.toml")]
@@ -76,17 +82,11 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     watched[log] = processes.start(enter, group=f"{node.group}/runtime/containerd", log=log)
     node.pid_file.write_text(f"{watched[log].pid}\n")
     waiting.until(
-        lambda: _answers(node.socket),
+        lambda: image_store.answers(node.socket),
         what=f"containerd of {node.name} answers",
         seconds=RUNTIME_SECONDS,
         watched=watched,
     )
-    archives = layout.loaded_archives.read_text().splitlines() if layout.loaded_archives.exists() else []
-    # One that was deleted since can be missed only by a pod, whose event then names the image.
-    present = [path for path in map(Path, archives) if path.exists()]
-    for archive in [layout.binaries / "pause.tar", *present]:
-        load(node, archive)
-
     kubelet = [str(layout.binaries / "kubelet"), f"--config={node.directory}/kubelet.json"]
     kubelet += [f"--kubeconfig={layout.kubeconfig(node.name)}"]
     kubelet += [f"--hostname-override={node.name}", f"--node-ip={node.address}"]
@@ -102,22 +102,25 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
 
 def load(node: NodeLayout, archive: Path) -> None:
     """Import an image archive, OCI's or Docker's, into a node's containerd, unless it is there already."""
-    # Only the file's name, size and time are compared: reading it all would take as long as importing it.
-    stat = archive.stat()
-    stamp = node.directory / "imported" / hashlib.sha256(str(archive).encode()).hexdigest()[:16]
-    content = f"{archive} {stat.st_size} {stat.st_mtime_ns}\n"
+    stamp, content = _stamp(node, archive)
     if stamp.exists() and stamp.read_text() == content:
         return
-    command = ["ctr", "--address", str(node.socket), "--namespace", "k8s.io"]
-    command += ["image", "import", str(archive)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode and result.stderr.rstrip().endswith("does not exist: not found"):
-        # containerd collected a layer's parent between two layers, as nothing referred to it yet.
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ClusterError(f"{node.name} cannot import {archive}: {result.stderr.strip()}")
+    image_store.load(node.socket, archive)
+    _note(node, archive)
+
+
+def _note(node: NodeLayout, archive: Path) -> None:
+    """The node has this archive's image."""
+    stamp, content = _stamp(node, archive)
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(content)
+
+
+def _stamp(node: NodeLayout, archive: Path) -> tuple[Path, str]:
+    # Only the file's name, size and time are compared: reading it all would take as long as importing it.
+    stat = archive.stat()
+    name = hashlib.sha256(str(archive).encode()).hexdigest()[:16]
+    return node.directory / "imported" / name, f"{archive} {stat.st_size} {stat.st_mtime_ns}\n"
 
 
 def inside(node: NodeLayout) -> list[str]:
@@ -148,15 +151,6 @@ def _component(
     log = layout.logs / f"{node.name}-{name}.log"
     words = [*inside(node), *command]
     return {log: processes.start(words, group=f"{node.group}/runtime/{name}", log=log)}
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(str(path))
-        except OSError:
-            return False
-        return True
 
 
 def _write_configuration(layout: Layout, node: NodeLayout) -> None:
