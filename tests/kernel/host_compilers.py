@@ -93,7 +93,10 @@ class Compilers:
         """The answer, as it was kept if it was."""
         self.asked += 1
         what, words = pickle.loads(question)
-        depends_on = [question, _toolchain()]
+        # Header trees count by what is in them: each clone has them in a place of its own.
+        told = {name: value for name, value in words.items() if name != "include_dirs"}
+        depends_on = [pickle.dumps((what, sorted(told.items()))), _toolchain()]
+        depends_on += [kept.contents(folder) for folder in words.get("include_dirs", ())]
         if what == "bcc":
             depends_on.append(self.types.read_bytes())
         try:
