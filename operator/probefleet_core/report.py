@@ -32,7 +32,7 @@ from probefleet_wire.v1 import plan_pb2
 
 from probefleet_core import format as humane
 from probefleet_core import summary
-from probefleet_core.result import STACK, Cost, Events, Label, OutputResult, Result, Rows
+from probefleet_core.result import STACK, Cost, Events, Label, OutputResult, Result, Rows, sizes
 
 Json: TypeAlias = dict[str, Any]
 
@@ -246,7 +246,7 @@ def _rows(rows: Rows, output: OutputResult, limit: int, detail: Detail) -> Json:
     signed = rows.values.dtype.kind == "i"
     body: Json = {"value": _whole(rows)}
     if histogram and rows.whole:
-        body |= _distribution(rows.sum, output)
+        body |= {"sum": _sum(rows.sum, output)} | _distribution(rows.sum, output)
     weights = rows.weights.tolist()
     shown = []
     for index, label in enumerate(rows.labels[:limit]):
@@ -254,6 +254,7 @@ def _rows(rows: Rows, output: OutputResult, limit: int, detail: Detail) -> Json:
         if rows.rates[index]:
             row["ratePerSecond"] = _number(float(rows.rates[index]))
         if histogram and weights[index]:
+            row["sum"] = _sum(rows.values[index], output)
             row |= _distribution(rows.values[index], output, buckets=index < detail.bucket_rows and len(weights) > 1)
         shown.append(row)
     body["rows"] = shown
@@ -264,7 +265,14 @@ def _rows(rows: Rows, output: OutputResult, limit: int, detail: Detail) -> Json:
         if rows.other is not None:
             rest_value += int(rows.other.sum(dtype=rows.other.dtype))
         body["other"] = {"rows": hidden, "value": _integer(rest_value)}
+        if histogram:
+            rest_values = rows.values[len(shown) :].sum(axis=0, dtype=rows.values.dtype)
+            body["other"]["sum"] = _sum(rest_values + (0 if rows.other is None else rows.other), output)
     return body
+
+
+def _sum(counts: Any, output: OutputResult) -> float | int:
+    return _number(float(sizes(output.output, counts[np.newaxis])[0]))
 
 
 def _whole(rows: Rows) -> int:
@@ -335,9 +343,10 @@ def _top_text(result: Result) -> str:
         if output.output.kind == plan_pb2.Output.STACKS:
             continue  # too long for a column
         group_by = output.group_by
-        tops = zip(rows.labels[:2], rows.weights[:2].tolist(), strict=True)
+        largest, (all_of_it,) = (sizes(output.output, each) for each in (rows.values[:2], rows.sum[np.newaxis]))
+        tops = zip(rows.labels[:2], largest.tolist(), strict=True)
         return " ".join(
-            f"{summary.label_text(label, group_by)} {humane.percent(value / whole)}" for label, value in tops
+            f"{summary.label_text(label, group_by)} {humane.percent(value / all_of_it)}" for label, value in tops
         )
     return ""
 

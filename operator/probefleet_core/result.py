@@ -85,9 +85,19 @@ def group_by(output: plan_pb2.Output) -> tuple[str, ...]:
     return (*named, STACK) if output.kind == plan_pb2.Output.STACKS and STACK not in named else named
 
 
+def sizes(output: plan_pb2.Output, values: Counts) -> Counts:
+    """By what rows of ``values[n, width]`` are put in order, ``[n]``: their value. Of a histogram what its values add
+    up to: a pod that waited for long comes before one that waited often.
+    """
+    if output.kind == plan_pb2.Output.HISTOGRAM:
+        histogram = output.histogram
+        return merge.sums(values, merge.slot_bounds(histogram.scale, histogram.step, values.shape[1]))
+    return values.sum(axis=1, dtype=values.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Merged rows of one output, largest first.
+    """Merged rows of one output, largest first (``sizes``).
 
     ``values`` is ``[n, width]`` (width 1, or a histogram's slots), ``rates`` ``[n]`` events per second of the
     window (zeros in totals). ``other`` is the one row that stands for ``other_count`` more, ``sum`` the whole

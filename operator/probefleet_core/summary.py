@@ -199,15 +199,16 @@ def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[st
     groups = [name.removeprefix("key.").upper() for name in output["groupBy"]]
     quantiles = list(next((row["percentiles"] for row in part["rows"] if "percentiles" in row), {}))
     gauge = output["kind"] == "gauge"
-    # A percentage of a histogram's counts and of a counter's are the same thing; gauges are not parts of a whole.
-    title = "COUNT" if output["kind"] == "histogram" else "VALUE"
-    header = [*groups, title, *([] if gauge else ["SHARE"]), *(name.upper() for name in quantiles)]
-    whole = part["value"]
+    # Of what rows are put in order by: of a histogram what its values add up to. Gauges are not parts of a whole.
+    size = "sum" if output["kind"] == "histogram" else "value"
+    titles = ["COUNT", "SUM"] if output["kind"] == "histogram" else ["VALUE"]
+    header = [*groups, *titles, *([] if gauge else ["SHARE"]), *(name.upper() for name in quantiles)]
+    whole = part.get(size, 0)
     body = []
     for row in part["rows"][:limit]:
-        texts = [*(_short(part) for part in row["key"]), _value(row["value"], output)]
+        texts = [*(_short(part) for part in row["key"]), *_sizes(row, output)]
         if not gauge:
-            texts.append(humane.percent(row["value"] / whole) if whole else "")
+            texts.append(humane.percent(row.get(size, 0) / whole) if whole else "")
         for name in quantiles:
             found = row.get("percentiles", {}).get(name)
             mark = "≥" if name in row.get("atLeast", ()) else ""
@@ -215,12 +216,21 @@ def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[st
         body.append(texts)
     rest = part["rows"][limit:]
     other = part.get("other", {"rows": 0, "value": 0})
-    hidden, value = len(rest) + other["rows"], sum(row["value"] for row in rest) + other["value"]
+    hidden = len(rest) + other["rows"]
     if hidden and not gauge and groups:
-        share = humane.percent(value / whole) if whole else ""
-        texts = [f"({humane.count(hidden)} more)", *[""] * (len(groups) - 1), _value(value, output), share]
+        together = {name: sum(row.get(name, 0) for row in (*rest, other)) for name in ("value", "sum")}
+        share = humane.percent(together[size] / whole) if whole else ""
+        texts = [f"({humane.count(hidden)} more)", *[""] * (len(groups) - 1), *_sizes(together, output), share]
         body.append(texts + [""] * len(quantiles))
     return header, body
+
+
+def _sizes(row: Json, output: Json) -> list[str]:
+    """Its value; of a histogram how many and, as far as slots tell, how much together."""
+    texts = [_value(row["value"], output)]
+    if output["kind"] == "histogram":
+        texts.append("≈" + humane.quantity(row.get("sum", 0), output["unit"]))
+    return texts
 
 
 def label_text(label: Sequence[object], group_by: Sequence[str]) -> str:

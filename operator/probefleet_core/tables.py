@@ -244,10 +244,10 @@ class TableState:
             window, window_used = self._gauges(here, row_of, len(labels))
             rates = np.zeros(len(labels))
         reduce = _REDUCE.get(self._output.merge, np.add) if not self._cumulative else np.add
-        total_rows = _rows(labels, total, np.zeros(len(labels)), used, reduce=reduce)
+        total_rows = self._rows(labels, total, np.zeros(len(labels)), used, reduce=reduce)
         # A row that did not move within the window is none of the window's rows.
         moved = window.any(axis=1) & used if self._cumulative else window_used
-        window_rows = _rows(labels, window, rates, moved, reduce=reduce)
+        window_rows = self._rows(labels, window, rates, moved, reduce=reduce)
         return result.OutputResult(
             output=self._output,
             window=window_rows,
@@ -257,6 +257,29 @@ class TableState:
             lost=self.lost,
             uncounted=self.uncounted,
             fullest=self.fullest(fresh),
+        )
+
+    def _rows(
+        self,
+        labels: list[result.Labels],
+        values: Counts,
+        rates: npt.NDArray[np.float64],
+        used: npt.NDArray[np.bool_],
+        *,
+        reduce: np.ufunc,
+    ) -> Rows:
+        """The largest rows, and the rest (with row 0, which is one of keys that found no room) in one."""
+        there = np.flatnonzero(used[1:]) + 1
+        order = there[merge.top(result.sizes(self._output, values[there]), result.MAX_ROWS)]
+        rest = np.setdiff1d(np.flatnonzero(used), order)
+        nothing = np.zeros(values.shape[1], values.dtype)
+        return Rows(
+            labels=tuple(labels[row] for row in order.tolist()),
+            values=values[order],
+            rates=rates[order],
+            sum=reduce.reduce(values[used], axis=0, dtype=values.dtype) if used.any() else nothing,
+            other=reduce.reduce(values[rest], axis=0, dtype=values.dtype) if rest.size else None,
+            other_count=len(rest),
         )
 
     def _read(self, table: stream_pb2.Table, first_row: int, row_count: int) -> tuple[int, Indices, Counts]:
@@ -443,26 +466,3 @@ def _widen(values: Counts, width: int) -> Counts:
 
 #: How rows of one gauge come together in `other`.
 _REDUCE: Final = {plan_pb2.Output.MAX: np.maximum, plan_pb2.Output.MIN: np.minimum}
-
-
-def _rows(
-    labels: list[result.Labels],
-    values: Counts,
-    rates: npt.NDArray[np.float64],
-    used: npt.NDArray[np.bool_],
-    *,
-    reduce: np.ufunc,
-) -> Rows:
-    """The largest rows, and the rest (with row 0, which is one of keys that found no room) in one."""
-    there = np.flatnonzero(used[1:]) + 1
-    order = there[merge.top(values[there].sum(axis=1, dtype=values.dtype), result.MAX_ROWS)]
-    rest = np.setdiff1d(np.flatnonzero(used), order)
-    nothing = np.zeros(values.shape[1], values.dtype)
-    return Rows(
-        labels=tuple(labels[row] for row in order.tolist()),
-        values=values[order],
-        rates=rates[order],
-        sum=reduce.reduce(values[used], axis=0, dtype=values.dtype) if used.any() else nothing,
-        other=reduce.reduce(values[rest], axis=0, dtype=values.dtype) if rest.size else None,
-        other_count=len(rest),
-    )

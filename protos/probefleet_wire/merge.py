@@ -98,6 +98,15 @@ def slot_bounds(scale: int, step: int, width: int) -> tuple[Floats, Floats]:
     return low, high
 
 
+def sums(counts: AnyArray, bounds: tuple[Floats, Floats]) -> Floats:
+    """What the values of each row of ``counts[n, width]`` add up to, ``[n]`` in the histogram's unit: each is taken for
+    the middle of its slot, and in the open last slot for where that begins.
+    """
+    low, high = bounds
+    found: Floats = counts @ np.where(np.isfinite(high), (low + high) / 2, low)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Percentile:
     """``value`` in the histogram's unit; ``at_least``: it fell into the open last slot, of which only this

@@ -393,6 +393,19 @@ def test_histograms_are_merged_slot_by_slot_and_may_grow() -> None:
     assert len(out.bounds[0]) == 6
 
 
+def test_who_waited_for_long_comes_before_who_waited_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "MAX_ROWS", 1)
+    aggregate = Aggregate(facts(counter("workload", kind=O.HISTOGRAM, histogram=plan_pb2.Histogram())))
+    a = FakeNode("a")
+    a.add("uid-web-1", slot=2, width=22, count=997)
+    a.add("uid-cart", slot=20, width=22, count=23)
+    apply(aggregate, a, a.batch(10))
+    total = ask(aggregate, 10).outputs[0].total
+    assert total.labels == (("cart",),)
+    assert total.weights.tolist() == [23]
+    assert total.other is not None and total.other.sum() == 997
+
+
 @pytest.mark.parametrize(("merge", "expected"), [(O.SUM, 3 + 9 + 4), (O.MAX, 9), (O.MIN, 3), (O.LATEST, 4)])
 def test_gauges_merge_as_they_say(merge: int, expected: int) -> None:
     aggregate = Aggregate(facts(counter("workload", kind=O.GAUGE, merge=merge)))

@@ -140,6 +140,18 @@ def test_percentiles_of_many_rows_at_once() -> None:
     assert at_least.tolist() == [False, False, True]
 
 
+@given(st.lists(st.lists(st.integers(0, 1 << 20), min_size=8, max_size=8), min_size=1, max_size=5))
+def test_a_sum_lies_between_those_of_the_slots_ends(rows: list[list[int]]) -> None:
+    counts = np.array(rows, np.uint64)
+    low, high = bounds = merge.slot_bounds(Histogram.LOG2, 0, 8)
+    found = merge.sums(counts, bounds)
+    # The last slot is open: its values are taken for where it begins.
+    ends = np.where(np.isfinite(high), high, low)
+    assert (counts @ low <= found).all() and (found <= counts @ ends).all()
+    # Merged first or added up later: the same.
+    assert math.isclose(merge.sums(counts.sum(axis=0, keepdims=True), bounds)[0], found.sum(), rel_tol=1e-12)
+
+
 @given(st.lists(U64, max_size=50), st.integers(-1, 60))
 def test_the_top_is_the_head_of_the_sorted_rows(weights: list[int], limit: int) -> None:
     expected = sorted(range(len(weights)), key=lambda row: (-weights[row], row))[: max(limit, 0)]

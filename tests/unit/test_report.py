@@ -149,7 +149,7 @@ def test_columns_say_what_matters_at_a_glance() -> None:
         "lost": "12+?",
         "p50": "808µs",
         "p99": "16ms",
-        "top": "web/dport=443 61% cart/dport=5432 22%",
+        "top": "cart/dport=5432 85% web/dport=443 15%",
         "since": "12m",
     }
     assert report.columns(nothing()) == {
