@@ -92,7 +92,8 @@ def sizes(output: plan_pb2.Output, values: Counts) -> Counts:
     if output.kind == plan_pb2.Output.HISTOGRAM:
         histogram = output.histogram
         return merge.sums(values, merge.slot_bounds(histogram.scale, histogram.step, values.shape[1]))
-    return values.sum(axis=1, dtype=values.dtype)
+    found: Counts = values.sum(axis=1, dtype=values.dtype)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

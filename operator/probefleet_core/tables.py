@@ -20,7 +20,7 @@ from probefleet_wire import columns, merge
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from probefleet_core import departed, keys, result, windows
-from probefleet_core.result import Names, Rows
+from probefleet_core.result import Labels, Names, Rows
 
 Counts = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -261,7 +261,7 @@ class TableState:
 
     def _rows(
         self,
-        labels: list[result.Labels],
+        labels: list[Labels],
         values: Counts,
         rates: npt.NDArray[np.float64],
         used: npt.NDArray[np.bool_],
