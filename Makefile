@@ -104,7 +104,7 @@ unit: venv bpf mounts
 	@$(PYTEST) -n $(WORKERS) $(PURE_TESTS) $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered \
 		--cov-report=json:build/coverage.json
 	@$(PYTHON) -m tests.coverage_of_each build/coverage.json 95
-	@$(PYTEST) -n $(WORKERS) tests/unit $(addprefix --ignore=,$(PURE_TESTS))
+	$(call tests,$(PYTEST) -n $(WORKERS) tests/unit $(addprefix --ignore=,$(PURE_TESTS)))
 
 .PHONY: test test-kernel test-vm test-e2e record scale
 test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
