@@ -30,25 +30,30 @@ def scripts_namespace(installed: str) -> Iterator[str]:
     kube.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def start_shared(namespace: str) -> tuple[set[str], dict[str, str]]:
-    """The second policy has joined the first, on its program: paths of what is pinned, and since when each counts."""
+def pin_shared(namespace: str) -> set[str]:
+    """The first policy runs: paths of what is pinned of it, as nothing else is pinned meanwhile."""
     before = set(agents.pinned_programs(s.NODE))
     kube.apply(kube.policy("one", namespace, s.SHARED))
     kube.wait_programmed("one", namespace)
     first = set(agents.pinned_programs(s.NODE)) - before
     assert first
+    return first
+
+
+def join_shared(namespace: str, programs: set[str]) -> dict[str, str]:
+    """The second policy has joined the first on its program; since when each counts."""
     s.call_shared("early", namespace, 997)
     s.expect_shared(namespace, "997 calls in the first one's report", one={"early": 997})
     kube.apply(kube.policy("two", namespace, {**s.SHARED, "interval": "2s"}))
     kube.wait_programmed("two", namespace)
-    (digest,) = {path.rsplit("/", 2)[1] for path in first}
-    assert {path for path in agents.pinned_programs(s.NODE) if path.rsplit("/", 2)[1] == digest} == first
+    (digest,) = {path.rsplit("/", 2)[1] for path in programs}
+    assert {path for path in agents.pinned_programs(s.NODE) if path.rsplit("/", 2)[1] == digest} == programs
     s.call_shared("late", namespace, 23)
     what = "1,020 calls for the first, 23 for the one that joined"
     s.expect_shared(namespace, what, one={"early": 997, "late": 23}, two={"late": 23})
     since = {name: kube.report(name, namespace)["since"] for name in ("one", "two")}
     assert since["one"] < since["two"]
-    return first, since
+    return since
 
 
 def finish_shared(namespace: str, programs: set[str], since: dict[str, str]) -> None:
@@ -75,13 +80,14 @@ def finish_shared(namespace: str, programs: set[str], since: dict[str, str]) -> 
 def test_kill_9_of_an_agent_and_then_of_the_operator_loses_and_doubles_nothing(
     namespace: str, other_namespace: str, scripts_namespace: str, plugin: Path
 ) -> None:
-    # At first alone: what is pinned meanwhile is its program.
-    programs, since = start_shared(scripts_namespace)
+    programs = pin_shared(scripts_namespace)
     with ThreadPoolExecutor() as pool:
+        joined = pool.submit(join_shared, scripts_namespace, programs)
         script = pool.submit(s.start_script, scripts_namespace)
-        with s.recording(other_namespace, seconds=50) as attached:
+        with s.recording(other_namespace, seconds=60) as attached:
             script.result()
-            s.start_counting(namespace, seconds=40)
+            since = joined.result()
+            s.start_counting(namespace, seconds=45)
             killed, before = time.time(), s.received(other_namespace)
             agents.kill(s.NODE)
             # What the script had counted until then the operator knows, and no other.
@@ -95,9 +101,10 @@ def test_kill_9_of_an_agent_and_then_of_the_operator_loses_and_doubles_nothing(
 
             operator = ("-n", kube.SYSTEM, "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
             kube.kubectl("delete", "pod", *operator)
+            shared = pool.submit(finish_shared, scripts_namespace, programs, since)
             listed = s.finish_recording(other_namespace, attached)
             s.finish_counting(namespace)
         # What the one before had acknowledged is in the total; the others can be listed, none of them twice.
         assert listed == list(range(997 - len(listed), 997))
         assert listed
-        finish_shared(scripts_namespace, programs, since)
+        shared.result()
