@@ -18,6 +18,7 @@ PURE := $(addprefix probefleet_core.,policy planner placement aggregate report) 
 	$(addprefix probefleet_wire.,columns merge) $(addprefix probefleet_agent.,reconcile decode samples pods baseline)
 PURE_TESTS := $(patsubst %,tests/unit/test_%.py,aggregate baseline collect columns decode departed foreign_pods map_plans \
 	merge placement planner pods policy prints reconcile report samples)
+OTHER_TESTS = $(PYTEST) -n $(WORKERS) tests/unit $(addprefix --ignore=,$(PURE_TESTS))
 # One more than there are CPUs: some tests wait.
 WORKERS := $(shell cpus=$$(nproc); echo $$((cpus < 4 ? cpus + 1 : 4)))
 TEST_PACKAGES := packages.txt $(wildcard tests/*/packages.txt) images/packages.txt
@@ -104,7 +105,7 @@ unit: venv bpf mounts
 	@$(PYTEST) -n $(WORKERS) $(PURE_TESTS) $(addprefix --cov=,$(PURE)) --cov-branch --cov-report=term:skip-covered \
 		--cov-report=json:build/coverage.json
 	@$(PYTHON) -m tests.coverage_of_each build/coverage.json 95
-	$(call tests,$(PYTEST) -n $(WORKERS) tests/unit $(addprefix --ignore=,$(PURE_TESTS)))
+	$(if $(BUSY),$(call tests,$(OTHER_TESTS)),@$(OTHER_TESTS))
 
 .PHONY: test test-kernel test-vm test-e2e record scale
 test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
@@ -114,8 +115,8 @@ test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's 
 	@# Loading images is waiting for the disk, and end to end for pods and intervals; this kernel is tested meanwhile.
 	@nice -n 10 $(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
 	$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; kernel=; \
-	trap 'kill $$vm $$images $$kernel 2>/dev/null || true' EXIT; failed=0; \
-	$(MAKE) check; \
+	trap 'kill $$vm $$kernel 2>/dev/null || true; wait $$images || true' EXIT; failed=0; \
+	$(MAKE) check BUSY=yes; \
 	wait $$images || { cat build/cluster-images.log; exit 1; }; \
 	nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
 	$(MAKE) test-e2e || failed=1; \

@@ -52,13 +52,13 @@ def _types(flags: Sequence[str]) -> Path:
     header = INCLUDE / "vmlinux.h"
     seen = header.stat()
     made_of = [_clang("--version"), *flags, f"{seen.st_size} {seen.st_mtime_ns}"]
-    kept = KEPT / f"vmlinux-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.pch"
-    if not kept.exists():
+    header_file = KEPT / f"vmlinux-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.pch"
+    if not header_file.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished = header_file.with_suffix(f".{os.getpid()}")
         _clang(*flags, "-x", "c-header", str(header), "-o", str(unfinished))
-        unfinished.rename(kept)  # whole at once: other workers look for it as well
-    return kept
+        unfinished.rename(header_file)  # whole at once: other workers look for it as well
+    return header_file
 
 
 def _clang(*arguments: str) -> str:

@@ -7,13 +7,17 @@ for in a month goes. Tests of compiling itself (``test_clang``, ``test_bcc``, ``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from probefleet_wire.kept import digest
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probefleet" / "compiled"
 UNUSED_SECONDS = 30 * 86_400
@@ -21,38 +25,41 @@ UNUSED_SECONDS = 30 * 86_400
 
 def answer(depends_on: Iterable[bytes], make: Callable[[], bytes], *, folder: Path = FOLDER) -> bytes:
     """The bytes that were made of this before; else made now, and kept. What ``make`` raises is not kept."""
-    digest = hashlib.sha256()
-    for part in depends_on:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    path = folder / digest.hexdigest()
+    path = folder / digest(depends_on)
     try:
         found = path.read_bytes()
+        os.utime(path)
     except FileNotFoundError:
         found = make()
         folder.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}")
         new.write_bytes(found)
         new.rename(path)  # whole at once: other workers look for it as well
-    else:
-        os.utime(path)
     return found
 
 
 def forget_unused(folder: Path = FOLDER) -> None:
     """Remove what nobody has asked for in a month."""
     oldest = time.time() - UNUSED_SECONDS
-    for path in folder.glob("*"):
-        if path.is_file() and path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
+    for path in (*folder.glob("*"), *folder.glob("headers/*")):
+        with contextlib.suppress(FileNotFoundError):  # another run forgets as well
+            if path.name == "headers" or path.stat().st_mtime >= oldest:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @functools.cache
 def contents(*folders: Path) -> bytes:
-    """A digest of the files in these folders, names and all."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.digest()
+    """A digest of the files in these folders, names and all, but for Python's own."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            found.update(f"{path.relative_to(folder)}\0{content}\n".encode())
+    return found.digest()
 
 
 @functools.cache

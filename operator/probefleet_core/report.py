@@ -11,9 +11,9 @@ The operator applies it, the query API answers with it, ``probefleet run`` print
     coverage   {sampled, selected, missing[], missingCount, stale[], staleCount}
     ratePerSecond, lost, uncounted[], gaps[{node, start, end, why}], cost{…}
     outputs[]  {name, kind, unit, groupBy[], scale, step, since, ratePerSecond, lost, uncounted[], truncated,
-                window, total   {value, percentiles{p50, p90, p99}, atLeast[], buckets[{from, to, count}],
-                                 rows[{key[], value, ratePerSecond, percentiles, atLeast[], buckets[]}],
-                                 other{rows, value}},
+                window, total   {value, sum, percentiles{p50, p90, p99}, atLeast[], buckets[{from, to, count}],
+                                 rows[{key[], value, sum, ratePerSecond, percentiles, atLeast[], buckets[]}],
+                                 other{rows, value, sum}},
                 frames {named, unknown}, events {received, submitted, lost, dropped, records[{field: text}]}}
     summary[]  lines, for kubectl describe
 """
@@ -344,6 +344,8 @@ def _top_text(result: Result) -> str:
             continue  # too long for a column
         group_by = output.group_by
         largest, (all_of_it,) = (sizes(output.output, each) for each in (rows.values[:2], rows.sum[np.newaxis]))
+        if not all_of_it:
+            continue  # all of them are zero
         tops = zip(rows.labels[:2], largest.tolist(), strict=True)
         return " ".join(
             f"{summary.label_text(label, group_by)} {humane.percent(value / all_of_it)}" for label, value in tops

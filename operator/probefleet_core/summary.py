@@ -200,13 +200,14 @@ def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[st
     quantiles = list(next((row["percentiles"] for row in part["rows"] if "percentiles" in row), {}))
     gauge = output["kind"] == "gauge"
     # Of what rows are put in order by: of a histogram what its values add up to. Gauges are not parts of a whole.
-    size = "sum" if output["kind"] == "histogram" else "value"
-    titles = ["COUNT", "SUM"] if output["kind"] == "histogram" else ["VALUE"]
+    # A report that an earlier operator wrote has no sums.
+    size = "sum" if output["kind"] == "histogram" and "sum" in part else "value"
+    titles = ["COUNT" if output["kind"] == "histogram" else "VALUE", *(["SUM"] if size == "sum" else [])]
     header = [*groups, *titles, *([] if gauge else ["SHARE"]), *(name.upper() for name in quantiles)]
     whole = part.get(size, 0)
     body = []
     for row in part["rows"][:limit]:
-        texts = [*(_short(part) for part in row["key"]), *_sizes(row, output)]
+        texts = [*(_short(part) for part in row["key"]), *_sizes(row, output, size)]
         if not gauge:
             texts.append(humane.percent(row.get(size, 0) / whole) if whole else "")
         for name in quantiles:
@@ -220,17 +221,15 @@ def cells(part: Json, output: Json, limit: int) -> tuple[list[str], list[list[st
     if hidden and not gauge and groups:
         together = {name: sum(row.get(name, 0) for row in (*rest, other)) for name in ("value", "sum")}
         share = humane.percent(together[size] / whole) if whole else ""
-        texts = [f"({humane.count(hidden)} more)", *[""] * (len(groups) - 1), *_sizes(together, output), share]
+        texts = [f"({humane.count(hidden)} more)", *[""] * (len(groups) - 1), *_sizes(together, output, size), share]
         body.append(texts + [""] * len(quantiles))
     return header, body
 
 
-def _sizes(row: Json, output: Json) -> list[str]:
+def _sizes(row: Json, output: Json, size: str) -> list[str]:
     """Its value; of a histogram how many and, as far as slots tell, how much together."""
-    texts = [_value(row["value"], output)]
-    if output["kind"] == "histogram":
-        texts.append("≈" + humane.quantity(row.get("sum", 0), output["unit"]))
-    return texts
+    sums = ["≈" + humane.quantity(row.get("sum", 0), output["unit"])] if size == "sum" else []
+    return [_value(row["value"], output), *sums]
 
 
 def label_text(label: Sequence[object], group_by: Sequence[str]) -> str:

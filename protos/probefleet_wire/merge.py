@@ -100,10 +100,10 @@ def slot_bounds(scale: int, step: int, width: int) -> tuple[Floats, Floats]:
 
 def sums(counts: AnyArray, bounds: tuple[Floats, Floats]) -> Floats:
     """What the values of each row of ``counts[n, width]`` add up to, ``[n]`` in the histogram's unit: each is taken for
-    the middle of its slot, and in the open last slot for where that begins.
+    the middle of the whole numbers in its slot, and in the open last slot for where that begins.
     """
     low, high = bounds
-    found: Floats = counts @ np.where(np.isfinite(high), (low + high) / 2, low)
+    found: Floats = counts @ np.where(np.isfinite(high), (low + high - 1) / 2, low)
     return found
 
 

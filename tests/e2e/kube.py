@@ -187,7 +187,9 @@ def totals(status: Mapping[str, Any], output: str) -> dict[tuple[str, ...], int]
 def metric(name: str, **labels: str) -> float:
     """A sample of the operator's /metrics, read as Prometheus would, through the API server; 0 where there is none."""
     path = f"/api/v1/namespaces/{SYSTEM}/services/probefleet-operator:http/proxy/metrics"
-    for family in text_string_to_metric_families(raw(path)):
+    text = raw(path)
+    assert text, f"nothing at {path}"
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name == name and sample.labels == labels:
                 return float(sample.value)

@@ -15,6 +15,7 @@ host (`vm_questions`), where the caller has somebody to answer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import selectors
 import shlex
@@ -172,6 +173,9 @@ class _Guest:
         )
         for stream in streams.values():
             stream.close_writer()
+        # A session is a scheduler's group of its own, and a nice value counts within it alone: give it to the group.
+        with contextlib.suppress(OSError):  # ended already, or a kernel without such groups
+            Path(f"/proc/{self._process.pid}/autogroup").write_text(str(os.nice(0)))
 
     def __enter__(self) -> _Guest:
         return self

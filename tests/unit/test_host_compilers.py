@@ -64,6 +64,22 @@ def test_bcc_compiles_against_the_guests_types(asked: list[object]) -> None:
     assert (types, text, source, flags, tree.name, formats) == (b"types", "t", "s", ["-f"], "tree", ["format"])
 
 
+def test_what_took_too_long_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(source: str, **_: object) -> clang.Compiled:
+        asked.append(source)
+        raise clang.CompileError([clang.Diagnostic("x.c", 0, 0, "error", "took more than 40 s")], lasting=False)
+
+    late = sandbox.Finished(-9, b"", b"", "wall", 40.0, 1)
+    monkeypatch.setattr(host_compilers.REAL, "core", slow)
+    monkeypatch.setattr(host_compilers.REAL, "bcc", lambda text, *_: asked.append(text) or late)
+    for _ in range(2):
+        with pytest.raises(clang.CompileError, match="took more than 40 s") as error:
+            host_compilers._compile_core("int x;", name="x.c", include_dirs=[])
+        assert not error.value.lasting
+        assert host_compilers._run_bcc("t", "s", [], Path("/none"), [], bcc.LIMITS) == late
+    assert [each for each in asked if isinstance(each, str)] == ["int x;", "t"] * 2
+
+
 def test_what_the_host_cannot_do_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     working = host_compilers.REAL.clang_object
 

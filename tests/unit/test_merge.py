@@ -146,10 +146,15 @@ def test_a_sum_lies_between_those_of_the_slots_ends(rows: list[list[int]]) -> No
     low, high = bounds = merge.slot_bounds(Histogram.LOG2, 0, 8)
     found = merge.sums(counts, bounds)
     # The last slot is open: its values are taken for where it begins.
-    ends = np.where(np.isfinite(high), high, low)
+    ends = np.where(np.isfinite(high), high - 1, low)
     assert (counts @ low <= found).all() and (found <= counts @ ends).all()
     # Merged first or added up later: the same.
     assert math.isclose(merge.sums(counts.sum(axis=0, keepdims=True), bounds)[0], found.sum(), rel_tol=1e-12)
+
+
+def test_a_sum_of_small_whole_numbers_is_exact_where_slots_hold_one_each() -> None:
+    counts = np.array([[1000, 0, 0, 0, 0, 0], [0, 0, 0, 0, 100, 0]], np.uint64)
+    assert merge.sums(counts, merge.slot_bounds(Histogram.LINEAR, 1, 6)).tolist() == [0, 400]
 
 
 @given(st.lists(U64, max_size=50), st.integers(-1, 60))

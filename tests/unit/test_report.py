@@ -224,6 +224,39 @@ def test_at_most_fifty_rows_are_shown_and_the_rest_is_in_other() -> None:
     assert any("(2,995 more)" in line for line in summary.output_lines(fewer, rows=5, histograms=0, window_seconds=10))
 
 
+def test_sums_of_the_rows_and_of_the_rest_are_the_sum_of_the_whole() -> None:
+    output = report.status(large(30, kind=O.HISTOGRAM, key="", limit=7))["outputs"][0]
+    total = output["total"]
+    together = sum(row["sum"] for row in total["rows"]) + total["other"]["sum"]
+    assert together == pytest.approx(total["sum"], rel=1e-5)  # six digits of each
+    header, body = summary.cells(total, output, 5)
+    assert header[1:4] == ["COUNT", "SUM", "SHARE"]
+    # 30 + 29 + … + 26 of 465 in the five largest.
+    assert (body[-1][0], body[-1][3]) == ("(25 more)", "70%")
+
+
+def test_a_report_of_an_earlier_operator_has_no_sums() -> None:
+    output = report.status(large(3, kind=O.HISTOGRAM, key=""))["outputs"][0]
+    for part in (output["total"], *output["total"]["rows"]):
+        del part["sum"]
+    header, body = summary.cells(output["total"], output, 5)
+    assert header[1:3] == ["COUNT", "SHARE"]
+    assert [row[2] for row in body] == ["50%", "33%", "17%"]
+
+
+def test_values_that_are_all_zero_have_no_share() -> None:
+    aggregate = Aggregate(
+        facts(
+            counter("workload", kind=O.HISTOGRAM, histogram=plan_pb2.Histogram(scale=plan_pb2.Histogram.LINEAR, step=1))
+        )
+    )
+    node = FakeNode("node-1")
+    node.add("uid-web-1", slot=0, width=2, count=3)
+    batch = node.batch(10)
+    aggregate.apply("node-1", 1, batch, batch.time_ns)
+    assert report.columns(ask(aggregate, 10))["top"] == ""
+
+
 def test_rows_fit_a_terminal_and_keep_the_end_of_a_path() -> None:
     output = report.status(large(3, kind=O.COUNTER, key="/very/long/path" * 4))["outputs"][0]
     title, *rows = summary.output_lines(output, rows=5, histograms=0, window_seconds=10, width=40)

@@ -10,5 +10,6 @@ it runs on Debian's python3 before anything is installed. From the outside in:
     network  namespaces, cables, routes      pki      certificates and kubeconfigs
     processes  start in a cgroup, end by it  waiting  conditions with a deadline
     build    sources → binaries, cached      oci      files → an image archive
+    image_store  images unpacked once, for every node to link to
     settings versions, addresses, paths
 """

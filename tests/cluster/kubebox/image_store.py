@@ -23,6 +23,9 @@ ANSWER_SECONDS = 60.0
 KEPT = 2
 """Sets of images: those of now, and those of a clone beside it."""
 
+DATABASES = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db")
+"""What containerd writes to again."""
+
 _CONFIGURATION = """\
 version = 2
 root = "{root}"
@@ -33,29 +36,52 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 """
 
 
-def fill(root: Path, archives: Sequence[Path]) -> None:
-    """Have `root`, the folder of a containerd that does not run yet, hold these images."""
+def fill(root: Path, archives: Sequence[Path]) -> bool:
+    """Have `root`, the folder of a containerd that does not run yet, hold these images.
+
+    False where it cannot be: what is kept lies on another file system than `root`, which cannot be linked to, and may
+    be one on which containerd does not work.
+    """
     store = settings.cache_directory() / "images"
     store.mkdir(parents=True, exist_ok=True)
+    if not _can_link(store, root.parent):
+        return False
     with (store / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for unfinished in (*store.glob("*.new"), *store.glob("*.old")):
+            shutil.rmtree(unfinished)
         kept = store / _digest(archives)
         if not kept.exists():
             _unpack(kept, archives)
         os.utime(kept)
-        # Links where they can be: what is kept may lie on another file system than the cluster.
-        how = "-al" if kept.stat().st_dev == root.parent.stat().st_dev else "-a"
-        subprocess.run(["cp", how, str(kept), str(root)], check=True)
-        for database in root.rglob("*.db") if how == "-al" else ():
-            own = database.with_suffix(".own")
-            shutil.copy2(database, own)
-            own.rename(database)
-        for older in sorted((path for path in store.iterdir() if path.is_dir()), key=_time)[:-KEPT]:
-            shutil.rmtree(older)
+        link(kept, root)
+        sets = sorted((path for path in store.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for older in sets[:-KEPT]:
+            gone = older.with_suffix(".old")
+            older.rename(gone)  # half of one must not look like one
+            shutil.rmtree(gone)
+    return True
 
 
-def _time(path: Path) -> float:
-    return path.stat().st_mtime
+def _can_link(store: Path, folder: Path) -> bool:
+    """Asked of the kernel: two mounts of one file system have the same device number, and no links between them."""
+    with tempfile.NamedTemporaryFile(dir=store, suffix=".tmp") as probe:
+        link_to = folder / Path(probe.name).name
+        try:
+            os.link(probe.name, link_to)
+        except OSError:
+            return False
+        link_to.unlink()
+        return True
+
+
+def link(kept: Path, root: Path) -> None:
+    """`root` becomes what `kept` is: the same files, but for the databases, which are copies."""
+    subprocess.run(["cp", "-al", str(kept), str(root)], check=True)
+    for name in DATABASES:
+        own = root / f"{name}.own"
+        shutil.copy2(root / name, own)
+        own.rename(root / name)
 
 
 def _digest(archives: Sequence[Path]) -> str:
@@ -77,7 +103,7 @@ def _unpack(kept: Path, archives: Sequence[Path]) -> None:
 
 @contextmanager
 def _containerd(root: Path) -> Iterator[Path]:
-    """One that runs no pods; its socket."""
+    """A containerd that runs no pods; its socket."""
     with ExitStack() as stack:
         # A socket's path is short.
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kubebox-")))
@@ -86,7 +112,11 @@ def _containerd(root: Path) -> Iterator[Path]:
         configuration.write_text(_CONFIGURATION.format(root=root, state=state / "state", socket=address))
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["containerd", "-c", str(configuration)], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                # Where we are killed, it goes as well: it is in no group that `down` ends.
+                ["setpriv", "--pdeathsig", "KILL", "containerd", "-c", str(configuration)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         try:
             waiting.until(

@@ -70,9 +70,9 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
     archives = layout.loaded_archives.read_text().splitlines() if layout.loaded_archives.exists() else []
     # One that was deleted since can be missed only by a pod, whose event then names the image.
     present = [layout.binaries / "pause.tar", *(path for path in map(Path, archives) if path.exists())]
-    image_store.fill(node.directory / "containerd", present)
-    for archive in present:
-        _note(node, archive)
+    if image_store.fill(node.directory / "containerd", present):
+        for archive in present:
+            _note(node, archive)
 
     watched: dict[Path, subprocess.Popen[bytes]] = {}
     namespaces = [*network.inside(node.group), "unshare", "--mount", "--propagation", "slave"]
@@ -87,6 +87,9 @@ def start(layout: Layout, node: NodeLayout) -> dict[Path, "subprocess.Popen[byte
         seconds=RUNTIME_SECONDS,
         watched=watched,
     )
+    for archive in present:
+        load(node, archive)
+
     kubelet = [str(layout.binaries / "kubelet"), f"--config={node.directory}/kubelet.json"]
     kubelet += [f"--kubeconfig={layout.kubeconfig(node.name)}"]
     kubelet += [f"--hostname-override={node.name}", f"--node-ip={node.address}"]
