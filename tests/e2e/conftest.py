@@ -1,7 +1,7 @@
 """Probefleet on a real cluster, installed by helm as a user does. Skips nothing: without a cluster these tests fail.
 
-Tests run beside each other, in namespaces of their own. Those marked `alone` disturb the release or the cluster, or
-look at all that a node has: `make test-e2e` runs them after the others, one by one.
+Tests run beside each other, in namespaces of their own. Those marked `quiet` are disturbed by such a load, and follow;
+those marked `alone` disturb the release or the cluster: `make test-e2e` runs them last, one by one.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> str
 
 
 def _install() -> None:
+    there = not kube.run("helm", "status", "probefleet", "--namespace", kube.SYSTEM, check=False).returncode
     kube.run(
         "helm", "upgrade", "--install", "probefleet", str(kube.ROOT / "charts/probefleet"), "--namespace", kube.SYSTEM,
         "--create-namespace", "--values", str(kube.VALUES), "--wait", "--timeout", "3m", seconds=200,
     )  # fmt: skip
-    # Images carry one tag: after a rebuild the pods have to be replaced.
-    kube.kubectl("-n", kube.SYSTEM, "rollout", "restart", "deployment,daemonset")
+    if there:
+        # Images carry one tag: after a rebuild the pods have to be replaced.
+        kube.kubectl("-n", kube.SYSTEM, "rollout", "restart", "deployment,daemonset")
     for each in kube.kubectl("-n", kube.SYSTEM, "get", "deployment,daemonset", "-o", "name").split():
         kube.kubectl("-n", kube.SYSTEM, "rollout", "status", each, "--timeout=120s", seconds=130)
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e import agents, kube
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.quiet, pytest.mark.timeout(240)]
 
 NODE = "node1"
 WAKES = 997

@@ -25,7 +25,7 @@ from probefleet_wire.v1 import stream_pb2
 from tests.e2e import agents, kube
 from tests.fakes.agent import FakeAgent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.quiet, pytest.mark.timeout(120)]
 
 AUDIENCE = "probefleet-agent"
 SERVER_NAME = f"probefleet-operator.{kube.SYSTEM}.svc"

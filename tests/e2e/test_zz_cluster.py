@@ -1,9 +1,9 @@
 """End-to-end test 5, second half, and 4 for the whole release: what happens to the cluster itself.
 
-A certificate of one's own, an API server that is gone, a node that comes and dies, the end of the release, an upgrade
-to agents without privilege, two operators. These disturb every other policy of the cluster, so the file's name makes
-them the last. Each says which values it wants (`having`), and those that want the same follow each other: replacing all
-pods takes 20 s.
+A certificate of one's own, an upgrade to agents without privilege, two operators, and back; an API server that is gone,
+a node that comes and dies, the end of the release. These disturb every other policy of the cluster, so the file's name
+makes them the last. Each says which values it wants (`having`), and those that want the same follow each other:
+replacing all pods takes 20 s.
 """
 
 from __future__ import annotations
@@ -209,6 +209,74 @@ def test_a_certificate_of_ones_own_and_back_lose_and_double_no_count(namespace: 
         kube.kubectl("delete", "secret", "own-certificate", "-n", kube.SYSTEM)
 
 
+def test_helm_test_passes(installed: str) -> None:
+    said = kube.run("helm", "test", "probefleet", "--namespace", installed, "--logs", seconds=120).stdout
+    assert said.count("TEST SUITE:") == said.count("Succeeded") == said.count("POD LOGS: probefleet-test") == 1
+    assert "operator: ok" in said
+
+
+# An upgrade, to agents without privilege.
+
+
+def test_helm_upgrade_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
+    having()
+    with recording(other_namespace, seconds=40) as attached:
+        start_counting(namespace)
+        before = agents.pods()
+        having(WITHOUT_PRIVILEGE)
+        assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
+        listed = finish_recording(other_namespace, attached)
+        # What was pinned with privilege is read without.
+        finish_counting(namespace)
+    assert sorted(listed) == list(range(997))
+
+
+def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
+    having(WITHOUT_PRIVILEGE)
+    contexts = json.loads(kube.kubectl("get", "daemonset/probefleet-agent", "-n", kube.SYSTEM, "-o", "json"))
+    context = contexts["spec"]["template"]["spec"]["containers"][0]["securityContext"]
+    assert context["privileged"] is False
+    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
+    fresh: dict[str, Any] = {**SYSCOUNT}
+    fresh["program"] = {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max,getpgid"}}}
+    kube.apply(kube.policy("fresh", namespace, fresh), kube.policy("inline", namespace, INLINE))
+    kube.wait_programmed("fresh", namespace)
+    # Compiled by the agent itself, which then may not become another user and so drops what it has instead.
+    kube.wait_programmed("inline", namespace)
+    kube.apply(kube.pod("third", namespace, ["calls", "rare", str(INLINE_CALLS)], node="node3"))
+
+    def counted() -> bool:
+        fresh, inline = kube.report("fresh", namespace), kube.report("inline", namespace)
+        pods, processes = kube.totals(fresh, "calls"), kube.totals(inline, "calls")
+        return pods == {("third",): INLINE_CALLS} and list(processes.values()).count(INLINE_CALLS) == 1
+
+    kube.eventually(counted, f"{INLINE_CALLS} calls in both policies' reports")
+
+    def unknown() -> bool:
+        cost = kube.report("fresh", namespace).get("cost", {})
+        return (cost.get("overhead"), cost.get("nodesKnown"), cost.get("nodesUnknown")) == ("unknown", 0, 3)
+
+    kube.eventually(unknown, "a cost that says `unknown`")
+
+
+# Two operators.
+
+
+def leader() -> str:
+    """The pod that holds the Lease."""
+    return str(kube.get("lease", "probefleet-operator", kube.SYSTEM)["spec"]["holderIdentity"]).partition("_")[0]
+
+
+def test_the_other_replica_takes_over_and_loses_and_doubles_no_count(namespace: str) -> None:
+    having(WITHOUT_PRIVILEGE, TWO_OPERATORS)
+    kube.eventually(lambda: "pod" if kube.get("pod", leader(), kube.SYSTEM) else "", "one of the two leads")
+    start_counting(namespace)
+    killed = leader()
+    kube.kubectl("delete", "pod", killed, "-n", kube.SYSTEM, "--grace-period=0", "--force")
+    kube.eventually(lambda: leader() not in ("", killed), "the other one leads")
+    finish_counting(namespace)
+
+
 # No API server.
 
 
@@ -247,7 +315,7 @@ def wait_controllers() -> None:
 
 @pytest.mark.usefixtures("api_server")
 def test_an_operator_that_starts_without_an_api_server_takes_nothing_from_nodes(namespace: str) -> None:
-    having()
+    having()  # one operator again, and agents with privilege
     kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
     kube.wait_programmed("syscount", namespace)
     slowly = ["calls", "rare", "997", "--pause", "30000"]  # 30 s: longer than the outage
@@ -384,75 +452,3 @@ def test_uninstalling_leaves_nothing_and_it_can_be_installed_again(namespace: st
     kube.apply(kube.policy("syscount", namespace, SYSCOUNT))
     kube.wait_programmed("syscount", namespace)
     count_once("again", namespace, "node3")
-
-
-def test_helm_test_passes(installed: str) -> None:
-    said = kube.run("helm", "test", "probefleet", "--namespace", installed, "--logs", seconds=120).stdout
-    assert said.count("TEST SUITE:") == said.count("Succeeded") == said.count("POD LOGS: probefleet-test") == 1
-    assert "operator: ok" in said
-
-
-# An upgrade, to agents without privilege.
-
-
-def test_helm_upgrade_loses_and_doubles_nothing(namespace: str, other_namespace: str, plugin: Path) -> None:
-    having()
-    with recording(other_namespace, seconds=40) as attached:
-        start_counting(namespace)
-        before = agents.pods()
-        having(WITHOUT_PRIVILEGE)
-        assert not set(before.values()) & set(agents.pods().values()), "every agent is another one"
-        listed = finish_recording(other_namespace, attached)
-        # What was pinned with privilege is read without.
-        finish_counting(namespace)
-    assert sorted(listed) == list(range(997))
-
-
-def test_the_capabilities_mode_counts_exactly_and_does_not_guess_the_cost(namespace: str) -> None:
-    having(WITHOUT_PRIVILEGE)
-    contexts = json.loads(kube.kubectl("get", "daemonset/probefleet-agent", "-n", kube.SYSTEM, "-o", "json"))
-    context = contexts["spec"]["template"]["spec"]["containers"][0]["securityContext"]
-    assert context["privileged"] is False
-    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
-    fresh: dict[str, Any] = {**SYSCOUNT}
-    fresh["program"] = {"catalog": {"name": "syscount", "parameters": {"syscalls": "sched_get_priority_max,getpgid"}}}
-    kube.apply(kube.policy("fresh", namespace, fresh), kube.policy("inline", namespace, INLINE))
-    kube.wait_programmed("fresh", namespace)
-    # Compiled by the agent itself, which then may not become another user and so drops what it has instead.
-    kube.wait_programmed("inline", namespace)
-    kube.apply(kube.pod("third", namespace, ["calls", "rare", str(INLINE_CALLS)], node="node3"))
-
-    def counted() -> bool:
-        fresh, inline = kube.report("fresh", namespace), kube.report("inline", namespace)
-        pods, processes = kube.totals(fresh, "calls"), kube.totals(inline, "calls")
-        return pods == {("third",): INLINE_CALLS} and list(processes.values()).count(INLINE_CALLS) == 1
-
-    kube.eventually(counted, f"{INLINE_CALLS} calls in both policies' reports")
-
-    def unknown() -> bool:
-        cost = kube.report("fresh", namespace).get("cost", {})
-        return (cost.get("overhead"), cost.get("nodesKnown"), cost.get("nodesUnknown")) == ("unknown", 0, 3)
-
-    kube.eventually(unknown, "a cost that says `unknown`")
-
-
-# Two operators.
-
-
-def leader() -> str:
-    """The pod that holds the Lease."""
-    return str(kube.get("lease", "probefleet-operator", kube.SYSTEM)["spec"]["holderIdentity"]).partition("_")[0]
-
-
-def test_the_other_replica_takes_over_and_loses_and_doubles_no_count(namespace: str) -> None:
-    having(WITHOUT_PRIVILEGE, TWO_OPERATORS)
-    kube.eventually(lambda: "pod" if kube.get("pod", leader(), kube.SYSTEM) else "", "one of the two leads")
-    start_counting(namespace)
-    killed = leader()
-    kube.kubectl("delete", "pod", killed, "-n", kube.SYSTEM, "--grace-period=0", "--force")
-    kube.eventually(lambda: leader() not in ("", killed), "the other one leads")
-    finish_counting(namespace)
-    # Back to one operator, and to agents with privilege.
-    having()
-    covered(namespace, 3, 3)
-    count_once("back", namespace, "node3")
