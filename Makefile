@@ -107,19 +107,20 @@ unit: venv bpf mounts
 	@$(PYTHON) -m tests.coverage_of_each build/coverage.json 95
 	$(if $(BUSY),$(call tests,$(OTHER_TESTS)),@$(OTHER_TESTS))
 
-.PHONY: test test-kernel test-vm test-e2e record scale
+.PHONY: test test-kernel test-vm test-e2e test-e2e-beside test-e2e-last record scale
 test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
 	@$(MAKE) -s -C tests/workloads
 	@# A kernel in a VM takes one CPU from the first to the last, and is through with its tests as the others are.
-	@# Loading images is waiting for the disk, and end to end for pods and intervals; this kernel is tested meanwhile.
+	@# Images wait for the disk, and the last tests of end to end for pods and intervals: this kernel is tested meanwhile.
 	@$(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
 	$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; kernel=; \
 	trap 'kill $$vm $$kernel 2>/dev/null || true; wait $$images || true' EXIT; failed=0; \
 	$(MAKE) check BUSY=yes; \
 	wait $$images || { cat build/cluster-images.log; exit 1; }; \
+	$(MAKE) test-e2e-beside || failed=1; \
 	nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
-	$(MAKE) test-e2e || failed=1; \
+	$(MAKE) test-e2e-last || failed=1; \
 	wait $$kernel || failed=1; echo "== test-kernel"; cat build/test-kernel.log; \
 	wait $$vm || failed=1; echo "== test-vm"; cat build/test-vm.log; \
 	exit $$failed
@@ -136,8 +137,10 @@ scale: setup ## one operator under 5,000 simulated agents, about three minutes
 record: setup test-packages ## take the recorded frames of tests/recordings anew, on this machine's kernel
 	@$(CLUSTER) build
 	@$(PYTHON) -m tests.recordings.record
-test-e2e: setup test-packages cluster-images ## end to end, on a real three-node Kubernetes
+test-e2e: test-e2e-beside test-e2e-last ## end to end, on a real three-node Kubernetes
+test-e2e-beside: setup test-packages cluster-images
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -n 4 --dist loadfile -m "not (quiet or alone or vm)" tests/e2e)
+test-e2e-last: setup test-packages cluster-images
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -n 2 --dist loadfile -m quiet tests/e2e)
 	$(call tests,$(CLUSTER) run $(abspath $(PYTHON)) -m pytest -q -m alone tests/e2e)
 

@@ -195,7 +195,9 @@ def test_a_wrong_ca(port: int, tmp_path: Path) -> None:
     token.write_text(token_of("node1"))
     folder = Path("/sys/fs/bpf") / f"probefleet-stranger-{uuid.uuid4().hex[:6]}"
     folder.mkdir()
-    sessions = kube.metric("probefleet_sessions")
+    kube.eventually(
+        lambda: kube.metric("probefleet_sessions") == 3, "all three agents, of which one was stopped just now"
+    )
     command = [
         str(Path(sys.executable).with_name("probefleet-agent")), f"--operator=127.0.0.1:{port}", "--node=node1",
         f"--ca-file={wrong}", f"--token-file={token}", f"--server-name={SERVER_NAME}", f"--bpffs={folder}",
@@ -209,4 +211,4 @@ def test_a_wrong_ca(port: int, tmp_path: Path) -> None:
     assert said["error"].startswith(f"the operator's certificate is not signed by a CA of {wrong}, or is for another")
     assert "nothing was sent to it, and what runs here goes on" in said["error"]
     folder.rmdir()  # it left nothing
-    assert kube.metric("probefleet_sessions") == sessions == 3
+    assert kube.metric("probefleet_sessions") == 3
