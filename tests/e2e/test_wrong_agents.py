@@ -174,8 +174,13 @@ async def test_a_stream_that_sends_more_than_it_may(port: int) -> None:
     # The real one of node2 waits meanwhile: else it would take over again at once.
     with agents.stopped("node2"):
         async with stranger(port, "node2", token) as agent:
-            await agent.send_batch(events=[stream_pb2.EventChunk(positions=bytes(17 << 20))])
-            assert (await agent.refused()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+            async def send_too_much() -> None:
+                await agent.disconnect()
+                await agent.connect()
+                await agent.send_batch(events=[stream_pb2.EventChunk(positions=bytes(17 << 20))])
+
+            assert (await agent.told_why(send_too_much)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         async with stranger(port, "node2", token) as agent:
             for _ in range(800):
                 await agent.send_batch()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self
 
 import grpc
@@ -19,6 +19,8 @@ from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2, stream_pb2_grpc
 
 Answer = Callable[[stream_pb2.Push], stream_pb2.Status]
+#: What gRPC's client says instead of the server's status where it was writing at the moment that the stream ended.
+STATUS_LOST = "Internal error from Core"
 
 
 def everything_ready(push: stream_pb2.Push) -> stream_pb2.Status:
@@ -121,6 +123,15 @@ class FakeAgent:
         if self._reader is not None:
             await asyncio.gather(self._reader, return_exceptions=True)
             self._reader = None
+
+    async def told_why(self, attempt: Callable[[], Awaitable[None]]) -> grpc.aio.AioRpcError:
+        """Why the operator ends the stream of an attempt, made again where the client has lost its answer."""
+        for _ in range(10):
+            await attempt()
+            error = await self.refused()
+            if error.details() != STATUS_LOST:
+                return error
+        raise AssertionError("the client lost the operator's answer ten times")
 
     async def send(self, message: stream_pb2.FromAgent) -> None:
         """One message; what the operator thinks of it shows in `closed`."""

@@ -262,8 +262,7 @@ async def test_a_token_of_another_kind_is_refused(status: dict[str, Any], words:
 async def test_while_the_api_server_is_away_streams_are_told_to_come_again() -> None:
     async with serving() as setup, setup.agent() as agent:
         setup.server.away = True
-        await agent.connect()
-        assert (await agent.refused()).code() is grpc.StatusCode.UNAVAILABLE
+        assert (await agent.told_why(agent.connect)).code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_token_is_reviewed_once() -> None:
