@@ -6,6 +6,7 @@ those marked `alone` disturb the release or the cluster: `make test-e2e` runs th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import uuid
@@ -56,10 +57,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def namespace(installed: str) -> Iterator[str]:
-    """A namespace of the test's own."""
-    name = f"shop-{uuid.uuid4().hex[:6]}"
+@contextlib.contextmanager
+def new_namespace(prefix: str) -> Iterator[str]:
+    """A namespace while it lasts; its policies are gone before it is."""
+    name = f"{prefix}-{uuid.uuid4().hex[:6]}"
     kube.kubectl("create", "namespace", name)
     yield name
     kube.kubectl("delete", "probepolicy", "--all", "-n", name, "--wait=true", seconds=60)
@@ -67,9 +68,21 @@ def namespace(installed: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def namespace(installed: str) -> Iterator[str]:
+    """A namespace of the test's own."""
+    with new_namespace("shop") as name:
+        yield name
+
+
+@pytest.fixture
 def other_namespace(installed: str) -> Iterator[str]:
     """Another one, whose pods must not count."""
-    name = f"other-{uuid.uuid4().hex[:6]}"
-    kube.kubectl("create", "namespace", name)
-    yield name
-    kube.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace("other") as name:
+        yield name
+
+
+@pytest.fixture
+def scripts_namespace(installed: str) -> Iterator[str]:
+    """A third one, whose pods are neither counted nor recorded."""
+    with new_namespace("scripts") as name:
+        yield name

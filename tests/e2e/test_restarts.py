@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,16 +16,6 @@ from tests.e2e import agents, kube
 from tests.e2e import surviving as s
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(400)]
-
-
-@pytest.fixture
-def scripts_namespace(installed: str) -> Iterator[str]:
-    """Whose pods are neither counted nor recorded."""
-    name = f"scripts-{uuid.uuid4().hex[:6]}"
-    kube.kubectl("create", "namespace", name)
-    yield name
-    kube.kubectl("delete", "probepolicy", "--all", "-n", name, "--wait=true", seconds=60)
-    kube.kubectl("delete", "namespace", name, "--wait=false")
 
 
 def pin_shared(namespace: str) -> set[str]:
