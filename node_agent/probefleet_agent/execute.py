@@ -382,10 +382,10 @@ class Executor:
 
     def _measure_hooks(self, loaded: Loaded) -> None:
         """What each program's hooks cost a run: the dearest's, where it has several."""
-        for attachment in loaded.chosen:
-            name = attachment.program
-            kind = hooks.kind(attachment, loaded.sections.get(name, ""))
-            cost_ns = self.hooks.measure(kind)
+        kinds = [hooks.kind(each, loaded.sections.get(each.program, "")) for each in loaded.chosen]
+        costs_ns = {kind: self.hooks.measure(kind) for kind in dict.fromkeys(kinds)}
+        for name, kind in zip((each.program for each in loaded.chosen), kinds, strict=True):
+            cost_ns = costs_ns[kind]
             if cost_ns is None:
                 loaded.unmeasured.add(kind)
             else:

@@ -4,14 +4,16 @@ The kernel's statistics time the program, not the way to it: a uprobe's trap, a 
 These differ by a factor of a thousand, and by ten between machines (in a virtual machine a trap is dear), so nothing is
 taken from a table. A program that returns at once is attached to something that only the calling thread does, and what
 the thread takes with and without it is compared; for timers, what interrupts a loop that does nothing but read the
-clock. The engine asks before it loads what attaches so. One measurement takes 1 to 15 ms of CPU; detaching tracepoints
-and uprobes waits for the kernel up to 0.2 s more. What cannot be measured is ``None``, and the cost then unknown.
+clock. The engine asks before it loads what attaches so. One attempt takes 1 to 20 ms of CPU, and detaching tracepoints
+and uprobes waits for the kernel up to 0.2 s more; a busy machine needs a few. What cannot be measured is ``None``, and
+the cost then unknown.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,17 +27,27 @@ from probefleet_wire.btf_types import BtfError
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import ProbefleetError
-from probefleet_agent.kernel import btf_kernel, features, hooks_network, links, links_perf, syscall, targets, uapi
+from probefleet_agent.kernel import (
+    btf_kernel,
+    features,
+    hooks_network,
+    hooks_timing,
+    links,
+    links_perf,
+    syscall,
+    targets,
+    uapi,
+)
 from probefleet_agent.kernel.uapi import ProgramType
 
 #: What costs alike: "tp_btf", "tp_btf sys", "uprobe", "kretprobe", "perf_event cpu-clock", …
 HookKind = NewType("HookKind", str)
 Work: TypeAlias = Callable[[], object]
 
-_CALLS, _TRIALS = 50, 8
 #: Timers of this period interrupt this many readings of the clock, so often: three times some 15 interruptions in 3 ms.
 _PERIOD_NS, _READINGS, _ROUNDS = 200_000, 33_000, 3
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
+_UNEVEN_SECONDS = 60.0
 #: A call that nobody makes in a hurry, whose handler does next to nothing, and that no example or test of ours counts:
 #: what one agent measures, another that runs beside it sees, as everything on the machine.
 _RARE_CALL = "getsid"
@@ -79,17 +91,26 @@ def kind(attachment: plan_pb2.Attachment, section: str = "") -> HookKind:
 
 
 class Hooks:
-    """The kinds measured so far. What could not be measured is tried again when it is asked for again."""
+    """The kinds measured so far. What could not be measured is tried again when it is asked for again.
+
+    But for what did not stand out, which is left alone for a minute: a measurement fires the hook, and whoever counts
+    there already counts that as well.
+    """
 
     def __init__(self) -> None:
         self._known_ns: dict[HookKind, float] = {}
+        self._not_before: dict[HookKind, float] = {}  # monotonic seconds
 
     def measure(self, wanted: HookKind) -> float | None:
         """Nanoseconds a run, measured once; ``None`` where this machine or its rights do not allow it."""
         if wanted not in self._known_ns:
+            if time.monotonic() < self._not_before.get(wanted, 0.0):
+                return None
             try:
                 self._known_ns[wanted] = _measure(wanted)
-            except (ProbefleetError, BtfError, OSError, AttributeError, _Unmeasurable) as error:
+            except (ProbefleetError, BtfError, OSError, AttributeError, _Unmeasurable, hooks_timing.TooUneven) as error:
+                if isinstance(error, hooks_timing.TooUneven):
+                    self._not_before[wanted] = time.monotonic() + _UNEVEN_SECONDS
                 _log.info("what a hook costs cannot be measured", hook=wanted, error=str(error))
                 return None
             _log.info("measured a hook", hook=wanted, cost_ns=round(self._known_ns[wanted]))
@@ -113,13 +134,8 @@ def _measure(wanted: HookKind) -> float:
     if wanted in ("iterator", "interval"):
         return 0.0  # the agent asks for it: the way there is its own time
     bench = _bench(wanted)
-    without_ns = _best_ns(bench.work)
-    with _attached(bench.attachment, bench.copies):
-        with_ns = _best_ns(bench.work)
-    # Frequencies change: the quieter of before and after is what it is compared with.
-    without_ns = min(without_ns, _best_ns(bench.work))
-    # A hook is never free: a difference below the clock's own step is one step.
-    return max(with_ns - without_ns, 1.0) / bench.copies
+    attached = functools.partial(_attached, bench.attachment, bench.copies)
+    return hooks_timing.difference_ns(bench.work, attached) / bench.copies
 
 
 def _bench(wanted: HookKind) -> _Bench:
@@ -196,19 +212,6 @@ def _attached(attachment: plan_pb2.Attachment, copies: int) -> Iterator[None]:
             )  # fmt: skip
             owned.enter_context(links.attach(program, attachment))
         yield
-
-
-def _best_ns(work: Work) -> float:
-    """The least that one call takes: everything else on the machine can only add to it."""
-    work()
-    return min(_trial_ns(work) for _ in range(_TRIALS))
-
-
-def _trial_ns(work: Work) -> float:
-    began = time.perf_counter_ns()
-    for _ in range(_CALLS):
-        work()
-    return (time.perf_counter_ns() - began) / _CALLS
 
 
 def _interruption_ns(event: str) -> float:

@@ -13,19 +13,16 @@ import fcntl
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable
 
 from probefleet_wire.v1 import plan_pb2
 
 from probefleet_agent.errors import KernelError
-from probefleet_agent.kernel import cgroups, links, syscall
+from probefleet_agent.kernel import cgroups, hooks_timing, links, syscall
 
 KINDS = ("xdp", "tc", "socket_filter", "cgroup_skb", "cgroup_sock")
 _VERDICTS = {"xdp": 2, "tc": -1, "socket_filter": 0, "cgroup_skb": 1, "cgroup_sock": 1}
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
-_CALLS, _TRIALS = 50, 8
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,12 +69,9 @@ def _in_own_network(kind: str) -> float:
         program = owned.enter_context(
             syscall.prog_load(_passes(_VERDICTS[kind]), program_type, name="pf_hook", expected_attach_type=attach_type)
         )
-        without_ns = _best_ns(work)
-        with links.attach(program, attachment):
-            with_ns = _best_ns(work)
         # A packet socket on loopback sees each datagram twice: sent and received.
         runs = 2 if kind == "socket_filter" else 1
-        return max(with_ns - min(without_ns, _best_ns(work)), 1.0) / runs
+        return hooks_timing.difference_ns(work, lambda: links.attach(program, attachment)) / runs
 
 
 def _attachment(kind: str) -> plan_pb2.Attachment:
@@ -98,14 +92,3 @@ def _bring_up(line: socket.socket, name: bytes) -> None:
     request = struct.pack("16sH14x", name, 0)
     flags = struct.unpack_from("H", fcntl.ioctl(line, _SIOCGIFFLAGS, request), 16)[0]
     fcntl.ioctl(line, _SIOCSIFFLAGS, struct.pack("16sH14x", name, flags | _IFF_UP))
-
-
-def _best_ns(work: Callable[[], None]) -> float:
-    """The least that one takes: everything else on the machine can only add to it."""
-    best = float("inf")
-    for _ in range(_TRIALS):
-        began = time.perf_counter_ns()
-        for _ in range(_CALLS):
-            work()
-        best = min(best, (time.perf_counter_ns() - began) / _CALLS)
-    return best
