@@ -2,7 +2,7 @@
 
 The tests have some 600 texts compiled, by clang and by BCC: minutes of a CPU, for the bytes that the run before got
 from the same texts. The key is all that an answer depends on, the compiler's version among it; what nobody has asked
-for in a month goes. Tests of compiling itself (``test_clang``, ``test_bcc``, ``test_compilers_here``) ask nothing here.
+for in a month goes. The tests of compiling itself, marked ``compiles``, ask nothing here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ def answer(depends_on: Iterable[bytes], make: Callable[[], bytes], *, folder: Pa
     except FileNotFoundError:
         found = make()
         folder.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
+        new = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         new.write_bytes(found)
         new.rename(path)  # whole at once: other workers look for it as well
     return found

@@ -23,7 +23,9 @@ from unittest import mock
 from probefleet_agent.kernel import bcc, bcc_headers
 from probefleet_wire import clang, sandbox
 
+from tests import kept
 from tests.foreign import extract
+from tests.kernel import host_compilers
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "foreign"
@@ -65,12 +67,12 @@ def formats(folder: Path) -> dict[tuple[str, str], str]:
 
 @contextlib.contextmanager
 def compiled_for(folder: Path, made: dict[str, sandbox.Finished]) -> Iterator[None]:
-    """While it lasts, BCC compiles for the kernel of these facts, and what it answers is kept."""
-    run, tree = bcc._run, bcc_headers.tree
+    """While it lasts, BCC compiles for the kernel of these facts. What it answers is kept, here and for later runs."""
+    tree = bcc_headers.tree
     release = (folder / "release").read_text().strip()
 
     def keep(text: str, source: str, *arguments: Any) -> sandbox.Finished:
-        made[source] = run(text, source, *arguments)
+        made[source] = host_compilers.run_bcc(text, source, *arguments)
         return made[source]
 
     with mock.patch.object(bcc, "_run", keep), mock.patch.object(bcc_headers, "tree", partial(tree, release=release)):
@@ -97,7 +99,7 @@ def compile_all(tools: Sequence[extract.Tool], folder: Path) -> tuple[dict[str, 
                 tool.source,
                 name=f"{tool.name}.c",
                 vmlinux=folder / "vmlinux",
-                headers_root=BUILD / "headers",
+                headers_root=kept.FOLDER / "headers",
                 tracepoint_format=tracepoint_format,
             )
         except (bcc.CompileFailed, bcc.BccUnavailable) as error:

@@ -1,12 +1,13 @@
-"""`probefleet …` started by a test, as a user starts it; in an emulated machine as a fork of the test's own process.
+"""`probefleet …` started by a test, as a fork of the test's own process.
 
-Python takes 15 s on an emulated CPU to start and to import the command; a fork has done that already, and is a process
-like any other: its own pid, its own signals, its own output.
+Python takes a second to start and to import the command, and 15 s on an emulated CPU; a fork has done that already, and
+is a process like any other: its own pid, its own signals, its own output; the test's compilers (`host_compilers`). The
+tests of the command itself (`test_cli_*`) start it as a user does.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import importlib
 import os
 import select
@@ -14,10 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
 
-from tests.kernel import vm_questions
+_PR_SET_PDEATHSIG = 1
 
 
 class Process:
@@ -37,7 +39,8 @@ class Process:
     def _become(self, arguments: Sequence[str]) -> None:
         """In the fork: `probefleet`, with nothing of pytest's but the memory."""
         status = 1
-        with contextlib.suppress(BaseException):
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a worker that dies leaves none
             for number, file in enumerate(self._files, start=1):
                 os.dup2(file.fileno(), number)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -48,9 +51,12 @@ class Process:
             from probefleet_cli import main
 
             status = main.main()
+        except BaseException:  # nobody is above it to say it
+            traceback.print_exc()
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)
+            os._exit(status)
 
     def poll(self) -> int | None:
         """Its exit status, if it has ended."""
@@ -97,23 +103,6 @@ def _import_what_a_run_does() -> None:
         importlib.import_module(name)
 
 
-class _Command(subprocess.Popen[str]):
-    def close(self) -> None:
-        """End it, if it has not ended, and keep nothing of it."""
-        if self.poll() is None:
-            self.kill()
-        self.wait()
-        for stream in (self.stdout, self.stderr):
-            assert stream is not None
-            stream.close()
-
-
-Started = Process | _Command
-
-
-def start(*arguments: str) -> Started:
+def start(*arguments: str) -> Process:
     """`probefleet` with these arguments, running."""
-    if vm_questions.there():
-        return Process(arguments)
-    command = [sys.executable, "-m", "probefleet_cli.main", *arguments]
-    return _Command(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Process(arguments)

@@ -16,9 +16,9 @@ import pytest
 from probefleet_agent.engine import Engine
 from probefleet_agent.kernel import mounts, pins
 
-from tests.kernel import host_compilers, support
+from tests.kernel import host_compilers, support, vm_questions
 
-# In a virtual machine that was given them: what takes 15 s there takes one on the host.
+# In a virtual machine the host's: what takes 15 s there takes one on the host.
 host_compilers.install()
 
 
@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _mounted() -> None:
     mounts.mount_bpffs()
     mounts.mount_tracefs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of compiling have this machine's compilers work, whatever they made before."""
+    own = request.node.get_closest_marker("compiles") is not None and not vm_questions.there()
+    if own:
+        host_compilers.uninstall()
+    yield
+    if own:
+        host_compilers.install()
 
 
 @pytest.fixture(autouse=True)

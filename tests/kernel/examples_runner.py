@@ -27,7 +27,7 @@ SECONDS = 150
 class Run:
     """One `probefleet run`; its reports by the policy's name, once it has ended."""
 
-    def __init__(self, process: command_line.Started) -> None:
+    def __init__(self, process: command_line.Process) -> None:
         self.process = process
         self.reports: dict[str, dict[str, Any]] = {}
 

@@ -1,11 +1,12 @@
 """Who compiles in kernel tests. In a guest of `vm`, the host: what takes 15 s on an emulated CPU takes one there, for
-the same bytes; and what it compiled before it keeps (`tests.kept`), as it does for the objects of its own tests.
+the same bytes; and what it compiled before it keeps (`tests.kept`), for guests and for its own tests. The tests of
+compiling itself, marked `compiles`, are given nothing that was kept, but in a guest.
 
 `install()` puts questions in the compilers' place: `clang.compile_core`, the step of `bcc.compile` that starts BCC's
 child, and `support.clang_object`. They ask for a whole compilation, and get what the compiler printed and made. All
 around it (the text that is given to BCC, the reading of its answer, loading, attaching) happens where the test runs.
-`Compilers` answers on the host: clang's objects are the same for every kernel; BCC compiles against the guest's BTF,
-which lies in its $VM_OUT as `vmlinux`.
+`Compilers` answers on the host: clang's objects are the same for every kernel; for a guest, BCC compiles against its
+BTF, which lies in its $VM_OUT as `vmlinux`.
 
 Why it proves the same: a compiler sees text and types, not the kernel that it runs under. `test_compilers_here.py`
 compiles in the guest as well and compares the bytes.
@@ -37,11 +38,11 @@ REAL = SimpleNamespace(
 
 
 def install() -> None:
-    """From now on this process's compilers are the host's, in a guest; on the host, objects of tests are kept."""
+    """From now on this process's compilers are the host's, in a guest; and on the host, what they made is kept."""
     support.clang_object = _clang_object
+    clang.compile_core, bcc._run = _compile_core, run_bcc
     if vm_questions.there():
-        clang.compile_core = _compile_core
-        bcc._run, bcc_headers.tree = _run_bcc, _no_tree
+        bcc_headers.tree = _no_tree
 
 
 def uninstall() -> None:
@@ -52,7 +53,7 @@ def uninstall() -> None:
 
 def _ask(what: str, **words: Any) -> Any:
     question = pickle.dumps((what, words))
-    answer = pickle.loads(vm_questions.ask(question) if vm_questions.there() else _this_machines()(question))
+    answer = pickle.loads(vm_questions.ask(question) if vm_questions.there() else _this_machines().answer(question))
     if isinstance(answer, _Mistake):
         raise clang.CompileError(answer.diagnostics, lasting=answer.lasting)
     if isinstance(answer, Exception):
@@ -74,12 +75,13 @@ def _no_tree(*_: object, **__: object) -> Path:
     return Path("/nonexistent")  # the host makes it
 
 
-def _run_bcc(
+def run_bcc(
     text: str, source: str, flags: Sequence[str], tree: Path, formats: Sequence[str], limits: sandbox.Limits
 ) -> sandbox.Finished:
-    found: sandbox.Finished = _ask(
-        "bcc", text=text, source=source, flags=list(flags), formats=list(formats), release=os.uname().release
-    )
+    """`bcc._run`, answered from what was kept."""
+    # A guest's types lie with the host, which makes the tree; here it is made, for this kernel or as a test wants it.
+    here = {"release": os.uname().release} if vm_questions.there() else {"tree": tree, "limits": limits}
+    found: sandbox.Finished = _ask("bcc", text=text, source=source, flags=list(flags), formats=list(formats), **here)
     return found
 
 
@@ -92,7 +94,7 @@ class _Mistake:
 
 
 class _ForNow(Exception):
-    """An answer that another time may be another one: a limit of time was reached, or a child was killed."""
+    """An answer that is not kept: of a mistake, of a limit that was reached, of a disk that was full."""
 
 
 class Compilers:
@@ -103,29 +105,33 @@ class Compilers:
         self.asked = self.compiled = 0
 
     def __call__(self, question: bytes) -> bytes:
-        """The answer, as it was kept if it was."""
+        """The answer for a guest, which is told as well what this machine cannot do."""
+        try:
+            return self.answer(question)
+        except Exception as error:  # of this machine, not of the source: the next time may do better
+            return pickle.dumps(RuntimeError(f"the host cannot compile it: {type(error).__name__}: {error}"))
+
+    def answer(self, question: bytes) -> bytes:
+        """The answer, as it was kept if it was. Raises what the compilers raise, but for mistakes in the source."""
         self.asked += 1
         what, words = pickle.loads(question)
-        # Header trees count by what is in them: each clone has them in a place of its own.
+        # clang's headers count by what is in them: each clone has them in a place of its own. The name of BCC's place
+        # says what is in them, and the place stands in what BCC says.
         told = {name: value for name, value in words.items() if name != "include_dirs"}
         depends_on = [pickle.dumps((what, sorted(told.items()))), _toolchain()]
         depends_on += [kept.contents(folder) for folder in words.get("include_dirs", ())]
         if what == "bcc":
-            depends_on.append(self.types.read_bytes())
+            types = [] if "tree" in words else [self.types]
+            depends_on += [path.read_bytes() for path in (*types, *bcc.CPUS)]
         try:
             return kept.answer(depends_on, lambda: self._made(what, words), folder=self.folder)
         except _ForNow as now:
             found: bytes = now.args[0]
             return found
-        except Exception as error:  # of this machine, not of the source: the next time may do better
-            return pickle.dumps(RuntimeError(f"the host cannot compile it: {type(error).__name__}: {error}"))
 
     def _made(self, what: str, words: dict[str, Any]) -> bytes:
         found = self._answer(what, words)
-        passing = (isinstance(found, _Mistake) and not found.lasting) or (
-            isinstance(found, sandbox.Finished) and (found.limit or found.status < 0)
-        )
-        if passing:
+        if isinstance(found, _Mistake) or (isinstance(found, sandbox.Finished) and (found.limit or found.status)):
             raise _ForNow(pickle.dumps(found))
         return pickle.dumps(found)
 
@@ -137,10 +143,20 @@ class Compilers:
         except clang.CompileError as error:
             return _Mistake(error.diagnostics, error.lasting)
 
-    def _bcc(self, *, release: str, text: str, source: str, flags: list[str], formats: list[str]) -> sandbox.Finished:
-        types = self.types.read_bytes()
-        tree = REAL.bcc_tree(types, root=self.folder / "headers", release=release)
-        answer: sandbox.Finished = REAL.bcc(text, source, flags, tree, formats, bcc.LIMITS)
+    def _bcc(
+        self,
+        *,
+        text: str,
+        source: str,
+        flags: list[str],
+        formats: list[str],
+        tree: Path | None = None,
+        limits: sandbox.Limits = bcc.LIMITS,
+        release: str = "",
+    ) -> sandbox.Finished:
+        if tree is None:
+            tree = REAL.bcc_tree(self.types.read_bytes(), root=self.folder / "headers", release=release)
+        answer: sandbox.Finished = REAL.bcc(text, source, flags, tree, formats, limits)
         return answer
 
 

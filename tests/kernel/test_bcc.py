@@ -16,6 +16,7 @@ from probefleet_agent.kernel.uapi import MapType, ProgramType
 from probefleet_wire import kept
 from probefleet_wire.v1 import plan_pb2
 
+pytestmark = pytest.mark.compiles
 HEADERS = Path(f"/tmp/probefleet-test-headers-{os.getuid()}")
 EXECS = """
 #include <uapi/linux/ptrace.h>

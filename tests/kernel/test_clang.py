@@ -10,6 +10,7 @@ from probefleet_wire import clang, sandbox
 from probefleet_wire.bpf_object import BpfObject
 from probefleet_wire.elf import Elf
 
+pytestmark = pytest.mark.compiles
 TREE = Path(__file__).parents[2] / "bpf" / "include"
 HEADERS = "<probefleet.h>, <probefleet_endpoints.h>, <probefleet_files.h>, <vmlinux.h> and <bpf/*.h>"
 ONLY = f"is outside the header tree; only {HEADERS} may be included"

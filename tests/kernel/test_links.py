@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -262,29 +260,25 @@ def test_a_kernel_without_perf_links_falls_back_to_the_event_itself(monkeypatch:
         assert not link.pinnable and not link.fds and len(link.keeps) == 1
 
 
-CHILD = """
-import os, sys
-from pathlib import Path
-from probefleet_agent.kernel import links, pins
-from tests.kernel.support import Loaded, attachment
-which, bpffs, pid, path = sys.argv[1:5]
-sources = __import__("tests.kernel.test_links", fromlist=["x"])
-source, target = {
-    "uprobe": (sources.UPROBE, dict(uprobe=dict(path=path, symbol="labs"))),
-    "tracepoint": (sources.TRACEPOINT, dict(tracepoint=dict(category="syscalls", name="sys_enter_getppid"))),
-    "raw_tracepoint": (sources.RAW, dict(raw_tracepoint=dict(name="sys_enter"))),
-    "tp_btf": (sources.TP_BTF, dict(tp_btf=dict(name="sys_enter"))),
-    "perf_event": (sources.PERF, dict(perf_event=dict(event="cpu-clock", frequency_hz=997))),
-}[which]
-with Loaded(source, pid=int(pid)) as loaded:
-    with links.attach(loaded.programs["on_it"], attachment("on_it", **target)) as link:
-        with pins.root(Path(bpffs)).staging("d1") as folder:
-            for number, fd in enumerate(link.fds):
-                folder.pin_link(number, "on_it", fd)
-            folder.pin_map("hits", loaded.maps["hits"])
-            folder.pin_program("on_it", loaded.programs["on_it"])
-            folder.write_manifest(b"made by a process that is gone")
-"""
+def pin_attached(which: str, bpffs: Path, pid: int, path: str) -> None:
+    """In a process of its own: attach, pin all of it, and end. It counts what the process `pid` does."""
+    source, target = {
+        "uprobe": (UPROBE, {"uprobe": {"path": path, "symbol": "labs"}}),
+        "tracepoint": (TRACEPOINT, {"tracepoint": {"category": "syscalls", "name": "sys_enter_getppid"}}),
+        "raw_tracepoint": (RAW, {"raw_tracepoint": {"name": "sys_enter"}}),
+        "tp_btf": (TP_BTF, {"tp_btf": {"name": "sys_enter"}}),
+        "perf_event": (PERF, {"perf_event": {"event": "cpu-clock", "frequency_hz": 997}}),
+    }[which]
+    with (
+        Loaded(source, pid=pid) as loaded,
+        links.attach(loaded.programs["on_it"], attachment("on_it", **target)) as link,
+        pins.root(bpffs).staging("d1") as folder,
+    ):
+        for number, fd in enumerate(link.fds):
+            folder.pin_link(number, "on_it", fd)
+        folder.pin_map("hits", loaded.maps["hits"])
+        folder.pin_program("on_it", loaded.programs["on_it"])
+        folder.write_manifest(b"made by a process that is gone")
 
 
 OUTLIVES = pytest.mark.shows("attach/pinned links outlive the agent")
@@ -305,8 +299,13 @@ def test_pinned_links_outlive_the_process_that_made_them(root: pins.Root, which:
         needs(features.perf_link)
     if which == "tp_btf":
         needs(features.tp_btf)
-    arguments = [which, str(root.path.parent), str(os.getpid()), libc_path()]
-    subprocess.run([sys.executable, "-c", textwrap.dedent(CHILD), *arguments], check=True)
+    context = multiprocessing.get_context("fork")  # a new Python takes half a minute of an emulated CPU
+    arguments = (which, root.path.parent, os.getpid(), libc_path())
+    maker = context.Process(target=pin_attached, args=arguments, daemon=True)
+    maker.start()
+    maker.join(60)
+    assert maker.exitcode == 0
+    maker.close()
     with root.open_instance("d1") as adopted:
         assert adopted.manifest == b"made by a process that is gone"
         before = int(maps.sum_lost(adopted.maps["hits"])[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,34 @@ def test_a_mistake_comes_back_with_its_place(asked: list[object]) -> None:
 
 
 def test_bcc_compiles_against_the_guests_types(asked: list[object]) -> None:
-    assert host_compilers._run_bcc("t", "s", ["-f"], Path("/none"), ["format"], bcc.LIMITS) == PRINTED
+    assert host_compilers.run_bcc("t", "s", ["-f"], Path("/none"), ["format"], bcc.LIMITS) == PRINTED
     (types, _), (text, source, flags, tree, formats) = asked  # type: ignore[misc]
     assert (types, text, source, flags, tree.name, formats) == (b"types", "t", "s", ["-f"], "tree", ["format"])
+
+
+def test_on_the_host_bcc_compiles_with_the_tests_own_tree_and_limits(
+    asked: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compilers = host_compilers.Compilers(tmp_path / "none", folder=tmp_path / "kept")
+    monkeypatch.setattr(vm_questions, "there", lambda: False)
+    monkeypatch.setattr(host_compilers, "_this_machines", lambda: compilers)
+    short = replace(bcc.LIMITS, wall_seconds=1.0)
+    ways = [
+        (Path("/a/d1"), bcc.LIMITS),
+        (Path("/a/d1"), bcc.LIMITS),
+        (Path("/a/d2"), bcc.LIMITS),
+        (Path("/a/d1"), short),
+    ]
+    for tree, limits in ways:
+        assert host_compilers.run_bcc("t", "s", ["-f"], tree, ["format"], limits) == PRINTED
+    assert asked == [("t", "s", ["-f"], tree, ["format"]) for tree, _ in (ways[0], *ways[2:])], "once of the same"
+
+
+def test_a_mistake_is_found_again_each_time(asked: list[object]) -> None:
+    for _ in range(2):
+        with pytest.raises(clang.CompileError):
+            host_compilers._compile_core("wrong", name="x.c", include_dirs=[])
+    assert len(asked) == 2
 
 
 def test_what_took_too_long_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +102,7 @@ def test_what_took_too_long_is_asked_again(asked: list[object], monkeypatch: pyt
         with pytest.raises(clang.CompileError, match="took more than 40 s") as error:
             host_compilers._compile_core("int x;", name="x.c", include_dirs=[])
         assert not error.value.lasting
-        assert host_compilers._run_bcc("t", "s", [], Path("/none"), [], bcc.LIMITS) == late
+        assert host_compilers.run_bcc("t", "s", [], Path("/none"), [], bcc.LIMITS) == late
     assert [each for each in asked if isinstance(each, str)] == ["int x;", "t"] * 2
 
 

@@ -36,7 +36,7 @@ from probefleet_agent.kernel.uapi import MapType
 
 CHILD = Path(__file__).with_name("bcc_child.py")
 # libbcc asks how many CPUs there are: a perf buffer's map has one entry for each.
-_CPUS = (Path("/sys/devices/system/cpu/possible"), Path("/sys/devices/system/cpu/online"))
+CPUS = (Path("/sys/devices/system/cpu/possible"), Path("/sys/devices/system/cpu/online"))
 LIMITS = sandbox.Limits(memory_bytes=2 << 30, cpu_seconds=60, wall_seconds=120, output_bytes=16 << 20)
 MAX_SOURCE_BYTES = 96 << 10
 MAX_INSTRUCTIONS = 1_000_000
@@ -261,7 +261,7 @@ def _run(
         }
         return sandbox.run(
             [CHILD],
-            grants=sandbox.Grants(Path(folder).resolve(), (tree, CHILD, *_CPUS)),
+            grants=sandbox.Grants(Path(folder).resolve(), (tree, CHILD, *CPUS)),
             limits=limits,
             stdin=json.dumps(asked).encode(),
             script=True,

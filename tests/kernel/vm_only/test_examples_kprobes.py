@@ -5,15 +5,15 @@ Runs in a VM (`make test-vm`); on a kernel without kprobes these tests fail.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from probefleet_agent.kernel import features
 
-from tests.kernel import examples_runner, tcp_latency
+from tests.kernel import command_line, examples_runner, tcp_latency
 from tests.kernel.support import needs
 from tests.workloads import run as workloads
 
@@ -111,10 +111,10 @@ def test_kvm_exits_says_why_where_the_module_is_not_loaded() -> None:
     # Where an earlier test wanted it; or it was never there.
     subprocess.run(["modprobe", "-r", "kvm_amd"], capture_output=True, check=False)
     path = examples_runner.EXAMPLES / "kvm-exits.yaml"
-    command = [sys.executable, "-m", "probefleet_cli.main", "run", str(path), "--for", "1s"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "kvm:kvm_exit" in done.stderr and "on this kernel" in done.stderr, done.stderr
+    with contextlib.closing(command_line.start("run", str(path), "--for", "1s")) as run:
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode != 0
+    assert "kvm:kvm_exit" in errors and "on this kernel" in errors, errors
 
 
 @pytest.mark.shows("example/tcp-latency")

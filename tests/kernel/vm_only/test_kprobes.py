@@ -107,7 +107,7 @@ def policy(path: Path, program: dict[str, Any], **spec: Any) -> Path:
 
 
 @contextmanager
-def running(file: Path, *, links: int) -> Iterator[command_line.Started]:
+def running(file: Path, *, links: int) -> Iterator[command_line.Process]:
     """`probefleet run FILE`, once it has attached all its programs."""
     process = command_line.start("run", str(file), "--output", "json")
     try:
@@ -125,7 +125,7 @@ def running(file: Path, *, links: int) -> Iterator[command_line.Started]:
         process.close()
 
 
-def report_of(process: command_line.Started) -> dict[str, Any]:
+def report_of(process: command_line.Process) -> dict[str, Any]:
     """End it as a user does, and take its report."""
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=SECONDS)
