@@ -10,6 +10,8 @@ unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest -q
+# What other clones use as well.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/probefleet
 CLUSTER := tests/cluster/cluster
 # Linux 5.10, 6.1, 6.12 and the newest. `make test` boots one of those that docs/kernels.md has whole, each day another.
 KERNELS := bullseye bookworm bookworm-backports sid
@@ -98,7 +100,7 @@ lint: venv
 	@$(VENV)/bin/ruff check -q . && $(VENV)/bin/ruff format -q --check .
 	@PATH=$(abspath $(VENV))/bin:$$PATH lint-imports --no-cache | tail -12
 types: venv
-	@$(VENV)/bin/mypy --no-error-summary
+	@MYPY_CACHE_DIR=$(CACHE)/mypy $(VENV)/bin/mypy --no-error-summary
 # The tests of pure modules under coverage, the others without: what these do in passing would count as covered as well,
 # and while it is watched Python takes half as long again.
 unit: venv bpf mounts
@@ -108,14 +110,15 @@ unit: venv bpf mounts
 	$(if $(BUSY),$(call tests,$(OTHER_TESTS)),@$(OTHER_TESTS))
 
 .PHONY: test test-kernel test-vm test-e2e test-e2e-beside test-e2e-last record scale
-test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
+test: test-packages mounts bpf ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
 	@$(MAKE) -s -C tests/workloads
-	@# A kernel in a VM takes one CPU from the first to the last, and is through with its tests as the others are.
-	@# Images wait for the disk, and the last tests of end to end for pods and intervals: this kernel is tested meanwhile.
-	@$(MAKE) test-foreign-tenth test-vm >build/test-vm.log 2>&1 & vm=$$!; \
-	$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; kernel=; \
+	@# Images and the virtual environment wait for the disk, and the last tests of end to end for pods and intervals: this
+	@# kernel is tested meanwhile. One in a VM takes a CPU from the first to the last, and is through as the others are.
+	@$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; vm= kernel=; \
 	trap 'kill $$vm $$kernel 2>/dev/null || true; wait $$images || true' EXIT; failed=0; \
+	$(MAKE) setup; \
+	$(MAKE) test-foreign-tenth test-vm ROWS=--half >build/test-vm.log 2>&1 & vm=$$!; \
 	$(MAKE) check BUSY=yes; \
 	wait $$images || { cat build/cluster-images.log; exit 1; }; \
 	$(MAKE) test-e2e-beside || failed=1; \
@@ -126,11 +129,11 @@ test: setup test-packages ## everything: lint, types, unit, this kernel, a VM's 
 	exit $$failed
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
-test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another
+test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another (`test`: half of it)
 	@$(MAKE) -s -C tests/workloads
 	@suite=$(or $(VM_SUITE),$$($(PYTHON) -m tests.kernel.matrix turn)); \
-	$(PYTHON) -m tests.kernel.matrix run $$suite \
-		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $$suite --rest; }
+	$(PYTHON) -m tests.kernel.matrix run $$suite $(ROWS) \
+		|| { echo "== once more: what failed"; $(PYTHON) -m tests.kernel.matrix run $$suite $(ROWS) --rest; }
 	$(call tests,$(PYTEST) -m vm tests/e2e)
 scale: setup ## one operator under 5,000 simulated agents, about three minutes
 	@ulimit -n $$(ulimit -Hn); $(PYTHON) -m tests.scale.run

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import turns
 from tests.foreign import extract, on_kernel, scripts, table
 
 DOCUMENT = on_kernel.ROOT / "docs" / "foreign.md"
@@ -27,15 +28,6 @@ KERNEL = "bookworm-backports"
 IN_ONE_BOOT = 60
 SECONDS = 1200
 Key = tuple[str, str]
-
-
-def _turn() -> int:
-    """Another one for every commit, and where there is no history for every day."""
-    command = ["git", "rev-list", "--count", "HEAD"]
-    try:
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=on_kernel.ROOT).stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return datetime.datetime.now(tz=datetime.UTC).toordinal()
 
 
 def _keys() -> list[Key]:
@@ -114,7 +106,7 @@ def main() -> int:
     asked = parser.parse_args()
     keys = [key for key in _keys() if asked.kind in (None, key[0]) and (not asked.only or key[1] in asked.only)]
     if asked.tenth is not None:
-        turn = (_turn() if asked.tenth < 0 else asked.tenth) % 10
+        turn = (turns.of_this_commit() if asked.tenth < 0 else asked.tenth) % 10
         keys = table.tenth(keys, turn)
         print(f"tenth {turn}: {', '.join(name for _, name in keys)}")
     known = table.read(DOCUMENT.read_text()) if DOCUMENT.is_file() else []

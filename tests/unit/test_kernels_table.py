@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -95,7 +98,27 @@ def test_a_kernel_that_was_not_seen_as_a_whole_waits(word: str) -> None:
 def test_what_worked_and_works_no_more_is_named() -> None:
     before = replace(HERE, cells={"attach/tc": "yes", "attach/xdp": "yes", "attach/lsm": "no: no fentry"})
     now = replace(HERE, cells={"attach/tc": "no: no tcx", "attach/xdp": "yes", "attach/lsm": "not tried"})
-    assert results.lost(before, now) == ["attach/tc: worked on 6.1.0-50-amd64, now no: no tcx"]
+    assert results.lost(before, now, ["attach/tc"]) == ["attach/tc: worked on 6.1.0-50-amd64, now no: no tcx"]
+    assert results.lost(before, now, ["attach/xdp", "attach/lsm"]) == [], "of the other half nothing is said"
+
+
+def test_two_halves_are_every_row_once() -> None:
+    assert not cells.half(0) & cells.half(1) and cells.half(0) | cells.half(1) == set(cells.cells())
+    assert cells.half(41) == cells.half(1) and abs(len(cells.half(0)) - len(cells.half(1))) <= 1
+
+
+def test_each_half_has_what_shows_its_rows_and_all_that_runs_nowhere_else(tmp_path: Path) -> None:
+    def collected(half: int) -> set[str]:
+        options = ["--collect-only", "-p", "tests.kernel.matrix.plugin", "--matrix", str(tmp_path / "none")]
+        command = [sys.executable, "-m", "pytest", "-q", *options, "--matrix-half", str(half), "-m", "shows or vm_only"]
+        files = [str(TESTS / name) for name in ("vm_only/test_kprobes.py", "test_links.py")]
+        listed = subprocess.run([*command, *files], cwd=cells.ROOT, capture_output=True, text=True, check=True).stdout
+        return {line for line in listed.splitlines() if "::" in line}
+
+    first, second = collected(0), collected(1)
+    nowhere_else = {test for test in first if "/vm_only/" in test}
+    assert nowhere_else and nowhere_else == {test for test in second if "/vm_only/" in test}
+    assert first - second and second - first, "the rows that test_links.py shows"
 
 
 def test_a_parameter_becomes_the_rows_name() -> None:

@@ -59,6 +59,11 @@ def cells() -> tuple[str, ...]:
     return tuple(f"{section}/{row}" for section, names in rows().items() for row in names)
 
 
+def half(turn: int) -> frozenset[str]:
+    """Every second cell, and the others the next time."""
+    return frozenset(cells()[turn % 2 :: 2])
+
+
 def named(pattern: str, parameters: Mapping[str, object]) -> str:
     """A mark's text with its test's parameters: `map/{kind}` of `LRU_HASH` is `map/lru-hash`."""
     words = {name: str(value).lower().replace("_", "-") for name, value in parameters.items()}

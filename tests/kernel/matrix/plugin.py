@@ -19,22 +19,28 @@ _NEEDS = re.compile(r"this kernel lacks (?P<what>[\w-]+); PROBEFLEET_TEST_FORCE"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, required=True, help="write what was shown here")
     parser.addoption("--matrix-but", type=Path, help="leave out what passed or was skipped in this earlier run")
+    parser.addoption(
+        "--matrix-half", type=int, help="what shows every second cell, and what another kernel is needed for"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     earlier = config.getoption("--matrix-but")
     seen = results.read_run(earlier).seen() if earlier else frozenset()
-    config.pluginmanager.register(Shown(config.getoption("--matrix"), seen), "matrix")
+    turn = config.getoption("--matrix-half")
+    wanted = frozenset(cells.cells()) if turn is None else cells.half(turn)
+    config.pluginmanager.register(Shown(config.getoption("--matrix"), seen, wanted), "matrix")
 
 
 class Shown:
     """Collects outcomes by test, writes them by cell."""
 
-    def __init__(self, file: Path, seen: frozenset[str]) -> None:
-        self.file, self.seen = file, seen
+    def __init__(self, file: Path, seen: frozenset[str], wanted: frozenset[str]) -> None:
+        self.file, self.seen, self.wanted = file, seen, wanted
         self.cells_of: dict[str, tuple[str, ...]] = {}
         self.outcomes: dict[str, results.Outcome] = {}
 
+    @pytest.hookimpl(trylast=True)  # what conftest.py marks is marked
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         known = set(cells.cells())
         for item in items:
@@ -44,7 +50,11 @@ class Shown:
             if unknown := [name for name in names if name not in known]:
                 raise pytest.UsageError(f"{item.nodeid} shows {', '.join(unknown)}: no such row of tests/kernel/matrix")
             self.cells_of[item.nodeid] = names
-        items[:] = [item for item in items if item.nodeid not in self.seen]
+        items[:] = [item for item in items if item.nodeid not in self.seen and self._is_wanted(item)]
+
+    def _is_wanted(self, item: pytest.Item) -> bool:
+        """It shows one of the cells, or is run nowhere but in such a machine."""
+        return not self.wanted.isdisjoint(self.cells_of[item.nodeid]) or item.get_closest_marker("vm_only") is not None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped:

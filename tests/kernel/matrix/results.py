@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,10 +146,10 @@ def committed() -> list[Result]:
     return sorted(found, key=lambda each: [int(number) for number in each.series.split(".")])
 
 
-def lost(before: Result, now: Result) -> list[str]:
-    """What worked on this series of kernels and does not now, in words."""
+def lost(before: Result, now: Result, wanted: Collection[str]) -> list[str]:
+    """What worked on this series of kernels and does not now, in words; of the cells that were wanted of it."""
     return [
         f"{cell}: worked on {before.release}, now {now.cells[cell]}"
         for cell, word in before.cells.items()
-        if word == "yes" and now.cells.get(cell, "yes") != "yes"
+        if word == "yes" and cell in wanted and now.cells.get(cell, "yes") != "yes"
     ]
