@@ -81,8 +81,8 @@ def cluster(*words: str, seconds: float = 240) -> str:
     return kube.run(str(kube.ROOT / "tests/cluster/cluster"), *words, seconds=seconds).stdout
 
 
-#: Values, as `helm get values` shows them.
-WITHOUT_PRIVILEGE = {"agent": {"privileged": False, "capabilities": CAPABILITIES}}
+#: Values, as `helm get values` shows them. On the way there agents are replaced one by one, as on a fleet.
+WITHOUT_PRIVILEGE = {"agent": {"privileged": False, "capabilities": CAPABILITIES, "maxUnavailable": 1}}
 TWO_OPERATORS = {"operator": {"replicas": 2}}
 OWN_CERTIFICATE = {"operator": {"tlsSecret": "own-certificate"}}
 
