@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,9 +110,11 @@ def test_sizes_agree_too(btf: Btf) -> None:
 
 
 def test_the_header_is_made_quickly(btf: Btf) -> None:
-    import time
+    def seconds() -> float:
+        started = time.process_time()
+        assert "struct task_struct {" in btf_c.emit(btf)
+        return time.process_time() - started
 
-    started = time.process_time()
-    text = btf_c.emit(btf)
-    assert time.process_time() - started < (1.5 if "VM" not in os.environ else 60)
-    assert "struct task_struct {" in text
+    # The least of a few: a busy machine can only add to it.
+    most = 1.5 if "VM" not in os.environ else 60
+    assert any(seconds() < most for _ in range(3))
