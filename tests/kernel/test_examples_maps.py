@@ -71,9 +71,8 @@ def test_what_the_article_says_of_lookups_holds_where_it_is_far_apart(run: examp
     assert found["update", "array"] < found["update", "hash"] < found["update", "lpm-trie"]
 
 
-def test_a_counter_of_each_cpus_own_is_cheaper_than_one_for_all(run: examples_runner.Run) -> None:
-    found = costs(run)
-    assert found["count", "percpu-array"] < found["count", "array"]
+def test_where_all_cpus_count_a_counter_of_each_ones_own_is_cheaper(run: examples_runner.Run) -> None:
+    # One CPU alone adds to a shared counter as quickly: 1.7 ns, and 2.2 to its own, on a virtual machine of two CPUs.
     together = {kind: value for (_, kind), value in run.rows("map-types", "together").items()}
     assert set(together) == set(COUNTED)
     assert together["percpu-array"] < together["array"]
