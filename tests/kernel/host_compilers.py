@@ -18,6 +18,7 @@ import functools
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.kernel import support, vm_questions
 
 ROOT = Path(__file__).parents[2]
 VMLINUX = "vmlinux"
+_ERROR_WITH_LINE = re.compile(rb":\d+:\d+: (?:fatal )?error: ")
 REAL = SimpleNamespace(
     core=clang.compile_core, bcc=bcc._run, bcc_tree=bcc_headers.tree, clang_object=support.clang_object
 )
@@ -94,7 +96,7 @@ class _Mistake:
 
 
 class _ForNow(Exception):
-    """An answer that is not kept: of a mistake, of a limit that was reached, of a disk that was full."""
+    """An answer that is not kept: of a limit that was reached, of a disk that was full."""
 
 
 class Compilers:
@@ -131,7 +133,7 @@ class Compilers:
 
     def _made(self, what: str, words: dict[str, Any]) -> bytes:
         found = self._answer(what, words)
-        if isinstance(found, _Mistake) or (isinstance(found, sandbox.Finished) and (found.limit or found.status)):
+        if not _lasts(found):
             raise _ForNow(pickle.dumps(found))
         return pickle.dumps(found)
 
@@ -158,6 +160,15 @@ class Compilers:
             tree = REAL.bcc_tree(self.types.read_bytes(), root=self.folder / "headers", release=release)
         answer: sandbox.Finished = REAL.bcc(text, source, flags, tree, formats, limits)
         return answer
+
+
+def _lasts(found: object) -> bool:
+    """It is what the source says and not how the machine was: what was made, or a mistake that has its line."""
+    if isinstance(found, _Mistake):
+        return found.lasting and any(each.line for each in found.diagnostics)
+    if isinstance(found, sandbox.Finished) and (found.status or found.limit):
+        return not found.limit and found.status > 0 and _ERROR_WITH_LINE.search(found.stderr) is not None
+    return True
 
 
 @functools.cache

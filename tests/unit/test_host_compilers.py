@@ -83,11 +83,29 @@ def test_on_the_host_bcc_compiles_with_the_tests_own_tree_and_limits(
     assert asked == [("t", "s", ["-f"], tree, ["format"]) for tree, _ in (ways[0], *ways[2:])], "once of the same"
 
 
-def test_a_mistake_is_found_again_each_time(asked: list[object]) -> None:
+@pytest.mark.parametrize(
+    ("finished", "times"),
+    [
+        pytest.param(sandbox.Finished(1, b"", b"x.c:7:1: error: it is wrong\n", "", 0.5, 1), 1, id="a mistake"),
+        pytest.param(sandbox.Finished(1, b"", b"error: No space left on device\n", "", 0.5, 1), 2, id="a full disk"),
+        pytest.param(sandbox.Finished(-9, b"", b"x.c:7:1: error: it is\n", "", 0.5, 1), 2, id="killed"),
+        pytest.param(sandbox.Finished(1, b"", b"x.c:7:1: error: it is\n", "memory", 0.5, 1), 2, id="a limit"),
+    ],
+)
+def test_a_mistake_is_kept_if_it_is_the_sources(
+    asked: list[object], monkeypatch: pytest.MonkeyPatch, finished: sandbox.Finished, times: int
+) -> None:
+    monkeypatch.setattr(host_compilers.REAL, "bcc", lambda text, *_: asked.append(text) or finished)
+    for _ in range(2):
+        assert host_compilers.run_bcc("t", "s", [], Path("/none"), [], bcc.LIMITS) == finished
+    assert asked.count("t") == times
+
+
+def test_clangs_mistakes_with_a_line_are_kept(asked: list[object]) -> None:
     for _ in range(2):
         with pytest.raises(clang.CompileError):
             host_compilers._compile_core("wrong", name="x.c", include_dirs=[])
-    assert len(asked) == 2
+    assert len(asked) == 1
 
 
 def test_what_took_too_long_is_asked_again(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
