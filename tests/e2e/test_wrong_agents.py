@@ -23,6 +23,7 @@ import pytest
 from probefleet_wire.v1 import stream_pb2
 
 from tests.e2e import agents, kube
+from tests.e2e.surviving import SLOW_CALLS, hurry
 from tests.fakes.agent import FakeAgent
 
 pytestmark = [pytest.mark.e2e, pytest.mark.quiet, pytest.mark.timeout(120)]
@@ -43,10 +44,10 @@ def counting(installed: str) -> Iterator[str]:
     kube.kubectl("create", "namespace", name)
     kube.apply(kube.policy("syscount", name, SYSCOUNT))
     kube.wait_programmed("syscount", name)
-    kube.apply(kube.pod("web", name, ["calls", "rare", "997", "--pause", "30000"], node="node3"))
+    kube.apply(kube.pod("web", name, SLOW_CALLS, node="node3"))
     kube.eventually(lambda: kube.totals(kube.report("syscount", name), "calls"), "the first counts")
     yield name
-    kube.kubectl("wait", "pod/web", "-n", name, "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    hurry(name, "web")
 
     def complete() -> bool:
         status = kube.report("syscount", name)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_calls_are_made_exactly_as_often_as_asked(tmp_path: Path) -> None:
 
 def test_calls_report_their_failures() -> None:
     assert run.run("calls", "rare", 23, -1) == {"calls": 23, "failed": 23}
+
+
+def test_a_pause_is_short_once_a_byte_has_come_and_only_then(cgroup: Path) -> None:
+    paced = ("calls", "rare", 23, "--pause", 50_000, "--hurry")
+    began = time.monotonic()
+    subprocess.run([run.binary(paced[0]), *map(str, paced[1:])], check=True, stdin=subprocess.DEVNULL)
+    assert time.monotonic() - began > 23 * 0.05, "the end of stdin is no byte"
+    with run.start("calls", "rare", 997, "--pause", 100_000, "--hurry", cgroup=cgroup) as workload:
+        workload.go()
+        workload.hurry()
+        assert workload.done()["calls"] == 997  # in a second or two, and not in a hundred
 
 
 def test_execs_succeed_and_fail_exactly_as_often_as_asked(tmp_path: Path) -> None:

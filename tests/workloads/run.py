@@ -145,6 +145,10 @@ class Workload:
         """Let the events begin."""
         self._send(b"g")
 
+    def hurry(self) -> None:
+        """Let the events of one started with --hurry follow each other a hundred times as fast."""
+        self._send(b"h")
+
     def done(self, *, seconds: float = PHASE_SECONDS) -> Mapping[str, int]:
         """Wait for the last event; the numbers of the "done" line. The process stays, asleep."""
         return self._phase("done", seconds)

@@ -4,6 +4,7 @@
 #include "workload.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +12,9 @@
 #include <time.h>
 #include <unistd.h>
 
-static bool held;
+#define HURRIES_BY 100
+
+static bool held, may_hurry;
 static long pause_us;
 
 static void complain(const char *reason, va_list values, int error)
@@ -57,6 +60,7 @@ char **workload_arguments(int argc, char **argv, const char *usage, const struct
 {
 	const struct flag common[] = {
 		{ "--hold", .is_set = &held },
+		{ "--hurry", .is_set = &may_hurry },
 		{ "--pause", .number = &pause_us },
 		{ 0 },
 	};
@@ -92,7 +96,7 @@ char **workload_arguments(int argc, char **argv, const char *usage, const struct
 	return argv;
 
 misuse:
-	fprintf(stderr, "usage: %s [--hold] [--pause MICROSECONDS] %s\n", program_invocation_short_name, usage);
+	fprintf(stderr, "usage: %s [--hold] [--pause MICROSECONDS [--hurry]] %s\n", program_invocation_short_name, usage);
 	exit(2);
 }
 
@@ -130,11 +134,27 @@ bool workload_ready(const char *facts, ...)
 	return true;
 }
 
+/* Waits at most one pause for the byte; its coming, or the end of stdin, is looked for no more. */
+static void pause_until_told(const struct timespec *pause)
+{
+	struct pollfd told = { .fd = STDIN_FILENO, .events = POLLIN };
+
+	if (ppoll(&told, 1, pause, NULL) != 1)
+		return;
+	may_hurry = false;
+	if (byte_from_stdin())
+		pause_us /= HURRIES_BY;
+	else
+		workload_pause();
+}
+
 void workload_pause(void)
 {
 	struct timespec pause = { pause_us / 1000000, pause_us % 1000000 * 1000 };
 
-	if (pause_us)
+	if (pause_us && may_hurry)
+		pause_until_told(&pause);
+	else if (pause_us)
 		clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
 }
 

@@ -7,7 +7,8 @@
  *
  *	writes "ready[ key=number...]\n"    it has done nothing yet
  *	reads one byte                      go; the end of stdin instead means: leave without doing anything
- *	                                    the events
+ *	                                    the events; with --hurry, one byte meanwhile makes them follow each
+ *	                                    other a hundred times as fast
  *	writes "done key=number...\n"       what it did, as it counted itself
  *	reads one byte, or the end          may exit
  *
@@ -29,7 +30,7 @@ struct flag {
 };
 
 /*
- * Reads the options (those of `flags`, which ends with a zero name, and the common --hold and
+ * Reads the options (those of `flags`, which ends with a zero name, and the common --hold, --hurry and
  * --pause MICROSECONDS) and returns the operands; fewer than `least` or more than `most` print `usage`.
  */
 char **workload_arguments(int argc, char **argv, const char *usage, const struct flag *flags, int least,
@@ -40,7 +41,10 @@ char **workload_arguments(int argc, char **argv, const char *usage, const struct
  */
 bool workload_ready(const char *facts, ...) __attribute__((format(printf, 1, 2)));
 
-/* Waits --pause between two events, so that a run lasts long enough to be disturbed. */
+/*
+ * Waits --pause between two events, so that a run lasts long enough to be disturbed; with --hurry, until it was
+ * disturbed enough.
+ */
 void workload_pause(void);
 
 /* Reports and holds after the events. `facts` as above, without the leading space. */
