@@ -69,7 +69,8 @@ def hold(policies: Path | str, steering: Path) -> None:
         port = exchange(NEAR)
 
     # By socket each send has an end: the packet that acknowledges it.
-    assert run.rows("tcp-latency-by-socket", "answered") == {(str(NEAR),): SENDS, (str(ELSEWHERE),): SENDS}
+    found = run.rows("tcp-latency-by-socket", "answered")
+    assert found == {(str(NEAR),): SENDS, (str(ELSEWHERE),): SENDS}, found
     assert run.counts("tcp-latency-by-socket", "latencies")["lost"] == 0
     ours = [each for each in run.records("tcp-latency-by-socket", "latencies") if each["size"] == str(NEAR)]
     assert ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import time
@@ -28,42 +29,50 @@ MOST_NS = 50_000
 CHEAP = ("raw_tracepoint", "raw_tracepoint sys", "tp_btf", "tp_btf sys", "tracepoint", "tracepoint sys")
 
 
-@pytest.fixture(scope="module")
-def measured() -> hooks.Hooks:
-    return hooks.Hooks()
+#: A machine that is busy says that it cannot measure, and is asked again: for so long.
+BUSY_SECONDS = 30
 
 
-def cost_ns(measured: hooks.Hooks, kind: str) -> float:
-    found = measured.measure(hooks.HookKind(kind))
-    assert found is not None, kind
+def measured_ns(kind: str) -> float:
+    """What an agent measures that has just started."""
+    ends = time.monotonic() + BUSY_SECONDS
+    while (found := hooks.Hooks().measure(hooks.HookKind(kind))) is None:
+        assert time.monotonic() < ends, kind
     print(f"{kind}: {found:.0f} ns")
     return found
 
 
+@functools.cache
+def cost_ns(kind: str) -> float:
+    """The same, measured once."""
+    return measured_ns(kind)
+
+
 @pytest.mark.parametrize("kind", CHEAP)
-def test_a_tracepoint_costs_something_and_less_than_a_trap(measured: hooks.Hooks, kind: str) -> None:
-    assert 0 < cost_ns(measured, kind) < MOST_NS
-    assert cost_ns(measured, kind) < cost_ns(measured, "uprobe")
+def test_a_tracepoint_costs_something_and_less_than_a_trap(kind: str) -> None:
+    assert 0 < cost_ns(kind) < MOST_NS
+    assert cost_ns(kind) < cost_ns("uprobe")
 
 
 @pytest.mark.parametrize("kind", ["uprobe", "uretprobe"])
-def test_a_uprobe_costs_its_trap(measured: hooks.Hooks, kind: str) -> None:
-    assert 200 < cost_ns(measured, kind) < MOST_NS
+def test_a_uprobe_costs_its_trap(kind: str) -> None:
+    assert 200 < cost_ns(kind) < MOST_NS
 
 
 @pytest.mark.parametrize("kind", ["kprobe", "kretprobe"])
-def test_a_kprobe_costs_something(measured: hooks.Hooks, kind: str) -> None:
+def test_a_kprobe_costs_something(kind: str) -> None:
     support.needs(features.kprobes)
-    assert 0 < cost_ns(measured, kind) < MOST_NS
+    assert 0 < cost_ns(kind) < MOST_NS
 
 
 @pytest.mark.parametrize("kind", ["perf_event cpu-clock", "perf_event task-clock"])
-def test_a_sample_costs_its_interrupt(measured: hooks.Hooks, kind: str) -> None:
+def test_a_sample_costs_its_interrupt(kind: str) -> None:
     # An interrupt leaves a virtual machine: dear, and dearer while its host is busy.
-    assert 100 < cost_ns(measured, kind) < 5 * MOST_NS
+    assert 100 < cost_ns(kind) < 5 * MOST_NS
 
 
-def test_what_cannot_be_measured_is_not_known(measured: hooks.Hooks) -> None:
+def test_what_cannot_be_measured_is_not_known() -> None:
+    measured = hooks.Hooks()
     assert measured.measure(hooks.HookKind("perf_event page-faults")) is None
     assert measured.known_ns(hooks.HookKind("perf_event page-faults")) is None
 
@@ -118,7 +127,7 @@ def test_the_first_window_is_reported_when_it_is_over_with_the_hooks_time(folder
     assert stat.stats_time_ns >= costs.WINDOW_NS
     assert stat.runs >= 23
     # What is reported is what is measured for this kind of hook, times the runs; a busy machine measures unevenly.
-    a_run_ns, again_ns = stat.hook_time_ns / stat.runs, cost_ns(hooks.Hooks(), "tp_btf")
+    a_run_ns, again_ns = stat.hook_time_ns / stat.runs, measured_ns("tp_btf")
     assert again_ns / 5 < a_run_ns < again_ns * 5
 
 

@@ -47,7 +47,7 @@ BUSY_PROGRAM = """
 volatile unsigned long turns;
 __attribute__((noinline)) void probefleet_innermost(void) { for (int i = 0; i < 1000; i++) turns++; }
 __attribute__((noinline)) void probefleet_middle(void) { probefleet_innermost(); turns++; }
-int main(void) { for (;;) probefleet_middle(); }
+int main(void) { write(1, "", 1); for (;;) probefleet_middle(); }
 """
 
 
@@ -79,8 +79,10 @@ def test_stacks_of_a_busy_program_name_its_functions_and_their_order(tmp_path: P
     binary = tmp_path / "busy"
     command = ["clang", "-O1", "-fno-omit-frame-pointer", "-fno-inline", "-x", "c", "-", "-o", str(binary)]
     subprocess.run(command, input=BUSY_PROGRAM, text=True, check=True)
-    with subprocess.Popen([str(binary)]) as process:
+    with subprocess.Popen([str(binary)], stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None
+            assert process.stdout.read(1), "the loader is through: it is in main"
             target = attachment("on_it", perf_event={"event": "cpu-clock", "frequency_hz": 997})
             with Loaded(BY_CLOCK, pid=process.pid) as loaded, links.attach(loaded.programs["on_it"], target):
                 wait_until(lambda: sum(count for count, _, _ in stacks(loaded)) >= 23)
@@ -130,7 +132,7 @@ def test_a_deleted_program_is_still_named(tmp_path: Path) -> None:
     with elf_file.open_file(binary) as elf:
         offset = elf.file_offset("probefleet_middle")
     assert offset is not None
-    with subprocess.Popen([str(binary)]) as process:
+    with subprocess.Popen([str(binary)], stdout=subprocess.DEVNULL) as process:
         try:
             maps = Path(f"/proc/{process.pid}/maps")
             # execve closes Popen's pipe before it maps the file.
