@@ -5,6 +5,7 @@ in which some of them are tried. Called by ``run``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +27,13 @@ from probefleet_wire import clang, sandbox
 
 from tests import kept
 from tests.foreign import extract
-from tests.kernel import host_compilers
+from tests.kernel import host_compilers, vm_kernels
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "foreign"
-#: What `vm_facts.sh` writes; the last one last.
+#: Asks a kernel what it has.
+ASKS = ROOT / "tests/foreign/vm_facts.sh"
+#: What that writes; the last one last.
 FACTS = ("vmlinux", "release", "functions", "symbols", "tracepoints", "formats")
 #: Policies, and BCC's programs compiled, by their source.
 Job: TypeAlias = tuple[Sequence[dict[str, Any]], dict[str, sandbox.Finished]]
@@ -45,18 +49,36 @@ def vm(kernel: str, out: Path, seconds: int, *command: str) -> list[str]:
     ]
 
 
-def known(kernel: str) -> bool:
-    """Whether it has been asked what it has."""
-    return (BUILD / kernel / FACTS[-1]).is_file()
+def facts_folder(kernel: str) -> Path:
+    """Where it is kept what that kernel has, if it was asked: beside the kernel, so that a newer one is asked anew."""
+    asked = hashlib.sha256(ASKS.read_bytes()).hexdigest()[:12]
+    return vm_kernels.find(kernel).folder / f"facts-{asked}"
+
+
+def keep_facts(kernel: str, told: Path) -> Path:
+    """What was told in this folder is kept; where."""
+    folder = facts_folder(kernel)
+    new = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent))
+    for name in FACTS:
+        shutil.copy(told / name, new)
+    try:
+        new.rename(folder)
+    except OSError:
+        shutil.rmtree(new)
+        if not folder.is_dir():  # another run may have been the first: what it was told is the same
+            raise
+    return folder
 
 
 def facts(kernel: str) -> Path:
     """What that kernel has, asked once."""
-    folder = BUILD / kernel
-    if not known(kernel):
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(vm(kernel, folder, 600, str(ROOT / "tests/foreign/vm_facts.sh")), check=True, cwd=ROOT)
-    return folder
+    folder = facts_folder(kernel)
+    if folder.is_dir():
+        return folder
+    told = BUILD / kernel / "told"
+    told.mkdir(parents=True, exist_ok=True)
+    subprocess.run(vm(kernel, told, 600, str(ASKS)), check=True, cwd=ROOT)
+    return keep_facts(kernel, told)
 
 
 def formats(folder: Path) -> dict[tuple[str, str], str]:
@@ -114,17 +136,16 @@ def attempt(kernel: str, make_job: Callable[[Path], Job], seconds: int) -> dict[
     """Load all policies of a job under that kernel, work, and say what came of each, by its name; of those that it came
     to. ``make_job`` is given what the kernel has: the same boot tells it, where nobody has asked before.
     """
-    folder, out = BUILD / kernel, BUILD / kernel / "out"
+    folder, out = facts_folder(kernel), BUILD / kernel / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    asks = [] if known(kernel) else ["facts"]
+    asks = [] if folder.is_dir() else ["facts"]
     command = vm(kernel, out, seconds, sys.executable, "-m", "tests.foreign.attempt", "/run/vm/out", *asks)
     with subprocess.Popen(command, cwd=ROOT) as machine:
         try:
             if asks:
                 wait_for(out / "told", machine)
-                for name in FACTS:
-                    shutil.move(out / name, folder / name)
+                keep_facts(kernel, out)
             policies, compiled = make_job(folder)
             (out / "policies.json").write_text(json.dumps({each["metadata"]["name"]: each for each in policies}))
             (out / "compiled.pickle").write_bytes(pickle.dumps(compiled))

@@ -152,10 +152,13 @@ def network(folder: Path) -> None:
             one.bind((address, 0))
             one.sendto(b"datagram", one.getsockname())
             one.recv(100)
-    with contextlib.suppress(OSError), socket.socket() as lost:
+    with socket.socket() as full, socket.socket() as waiting, socket.socket() as lost:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting.connect(full.getsockname())  # nobody accepts it, and there is no room for another
         lost.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            lost.connect(("10.0.2.77", 81))  # nobody has that address: the SYN is sent again after a second
+            lost.connect(full.getsockname())  # its SYN is dropped, and is sent again after a second
         time.sleep(1.2)  # until the kernel has sent it again, of which only a probe would hear
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "socket"))

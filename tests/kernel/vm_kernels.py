@@ -6,6 +6,7 @@
     bookworm/kernel.json     what was fetched: package versions and SHA-256
     bookworm/boot/vmlinuz-…  the kernel; its lib/modules/ is mounted in the guest, so modprobe works there
     bookworm/initramfs.gz    busybox, the modules that reach the host's files, and vm_init
+    bookworm/facts-…/        what that kernel says it has, once `tests/foreign` has asked
 
 A folder is built under `new-…` and renamed, so what has a name is whole. Nothing is installed: apt reads a
 sources list, package lists and an (empty) dpkg status of its own, and checks Debian's signatures as always.
