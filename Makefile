@@ -113,23 +113,23 @@ unit: venv bpf mounts
 test: test-packages mounts bpf ## everything: lint, types, unit, this kernel, a VM's kernel, a real cluster
 	@$(CLUSTER) build
 	@$(MAKE) -s -C tests/workloads
-	@# Images and the virtual environment wait for the disk, and the last tests of end to end for pods and intervals: this
-	@# kernel is tested meanwhile. One in a VM takes a CPU from the first to the last, and is through as the others are.
-	@$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; vm= kernel=; \
-	trap 'kill $$vm $$kernel 2>/dev/null || true; wait $$images || true' EXIT; failed=0; \
+	@# Images and the virtual environment wait for the disk, and the last tests of end to end for pods and nodes: the unit
+	@# tests and this kernel's run meanwhile. A kernel in a VM takes a CPU from the first to the last.
+	@$(MAKE) cluster-images >build/cluster-images.log 2>&1 & images=$$!; vm= here=; \
+	trap 'kill $$vm $$here 2>/dev/null || true; wait $$images || true' EXIT; failed=0; \
 	$(MAKE) setup; \
-	$(MAKE) test-foreign-tenth test-vm ROWS=--half >build/test-vm.log 2>&1 & vm=$$!; \
-	$(MAKE) check BUSY=yes; \
+	$(MAKE) --keep-going test-foreign-tenth test-vm ROWS=--third >build/test-vm.log 2>&1 & vm=$$!; \
+	$(MAKE) lint types; \
 	wait $$images || { cat build/cluster-images.log; exit 1; }; \
 	$(MAKE) test-e2e-beside || failed=1; \
-	nice -n 5 $(MAKE) test-kernel >build/test-kernel.log 2>&1 & kernel=$$!; \
+	nice -n 5 $(MAKE) --keep-going unit test-kernel BUSY=yes >build/test-here.log 2>&1 & here=$$!; \
 	$(MAKE) test-e2e-last || failed=1; \
-	wait $$kernel || failed=1; echo "== test-kernel"; cat build/test-kernel.log; \
+	wait $$here || failed=1; echo "== unit, test-kernel"; cat build/test-here.log; \
 	wait $$vm || failed=1; echo "== test-vm"; cat build/test-vm.log; \
 	exit $$failed
 test-kernel: setup test-packages ## real BPF programs in this machine's kernel
 	$(call tests,$(PYTEST) -n 2 --dist loadfile tests/kernel --ignore=tests/kernel/vm_only)
-test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another (`test`: half of it)
+test-vm: setup test-packages ## what docs/kernels.md says of one kernel; VM_SUITE=sid takes another (`test`: a third of it)
 	@$(MAKE) -s -C tests/workloads
 	@suite=$(or $(VM_SUITE),$$($(PYTHON) -m tests.kernel.matrix turn)); \
 	$(PYTHON) -m tests.kernel.matrix run $$suite $(ROWS) \

@@ -99,18 +99,19 @@ def test_what_worked_and_works_no_more_is_named() -> None:
     before = replace(HERE, cells={"attach/tc": "yes", "attach/xdp": "yes", "attach/lsm": "no: no fentry"})
     now = replace(HERE, cells={"attach/tc": "no: no tcx", "attach/xdp": "yes", "attach/lsm": "not tried"})
     assert results.lost(before, now, ["attach/tc"]) == ["attach/tc: worked on 6.1.0-50-amd64, now no: no tcx"]
-    assert results.lost(before, now, ["attach/xdp", "attach/lsm"]) == [], "of the other half nothing is said"
+    assert results.lost(before, now, ["attach/xdp", "attach/lsm"]) == [], "of the other thirds nothing is said"
 
 
-def test_two_halves_are_every_row_once() -> None:
-    assert not cells.half(0) & cells.half(1) and cells.half(0) | cells.half(1) == set(cells.cells())
-    assert cells.half(41) == cells.half(1) and abs(len(cells.half(0)) - len(cells.half(1))) <= 1
+def test_three_thirds_are_every_row_once() -> None:
+    thirds = [cells.third(turn) for turn in range(3)]
+    assert sorted(cell for each in thirds for cell in each) == sorted(cells.cells())
+    assert cells.third(41) == thirds[2] and max(map(len, thirds)) - min(map(len, thirds)) <= 1
 
 
-def test_each_half_has_what_shows_its_rows_and_all_that_runs_nowhere_else(tmp_path: Path) -> None:
-    def collected(half: int) -> set[str]:
-        options = ["--collect-only", "-p", "tests.kernel.matrix.plugin", "--matrix", str(tmp_path / "none")]
-        command = [sys.executable, "-m", "pytest", "-q", *options, "--matrix-half", str(half), "-m", "shows or vm_only"]
+def test_each_third_has_what_shows_its_rows_and_all_that_runs_nowhere_else(tmp_path: Path) -> None:
+    def collected(third: int) -> set[str]:
+        options = ["-p", "tests.kernel.matrix.plugin", "--matrix", str(tmp_path / "none"), "--matrix-third", str(third)]
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *options, "-m", "shows or vm_only"]
         files = [str(TESTS / name) for name in ("vm_only/test_kprobes.py", "test_links.py")]
         listed = subprocess.run([*command, *files], cwd=cells.ROOT, capture_output=True, text=True, check=True).stdout
         return {line for line in listed.splitlines() if "::" in line}

@@ -54,7 +54,7 @@ def files_with(marks: str) -> list[str]:
     return sorted(files, key=lambda file: [word in file for word in ("compilers", "catalog", "examples")])
 
 
-def run(where: str, *, only: str, rest: bool, half: bool, seconds: float) -> int:
+def run(where: str, *, only: str, rest: bool, third: bool, seconds: float) -> int:
     """The tests on one kernel; a status for the shell."""
     started = time.monotonic()
     out = BUILD / f"{where}-out"
@@ -64,12 +64,12 @@ def run(where: str, *, only: str, rest: bool, half: bool, seconds: float) -> int
     release = os.uname().release
     if where != HERE:
         release = vm_kernels.fetch(where, say=lambda line: print(f"vm: {line}", file=sys.stderr)).release
-    earlier = BUILD / f"{'half-' if half else ''}{results.series(release)}.json"
-    # A kernel whose turn comes every fourth day gets the other half then, also where commits come in twos.
-    half_turn = turns.of_this_commit() + _today() // len(vm_kernels.SUITES)
-    wanted = cells.half(half_turn) if half else frozenset(cells.cells())
+    earlier = BUILD / f"{'third-' if third else ''}{results.series(release)}.json"
+    # A kernel whose turn comes every fourth day gets another third then, also where commits come in threes.
+    whose_turn = turns.of_this_commit() + _today() // len(vm_kernels.SUITES)
+    wanted = cells.third(whose_turn) if third else frozenset(cells.cells())
     options = [*(["-k", only] if only else []), *(["--matrix-but", str(earlier)] if rest and earlier.exists() else [])]
-    options += ["--matrix-half", str(half_turn)] if half else []
+    options += ["--matrix-third", str(whose_turn)] if third else []
     words = ""
     if where == HERE:
         status = on_host("shows", out, options)
@@ -158,7 +158,7 @@ def main() -> int:
     runs.add_argument("where", nargs="+", choices=(HERE, *vm_kernels.SUITES))
     runs.add_argument("-k", default="", help="only these tests; the others stay as they were seen last")
     runs.add_argument("--rest", action="store_true", help="only what has not passed in earlier runs of this kernel")
-    runs.add_argument("--half", action="store_true", help="every second row; the others' turn is the next commit")
+    runs.add_argument("--third", action="store_true", help="every third row; the others with the next commits")
     runs.add_argument("--seconds", type=float, default=SECONDS, help="stop a guest after so long (%(default)s)")
     commands.add_parser("record", help="commit what build/kernels has")
     commands.add_parser("turn", help="the suite that `make test` takes today")
@@ -166,7 +166,7 @@ def main() -> int:
     asked = parser.parse_args()
     os.chdir(ROOT)
     if asked.command == "run":
-        how = {"only": asked.k, "rest": asked.rest, "half": asked.half, "seconds": asked.seconds}
+        how = {"only": asked.k, "rest": asked.rest, "third": asked.third, "seconds": asked.seconds}
         return max([run(where, **how) for where in asked.where])
     if asked.command == "turn":
         print(turn.suite(results.committed(), _today(), suites=vm_kernels.SUITES))

@@ -20,15 +20,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, required=True, help="write what was shown here")
     parser.addoption("--matrix-but", type=Path, help="leave out what passed or was skipped in this earlier run")
     parser.addoption(
-        "--matrix-half", type=int, help="what shows every second cell, and what another kernel is needed for"
+        "--matrix-third", type=int, help="what shows every third cell, and what another kernel is needed for"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     earlier = config.getoption("--matrix-but")
     seen = results.read_run(earlier).seen() if earlier else frozenset()
-    turn = config.getoption("--matrix-half")
-    wanted = frozenset(cells.cells()) if turn is None else cells.half(turn)
+    turn = config.getoption("--matrix-third")
+    wanted = frozenset(cells.cells()) if turn is None else cells.third(turn)
     config.pluginmanager.register(Shown(config.getoption("--matrix"), seen, wanted), "matrix")
 
 
