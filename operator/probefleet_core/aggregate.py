@@ -13,12 +13,13 @@ that node's stream.
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from dataclasses import replace
 from typing import Final
 
 from probefleet_wire import columns
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
-from probefleet_core import costs, departed, events, tables
+from probefleet_core import costs, departed, earlier, events, tables
 from probefleet_core.result import Coverage, Names, NodeGap, OutputResult, PodName, PolicyFacts, Result
 from probefleet_core.tables import ResyncNeeded
 
@@ -30,15 +31,29 @@ LATE_INTERVALS: Final = 1.5
 MAX_NODES_NAMED: Final = 20
 #: Records in a result; a report shows fewer.
 RESULT_RECORDS: Final = 50
+NOTHING_EARLIER: Final = earlier.Earlier()
 
 
 class Aggregate:
     """Everything that is known of one policy's samples."""
 
-    __slots__ = ("_base", "_began_ns", "_costs", "_events", "_generation", "_seen", "_sessions", "_tables", "facts")
+    __slots__ = (
+        "_base",
+        "_began_ns",
+        "_costs",
+        "_earlier",
+        "_events",
+        "_generation",
+        "_seen",
+        "_sessions",
+        "_tables",
+        "facts",
+    )
 
-    def __init__(self, facts: PolicyFacts) -> None:
+    def __init__(self, facts: PolicyFacts, before: earlier.Earlier = NOTHING_EARLIER) -> None:
+        """``before``: what the operator before this one alone knew of the policy."""
         self.facts = facts
+        self._earlier = before
         self._generation = facts.generation
         self._sessions: dict[str, tuple[int, int]] = {}  # node → (session, newest sequence)
         self._begin()
@@ -142,7 +157,7 @@ class Aggregate:
         """The merged result at ``now_ns``; ``selected_nodes`` are all that should run the policy, failed ones too."""
         oldest_ns = now_ns - STALE_INTERVALS * self.facts.interval_ms * 1_000_000
         fresh = [node for node, seen_ns in self._seen.items() if seen_ns >= oldest_ns]
-        outputs = tuple(self._output(output.name, fresh, names) for output in self.facts.outputs)
+        outputs = tuple(self._output(output.name, fresh, selected_nodes, names) for output in self.facts.outputs)
         cost = self._costs.result(fresh)
         coverage = self._coverage(selected_nodes, set(fresh))
         counting = [o for o in outputs if o.output.kind != plan_pb2.Output.GAUGE]
@@ -181,10 +196,18 @@ class Aggregate:
                 runs = runs or stat.digest == self.facts.digest
         return runs
 
-    def _output(self, name: str, fresh: Iterable[str], names: Names) -> OutputResult:
+    def _output(self, name: str, fresh: Iterable[str], selected: Set[str], names: Names) -> OutputResult:
+        state: tables.TableState | events.EventState
         if name in self._events:
-            return self._events[name].result(names, fresh=fresh, records=RESULT_RECORDS)
-        return self._tables[name].result(names, fresh=fresh, qualified=self.facts.cluster)
+            state = self._events[name]
+            found = state.result(names, fresh=fresh, records=RESULT_RECORDS)
+        else:
+            state = self._tables[name]
+            found = state.result(names, fresh=fresh, qualified=self.facts.cluster)
+        known = self._earlier.generation == self._generation
+        forgotten = self._earlier.forgotten.get(name, 0) if known else 0
+        uncounted = (earlier.words(name, forgotten), *found.uncounted) if forgotten else found.uncounted
+        return replace(found, retired=state.retired(selected), forgotten=forgotten, uncounted=uncounted)
 
     def _lost(self) -> int:
         # Every output of a program carries what the program counts: the largest is the policy's, not the sum. What one

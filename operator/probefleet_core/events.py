@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -216,6 +216,12 @@ class EventState:
     @property
     def _all(self) -> tuple[NodeRing, ...]:
         return (*self.nodes.values(), self._departed)
+
+    def retired(self, here: Set[str]) -> int:
+        """Of the total: records of nodes that are not ``here`` any more, and of epochs that ended (a reboot)."""
+        return sum(n.ended_counted for n in self._all) + sum(
+            n.counted for name, n in self.nodes.items() if name not in here
+        )
 
     @property
     def lost(self) -> int:

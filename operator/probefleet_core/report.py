@@ -11,6 +11,7 @@ The operator applies it, the query API answers with it, ``probefleet run`` print
     coverage   {sampled, selected, missing[], missingCount, stale[], staleCount}
     ratePerSecond, lost, uncounted[], gaps[{node, start, end, why}], cost{…}
     outputs[]  {name, kind, unit, groupBy[], scale, step, since, ratePerSecond, lost, uncounted[], truncated,
+                retired, forgotten,
                 window, total   {value, sum, percentiles{p50, p90, p99}, atLeast[], buckets[{from, to, count}],
                                  rows[{key[], value, sum, ratePerSecond, percentiles, atLeast[], buckets[]}],
                                  other{rows, value, sum}},
@@ -30,8 +31,8 @@ import numpy as np
 from probefleet_wire import merge
 from probefleet_wire.v1 import plan_pb2
 
+from probefleet_core import earlier, summary
 from probefleet_core import format as humane
-from probefleet_core import summary
 from probefleet_core.result import STACK, Cost, Events, Label, OutputResult, Result, Rows, sizes
 
 Json: TypeAlias = dict[str, Any]
@@ -207,6 +208,7 @@ def _output(output: OutputResult, detail: Detail) -> Json:
             body["step"] = _integer(plan.histogram.step)
     if plan.kind == plan_pb2.Output.STACKS and STACK in output.group_by:
         body["frames"] = _frames(output.total, output.group_by.index(STACK))
+    body |= {name: _integer(count) for name in earlier.FIELDS if (count := getattr(output, name))}
     if output.fullest is not None:
         fill = output.fullest
         body["mapFill"] = {"node": fill.node, "map": plan.map, "entries": fill.entries, "maxEntries": fill.max_entries}

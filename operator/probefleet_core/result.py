@@ -162,6 +162,8 @@ class OutputResult:
     uncounted: tuple[str, ...]
     events: Events | None = None
     fullest: MapFill | None = None
+    retired: int = 0  # of the total: by nodes that have left, or before a reboot; only this operator knows of it
+    forgotten: int = 0  # in no total: the same of operators before this one
 
     @property
     def group_by(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ rows when asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -34,6 +34,7 @@ MAX_UNCOUNTED: Final = departed.MAX_UNCOUNTED
 MAX_TEXT: Final = 200
 MAX_GAPS: Final = 16
 MAX_ENDED: Final = 64
+_MODULUS: Final = 1 << 64  # differences wrap around, as the counts do that they are of
 RETURNED: Final = "the node had left the cluster and came back: what it counted meanwhile is in no total"
 
 
@@ -64,6 +65,7 @@ class NodeRows:
     entries: int = 0
     max_entries: int = 0  # 0: its map cannot fill up
     ended: list[str] = field(default_factory=list)  # epochs
+    counted: int = 0  # what this epoch has in the sum of all nodes, modulo 2^64
     program_epoch: str = ""  # in which ``lost`` is cumulative
     ended_lost: int = 0  # what earlier programs lost
     #: The time of the sample that tells where a node that came back goes on from; 0: that was all said.
@@ -83,6 +85,7 @@ class TableState:
         "_keys",
         "_lost_before",
         "_output",
+        "_retired",
         "_returned",
         "_signed",
         "_sum",
@@ -103,6 +106,7 @@ class TableState:
         self._departed_lost = 0
         self._counted: departed.Remembered[int] = departed.Remembered()  # by epoch: when last heard of; 0: it had ended
         self._lost_before: departed.Remembered[int] = departed.Remembered()  # by a program's epoch
+        self._retired = 0  # of the sum: what ended epochs and departed nodes counted, modulo 2^64
         self._returned = False
         self.nodes: dict[str, NodeRows] = {}
         self.since_ns = 0
@@ -185,11 +189,17 @@ class TableState:
             return
         self._departed.add(node, state.gaps, state.uncounted)
         self._departed_lost += state.lost + state.ended_lost
+        self._retired += state.counted
         for epoch in state.ended:
             self._counted.keep(node, epoch, 0)
         self._counted.keep(node, state.epoch, max(state.received_ns, 1))
         if state.lost:
             self._lost_before.keep(node, state.program_epoch, state.lost)
+
+    def retired(self, here: Set[str]) -> int:
+        """Of the total: what nodes counted that are not ``here`` any more, and in epochs that ended (a reboot)."""
+        gone = sum(state.counted for node, state in self.nodes.items() if node not in here)
+        return (self._retired + gone) % _MODULUS
 
     @property
     def lost(self) -> int:
@@ -332,9 +342,10 @@ class TableState:
             if state.epoch:
                 state.ended = [*state.ended[1 - MAX_ENDED :], state.epoch]
             state.before = None  # its counts stay in the sum
+            self._retired, state.counted = self._retired + state.counted, 0
         else:
             if self._cumulative and not state.baseline_ns:
-                self._add(state.keys, np.negative(state.values), distinct=state.distinct)
+                self._add(state, state.keys, np.negative(state.values))
             # A window goes on over a change of streams: it is the difference to what the older one said.
             found, place = np.unique(state.keys, return_inverse=True)
             state.before = (found, merge.sum_by(place, state.values, len(found)))
@@ -376,7 +387,7 @@ class TableState:
             at, change = state.keys[rows], values - state.values[rows]
             state.values[rows] = values
         if self._cumulative and not state.baseline_ns:
-            self._add(at, change, distinct=state.distinct)
+            self._add(state, at, change)
             state.window.add((at, self._since_before(state, at, change)))
 
     def _since_before(self, state: NodeRows, at: Indices, change: Counts) -> Counts:
@@ -395,9 +406,10 @@ class TableState:
         state.before = (found, old)
         return result_change
 
-    def _add(self, at: Indices, change: Counts, *, distinct: bool) -> None:
+    def _add(self, state: NodeRows, at: Indices, change: Counts) -> None:
+        state.counted = (state.counted + int(change.sum(dtype=np.uint64))) % _MODULUS
         change = _widen(change, self._width)
-        if not distinct:
+        if not state.distinct:
             self._sum += merge.sum_by(at, change, len(self._sum))
         elif self._width == 1:
             self._sum.reshape(-1)[at] += change.reshape(-1)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import grpc.aio
 import structlog
-from probefleet_core import catalog
+from probefleet_core import catalog, earlier
 from prometheus_client import REGISTRY
 
 from probefleet_operator import (
@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 CERTIFICATE_LOOK_SECONDS = 600.0
 STREAMS_END_SECONDS = 0.5
+#: 64 KB each.
+REPORTS_A_PAGE = 50
 
 
 class _StopRequested(Exception):
@@ -134,7 +136,9 @@ class Operator:
             pushed_objects=control.pushed_objects,
         )
         tokens = query.Tokens(await self._patiently(self._query_key))
-        merged = results.Results(control, plans, inventory_, recorder)
+        # Read before this operator's own reports take their places.
+        known_before = await self._patiently(self._earlier)
+        merged = results.Results(control, plans, inventory_, recorder, known_before)
         papers = documents.Documents(
             control, plans, merged, publisher, recorder, tokens, report_seconds=options.report_seconds
         )
@@ -205,6 +209,13 @@ class Operator:
             bundle=options.bundle,
             names=options.service_dns,
         )
+
+    async def _earlier(self) -> dict[str, earlier.Earlier]:
+        """By policy, of the reports that say so."""
+        found: dict[str, earlier.Earlier] = {}
+        async for page in self._client.pages(f"{api.GROUP_PATH}/probereports", limit=REPORTS_A_PAGE):
+            found |= dict(filter(None, map(earlier.of_report, page.get("items") or ())))
+        return found
 
     async def _query_key(self) -> bytes:
         return await query.load_key(self._client, namespace=self._options.namespace, secret=self._options.secret)

@@ -131,12 +131,12 @@ class Documents:
         )
 
     def live_report(self, uid: values.PolicyUid) -> api.Json | None:
-        """Its ProbeReport of now; None before it has a plan and a place."""
+        """Its ProbeReport of now; None before it has a plan and a place, and where the stored one says more."""
         entry = self._plans.entries.get(uid)
         if entry is None or self._control.placement is None:
             return None
         latest = self._merged.result(uid)
-        if latest is None:
+        if latest is None or self._merged.is_told_by_earlier(latest):
             return None
         self._latest[uid] = latest
         self._publisher.touch(f"status/{uid}")  # rate, overhead and coverage stand there too

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
 
 import structlog
-from probefleet_core import aggregate, endpoints, values
+from probefleet_core import aggregate, earlier, endpoints, values
 from probefleet_wire import columns
 from probefleet_wire.v1 import stream_pb2
 
@@ -33,7 +34,10 @@ class Results:
         plans: planning.Planning,
         names: inventory.Inventory,
         recorder: kube.Recorder,
+        before: Mapping[str, earlier.Earlier] = MappingProxyType({}),
     ) -> None:
+        """``before``: policy uid → what the operator before this one alone knew."""
+        self._earlier = before
         self._control, self._plans, self._names, self._recorder = control, plans, names, recorder
         self._aggregates: dict[values.PolicyUid, aggregate.Aggregate] = {}
         self._known_nodes: set[values.NodeName] = set()
@@ -124,9 +128,11 @@ class Results:
                 continue
             facts = aggregate.PolicyFacts.of(entry.planned.plan)
             if known := self._aggregates.get(uid):
-                known.update(facts)
+                # To suspend is an edit as well, and keeps what was counted.
+                if entry.policy is None or not entry.policy.suspend:
+                    known.update(facts)
             else:
-                self._aggregates[uid] = aggregate.Aggregate(facts)
+                self._aggregates[uid] = aggregate.Aggregate(facts, self._earlier.get(uid, aggregate.NOTHING_EARLIER))
         nodes = {values.NodeName(node.name) for node in self._names.nodes()}
         for left in self._known_nodes - nodes:
             for merged in self._aggregates.values():
@@ -165,6 +171,11 @@ class Results:
         result = merged.result(time.time_ns(), selected_nodes=selected, names=self.name_of)
         metrics.FOREIGN_ROWS.set(sum(each.foreign for each in self._aggregates.values()))
         return result
+
+    def is_told_by_earlier(self, result: aggregate.Result) -> bool:
+        """Nobody is left to tell more than the report of an operator before this one does: no node runs the policy."""
+        uid = values.PolicyUid(result.facts.uid)
+        return not result.since_ns and uid in self._earlier and not self._control.desired().get(uid)
 
     def name_of(self, pod_uid: str) -> aggregate.PodName | None:
         """What a pod is called and whose it is; None for one that nobody has heard of in the last hour."""

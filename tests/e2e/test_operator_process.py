@@ -15,11 +15,13 @@ import tempfile
 import urllib.error
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from probefleet_core import earlier
 from probefleet_wire.v1 import plan_pb2, stream_pb2
 
 from tests.fakes import control_plane, operator_process
@@ -228,6 +230,79 @@ async def test_suspend_and_ttl_remove_programs_and_keep_the_policy(
             lambda: plane.request("GET", f"{POLICIES}/paused")["status"]["columns"]["status"],
             lambda seen: seen == "Suspended",
         )
+
+
+COUNTED = {"outputs": [{"name": "calls", "from": {"map": "calls"}, "counter": {}, "groupBy": ["pod"]}]}
+
+
+def total_of(plane: ControlPlane, name: str) -> dict[str, Any]:
+    """The status of its report, and in it `calls`, which is what its only output has in total."""
+    status: dict[str, Any] = plane.request("GET", f"{REPORTS}/{name}")["status"]
+    (output,) = status["outputs"]
+    return {**status, "calls": output["total"]["value"], **{name: output.get(name, 0) for name in earlier.FIELDS}}
+
+
+async def test_what_was_counted_stays_while_suspended_and_when_the_operator_is_another(
+    plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    pod = plane.add_pod("shop", "web-1", "node1")["metadata"]["uid"]
+    async with agent_of(plane, operator, "node1") as agent:
+        apply(plane, "measured", **COUNTED)
+        push = await agent.pushed(has_policy("measured"))
+        await agent.send_batch(tables=[counted(push.plans[0], {pod: 997})])
+        await eventually(lambda: total_of(plane, "measured"), lambda seen: seen["calls"] == 997)
+        apply(plane, "measured", suspend=True, **COUNTED)
+        nothing = await agent.pushed(has_policy())
+        await eventually(
+            lambda: plane.request("GET", f"{POLICIES}/measured")["status"],
+            lambda seen: (seen["observedGeneration"], seen["columns"]["status"]) == (2, "Suspended"),
+        )
+        # Each decision is followed by all reports, which carry whole seconds.
+        suspended = datetime.now(UTC)
+        await asyncio.sleep(1 - suspended.microsecond / 1e6)
+        apply(plane, "later")
+        kept = await eventually(
+            lambda: total_of(plane, "measured"), lambda seen: datetime.fromisoformat(seen["time"]) > suspended
+        )
+        assert (kept["calls"], kept["retired"], kept["columns"]["coverage"]) == (997, 997, "0/0")
+        operator.kill()
+        operator.start()
+        operator.wait_ready()
+        apply(plane, "another")
+        await eventually(lambda: plane.request("GET", f"{REPORTS}/another"), lambda seen: "status" in seen)
+        assert total_of(plane, "measured")["calls"] == 997, "no node can tell it again"
+        await agent.connect()
+        await agent.send_status(everything_ready(nothing))
+        apply(plane, "measured", suspend=False, **COUNTED)
+        await eventually(lambda: total_of(plane, "measured"), lambda seen: seen["observedGeneration"] == 3)
+        assert total_of(plane, "measured")["calls"] == 0, "an edit counts anew"
+
+
+async def test_what_only_the_operator_before_knew_is_said_to_be_missing(
+    plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    plane.add_node("node3")
+    pods = {node: plane.add_pod("shop", f"web-{node}", node)["metadata"]["uid"] for node in ("node1", "node3")}
+    async with agent_of(plane, operator, "node1") as agent:
+        async with agent_of(plane, operator, "node3") as other:
+            apply(plane, "fleet", **COUNTED)
+            for each, node, calls in ((agent, "node1", 997), (other, "node3", 23)):
+                before = await each.pushed(has_policy("fleet"))
+                await each.send_batch(tables=[counted(before.plans[0], {pods[node]: calls})])
+            await eventually(lambda: total_of(plane, "fleet"), lambda seen: seen["calls"] == 1020)
+        plane.request("DELETE", "/api/v1/nodes/node3")
+        left = await eventually(lambda: total_of(plane, "fleet"), lambda seen: seen["retired"])
+        assert (left["calls"], left["retired"], left["columns"]["lost"]) == (1020, 23, "0")
+        operator.kill()
+        operator.start()
+        operator.wait_ready()
+        await agent.connect()
+        await agent.send_status(everything_ready(before))
+        again = await agent.pushed(lambda push: push.term > before.term and has_policy("fleet")(push))
+        await agent.send_batch(tables=[counted(again.plans[0], {pods["node1"]: 997})])
+        now = await eventually(lambda: total_of(plane, "fleet"), lambda seen: seen["calls"] == 997)
+        assert (now["retired"], now["forgotten"], now["columns"]["lost"]) == (0, 23, "0+?")
+        assert now["uncounted"] == [earlier.words("calls", 23)]
 
 
 async def test_a_failure_stands_in_the_status_and_as_an_event(plane: ControlPlane, operator: OperatorProcess) -> None:

@@ -22,7 +22,7 @@ class Parts:
     """Results with one policy, planned or not yet, on the nodes that select it."""
 
     def __init__(self) -> None:
-        self.entry, self.nodes = SimpleNamespace(planned=None), {"a"}
+        self.entry, self.nodes = SimpleNamespace(planned=None, policy=None), {"a"}
         self.streams: set[str] = set()
         self.inventory = FakeInventory()
         control = SimpleNamespace(desired=lambda: {POLICY: frozenset(self.nodes)}, sessions=lambda: self.streams)
