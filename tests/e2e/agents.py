@@ -40,12 +40,12 @@ PYTHON = "/opt/probefleet/venv/bin/python"
 
 
 def pods() -> dict[str, str]:
-    """The agents' pods by node."""
+    """The agents' pods by node, of those that have one."""
     items = kube.pods(kube.SYSTEM, "app.kubernetes.io/component=agent")
     return {
         item["spec"]["nodeName"]: item["metadata"]["name"]
         for item in items
-        if not item["metadata"].get("deletionTimestamp")
+        if item["spec"].get("nodeName") and not item["metadata"].get("deletionTimestamp")
     }
 
 
