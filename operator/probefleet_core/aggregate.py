@@ -156,7 +156,8 @@ class Aggregate:
     def result(self, now_ns: int, *, selected_nodes: Set[str], names: Names) -> Result:
         """The merged result at ``now_ns``; ``selected_nodes`` are all that should run the policy, failed ones too."""
         oldest_ns = now_ns - STALE_INTERVALS * self.facts.interval_ms * 1_000_000
-        fresh = [node for node, seen_ns in self._seen.items() if seen_ns >= oldest_ns]
+        # As coverage counts them: what ran it until just now is in no window, nor in its cost.
+        fresh = [node for node, seen_ns in self._seen.items() if seen_ns >= oldest_ns and node in selected_nodes]
         outputs = tuple(self._output(output.name, fresh, selected_nodes, names) for output in self.facts.outputs)
         cost = self._costs.result(fresh)
         coverage = self._coverage(selected_nodes, set(fresh))

@@ -265,6 +265,7 @@ async def test_what_was_counted_stays_while_suspended_and_when_the_operator_is_a
             lambda: total_of(plane, "measured"), lambda seen: datetime.fromisoformat(seen["time"]) > suspended
         )
         assert (kept["calls"], kept["retired"], kept["columns"]["coverage"]) == (997, 997, "0/0")
+        assert (kept["columns"]["rate"], kept["outputs"][0]["window"]["value"]) == ("0/s", 0), "of no node"
         operator.kill()
         operator.start()
         operator.wait_ready()

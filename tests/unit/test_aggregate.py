@@ -415,12 +415,29 @@ def test_gauges_merge_as_they_say(merge: int, expected: int) -> None:
         apply(aggregate, node, node.batch(at - 10))
         node.values = {("uid-web-1",): [value]}
         apply(aggregate, node, node.batch(at))
-    out = ask(aggregate, 15).outputs[0]
+    out = ask(aggregate, 15, *"abc").outputs[0]
     assert table_of(out.total) == table_of(out.window) == {("web",): expected}
-    stale = ask(aggregate, 43.5).outputs[0]  # only c is fresh
+    stale = ask(aggregate, 43.5, *"abc").outputs[0]  # only c is fresh
     assert table_of(stale.window) == {("web",): 4}
     assert table_of(stale.total) == {("web",): expected}
-    assert ask(aggregate, 100).outputs[0].window.labels == ()
+    assert ask(aggregate, 100, *"abc").outputs[0].window.labels == ()
+
+
+def test_what_no_node_runs_any_more_is_in_no_window() -> None:
+    aggregate = Aggregate(facts(counter("pod")))
+    for name in "ab":
+        node = FakeNode(name)
+        node.add("uid-web-1", count=10)
+        apply(aggregate, node, node.batch(10))
+        node.add("uid-web-1", count=997)
+        apply(aggregate, node, node.batch(20))
+    both, one = ask(aggregate, 20), ask(aggregate, 20, "a")
+    none = aggregate.result(START + 20 * SECOND, selected_nodes=frozenset(), names=PODS.get)
+    assert [each.outputs[0].window.whole for each in (both, one, none)] == [2 * 997, 997, 0]
+    assert [each.outputs[0].total.whole for each in (both, one, none)] == [2 * 1007] * 3
+    assert [each.outputs[0].retired for each in (both, one, none)] == [0, 1007, 2 * 1007]
+    assert [each.coverage.sampled for each in (both, one, none)] == [2, 1, 0]
+    assert (none.rate_per_second, none.cost.known_nodes) == (0, 0)
 
 
 def test_what_a_node_held_leaves_the_cluster_with_it_and_what_it_counted_stays() -> None:
@@ -624,21 +641,21 @@ def test_cost_is_the_share_of_the_newest_window() -> None:
     send("a", 2, 20, runs=4000, run_time_ns=SECOND // 20, stats_time_ns=2 * SECOND, hook_time_ns=4 * 10**6)
     send("b", 1, 20, known=0)
     send("c", 1, 20)  # its first second of statistics is not over
-    cost = ask(aggregate, 20).cost
+    cost = ask(aggregate, 20, *"abc").cost
     assert (cost.known_nodes, cost.unknown_nodes, cost.max_node, cost.shared_by) == (1, 1, "a", 2)
     assert cost.measuring_nodes == 1
     assert cost.max_cores == pytest.approx(0.04 + 3000 * 1e-6)
     assert (cost.runs_per_second, cost.runs_known) == (3000, False)
-    assert ask(aggregate, 20).rate_per_second == 0, "it is not the fleet's"
+    assert ask(aggregate, 20, *"abc").rate_per_second == 0, "it is not the fleet's"
     assert (cost.max_map_bytes, cost.total_map_bytes) == (4096, 3 * 4096)
     assert cost.max_agent_cores == pytest.approx(0.01)
     # Loaded anew: counts from zero.
     send("a", 3, 30, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
-    assert ask(aggregate, 30).cost.runs_per_second == 500
+    assert ask(aggregate, 30, *"abc").cost.runs_per_second == 500
     send("a", 4, 55, runs=500, run_time_ns=SECOND // 100, stats_time_ns=SECOND)
-    assert ask(aggregate, 55).rate_per_second == 500  # statistics were off in between, and the others are not fresh
+    assert ask(aggregate, 55, *"abc").rate_per_second == 500  # statistics were off in between, others are not fresh
     aggregate.forget("a")
-    assert ask(aggregate, 55).cost.max_node == ""
+    assert ask(aggregate, 55, *"abc").cost.max_node == ""
     aggregate.forget("nobody")
     assert ask(aggregate, 400).cost == result.Cost()
 

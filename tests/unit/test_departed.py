@@ -143,7 +143,7 @@ def test_a_node_that_comes_back_in_the_same_epoch_is_not_counted_twice() -> None
     a.restart_stream(2)
     send(aggregate, a, 600, lost=6)
     assert rows(aggregate, 600) == {("web-1",): 900}
-    said = ask(aggregate, 600)
+    said = ask(aggregate, 600, "a")
     assert (said.lost, said.outputs[0].window.whole) == (6, 0)
     (gap,) = said.gaps
     assert (gap.node, gap.start_ns, gap.end_ns) == ("a", START + 10 * SECOND, START + 600 * SECOND)
@@ -151,7 +151,7 @@ def test_a_node_that_comes_back_in_the_same_epoch_is_not_counted_twice() -> None
     a.add("uid-web-1", count=7)
     a.add("uid-cart", count=3)
     send(aggregate, a, 610, lost=8)
-    said = ask(aggregate, 610)
+    said = ask(aggregate, 610, "a")
     assert rows(aggregate, 610) == {("web-1",): 907, ("cart-0",): 3}
     assert (said.lost, said.outputs[0].window.whole, said.outputs[0].rate_per_second) == (8, 10, 1.0)
     # A new stream, another departure, another return, and a reboot: all as before.
@@ -180,7 +180,7 @@ def test_a_node_that_comes_back_in_another_epoch_counts_as_new() -> None:
     a.reboot(2, "boot-2:7", START + 600 * SECOND)
     a.add("uid-web-1", count=97)
     send(aggregate, a, 610, lost=2)
-    said = ask(aggregate, 610)
+    said = ask(aggregate, 610, "a")
     assert (rows(aggregate), said.lost, said.gaps, said.outputs[0].window.whole) == ({("web-1",): 997}, 7, (), 97)
     # What had ended does not come back.
     old.sequence = 50
